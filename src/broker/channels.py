@@ -1,0 +1,45 @@
+"""Channels and event types: what kinds of envelopes exist. Plugins declare more (`register_channels`, `register_event_types`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+Merge = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any] | None]
+"""Join the data of two neighbouring envelopes of one type and id into one; None: these two cannot be joined.
+Pure. Used only for connections that are behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A class of envelopes.
+
+    kind: `event` channels are logs (exactly once, in order, no gap), `state` channels converge. default: part of the
+    `default` profile. permission: what a caller needs to see it, None: nothing. switchable: a debug channel that
+    operators switch on and off while the server runs; envelopes for a channel that is off are not published at all.
+    """
+
+    name: str
+    kind: Literal["event", "state"] = "event"
+    default: bool = False
+    permission: str | None = None
+    description: str = ""
+    switchable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EventType:
+    """A declared event type. model: checks the data of drafts that come over HTTP. merge: see `Merge`.
+
+    terminal: ends its run; nothing of that run may follow.
+    """
+
+    name: str
+    channel: str
+    model: type[BaseModel] | None = None
+    merge: Merge | None = None
+    terminal: bool = False
+    description: str = ""

@@ -1,0 +1,158 @@
+"""Drafts and envelopes: what producers publish, and what it becomes once it has its place in the conversation.
+
+`data` is encoded once, at the door (`seal`), and travels as bytes from there: into the log, through the views, onto the
+wire. Whoever looks at `Envelope.data` gets the decoded bytes, never the producer's object: folding a live envelope and
+folding the one read back from the log see equal data (I4, I15).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from broker.errors import InvalidConversationId, InvalidDraft, shown
+
+SEM = "sem"
+TIMELINE = "timeline"
+CONTROL = "control"
+DEBUG_TURN_SNAPSHOT = "debug.turn_snapshot"
+DEBUG_TRACE = "debug.trace"
+
+# \Z, not $: "$" would let a trailing newline through.
+_CONV_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@~-]{0,127}\Z")
+_TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}(\.[a-z0-9_]{1,64}){0,7}\Z")
+_CHANNEL = re.compile(r"[a-z][a-z0-9_]{0,31}(\.[a-z0-9_]{1,32}){0,3}\Z")
+MAX_ID_CHARS = 256
+
+
+def check_conv_id(conv_id: object) -> str:
+    """Return `conv_id` if it is a legal conversation id, else raise InvalidConversationId."""
+    if isinstance(conv_id, str) and _CONV_ID.match(conv_id):
+        return conv_id
+    raise InvalidConversationId(conv_id)
+
+
+def check_channel_name(name: object) -> str:
+    """Return `name` if it is a legal channel name (dotted lower-case words), else raise InvalidDraft."""
+    if isinstance(name, str) and _CHANNEL.match(name):
+        return name
+    raise InvalidDraft(
+        f"channel name {shown(name)} is not usable: dotted lower-case words such as 'debug.trace'", channel=str(name)[:64]
+    )
+
+
+def check_event_type(name: object) -> str:
+    """Return `name` if it is a legal event type (dotted lower-case words), else raise InvalidDraft."""
+    if isinstance(name, str) and _TYPE.match(name):
+        return name
+    raise InvalidDraft(
+        f"event type {shown(name)} is not usable: dotted lower-case words such as 'llm.delta'", type=str(name)[:64]
+    )
+
+
+def topic(conv_id: str) -> str:
+    """Return the topic of a conversation: the braces keep its Redis keys in one cluster slot."""
+    return f"chat:{{{conv_id}}}"
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a producer publishes: an envelope before it has a `seq`.
+
+    type: dotted event type, `llm.delta`. data: a JSON object. id: stable id of the entity that the event is about; None
+    gets a fresh one. channel: None leaves the choice to the event type's declaration and the `classify` hooks.
+    dedupe_key: makes the append idempotent within the conversation's retained log: a second draft with the same key is
+    not appended, its publisher gets the first one's seq.
+    """
+
+    type: str
+    data: Mapping[str, Any]
+    id: str | None = None
+    channel: str | None = None
+    dedupe_key: str | None = None
+
+
+class Envelope:
+    """One event of a conversation. `seq` is 0 until the event log has given it its place; then nothing changes any more.
+
+    Treat as immutable. A transform returns a changed copy (`with_data`).
+    """
+
+    __slots__ = ("_data", "channel", "conv_id", "data_json", "dedupe_key", "id", "seq", "stream_id", "time_ms", "type")
+
+    def __init__(
+        self,
+        conv_id: str,
+        type: str,  # noqa: A002 - the field's name on the wire
+        id: str,  # noqa: A002
+        channel: str,
+        data_json: bytes,
+        time_ms: int,
+        seq: int = 0,
+        stream_id: str | None = None,
+        dedupe_key: str | None = None,
+    ) -> None:
+        self.conv_id = conv_id
+        self.type = type
+        self.id = id
+        self.channel = channel
+        self.data_json = data_json
+        self.time_ms = time_ms
+        self.seq = seq
+        self.stream_id = stream_id
+        self.dedupe_key = dedupe_key
+        self._data: dict[str, Any] | None = None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The decoded `data`, shared by all readers: do not change it."""
+        if self._data is None:
+            self._data = orjson.loads(self.data_json)
+        return self._data
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes this envelope counts for in limits and retention: its data and identifiers."""
+        return len(self.data_json) + len(self.type) + len(self.id) + len(self.channel)
+
+    def with_data(self, data: Mapping[str, Any]) -> Envelope:
+        """Return a copy with other `data` and everything else, `seq` above all, the same."""
+        copy = Envelope(
+            self.conv_id, self.type, self.id, self.channel, encode_json(data), self.time_ms, self.seq, self.stream_id
+        )
+        return copy
+
+    def __repr__(self) -> str:
+        return f"<Envelope {self.conv_id} {self.type} {self.id} seq={self.seq} {len(self.data_json)} B>"
+
+
+def encode_json(value: object) -> bytes:
+    """Return `value` as compact JSON. Raises InvalidDraft for what JSON or UTF-8 cannot carry (NaN, lone surrogates…)."""
+    try:
+        return orjson.dumps(value)
+    except (orjson.JSONEncodeError, RecursionError) as exc:
+        raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {shown(value)}") from exc
+
+
+def seal(conv_id: str, draft: Draft, *, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:  # noqa: A002
+    """Check and encode a draft: the last moment at which it can be refused for its form.
+
+    Raises InvalidDraft for an illegal type, id, channel or data, and for more than `max_bytes` of encoded data.
+    """
+    check_event_type(draft.type)
+    if not isinstance(draft.data, Mapping):
+        raise InvalidDraft(f"data of {draft.type} is {shown(draft.data)}: an object is required")
+    if not id or len(id) > MAX_ID_CHARS or not id.isprintable():
+        raise InvalidDraft(f"id {shown(id)} is not usable: 1 to {MAX_ID_CHARS} printable characters")
+    data_json = encode_json(draft.data if isinstance(draft.data, dict) else dict(draft.data))
+    if len(data_json) > max_bytes:
+        raise InvalidDraft(
+            f"data of {draft.type} has {len(data_json)} bytes, the limit is {max_bytes}: send it in parts or by reference",
+            limit=max_bytes,
+            actual=len(data_json),
+        )
+    return Envelope(conv_id, draft.type, id, channel, data_json, time_ms, dedupe_key=draft.dedupe_key)

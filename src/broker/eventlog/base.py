@@ -1,0 +1,130 @@
+"""The seam between the broker and whatever keeps the events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from broker.envelope import Envelope
+
+
+@dataclass(slots=True)
+class Committed:
+    """What one append made durable, with its link to what came before: the coordinator checks the chain.
+
+    prev_seq: the conversation's last seq before `envelopes` (0: there was none). envelopes: in seq order, not empty.
+    """
+
+    conv_id: str
+    prev_seq: int
+    envelopes: list[Envelope]
+
+
+@dataclass(slots=True)
+class LogState:
+    """What a log knows about one conversation.
+
+    epoch: identity of this life of the conversation's log. head_seq: last seq given, 0 if none ever was. trimmed_seq:
+    last seq that retention removed, 0 if nothing was; everything after it is readable. count, bytes: what is retained.
+    """
+
+    epoch: str
+    head_seq: int = 0
+    trimmed_seq: int = 0
+    count: int = 0
+    bytes: int = 0
+
+    @property
+    def exists(self) -> bool:
+        """Whether the conversation ever had an envelope in this life of the log."""
+        return self.head_seq > 0
+
+
+@dataclass(slots=True)
+class Page:
+    """A stretch of the log: every envelope with `after < seq <= through`, in order, nothing left out.
+
+    through: the position that is decided by this page (the last envelope's seq, or the `upto`/head asked for when the
+    page reaches it). more: envelopes after `through` may exist. trimmed_seq: as in LogState at the time of reading; a
+    reader whose `after` is below it has lost something and must be reset.
+    """
+
+    envelopes: list[Envelope] = field(default_factory=list)
+    through: int = 0
+    more: bool = False
+    trimmed_seq: int = 0
+
+
+Sink = Callable[[list[Committed]], None]
+"""Called on the event loop with everything that one commit made durable, before the append calls return."""
+
+
+class EventLog(Protocol):
+    """An append-only log per conversation.
+
+    Order and durability: `append` returns after its envelopes are durable and after the sink was called with them; the
+    sink sees each conversation's envelopes exactly once, in seq order. A failed append writes nothing, calls no sink
+    and raises StoreError (StoreUnavailable when it may work later).
+    """
+
+    name: str
+
+    async def open(self, sink: Sink) -> None:
+        """Open or create the store. Raises ForeignDatabase, NewerDatabase, StoreUnavailable."""
+        ...
+
+    async def close(self) -> None:
+        """Finish pending appends and release the store."""
+        ...
+
+    async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        """Give each envelope its seq (in place), store all or none, return the seqs in the same order.
+
+        An envelope whose `dedupe_key` is already in the conversation's retained log is not stored again: the first
+        one's seq is returned in its place and the sink does not see it.
+        """
+        ...
+
+    async def state(self, conv_id: str) -> LogState:
+        """Return what is known of a conversation; one that does not exist has head_seq 0 and an epoch."""
+        ...
+
+    async def read(
+        self, conv_id: str, *, after: int, upto: int | None = None, limit: int = 512, max_bytes: int = 262_144
+    ) -> Page:
+        """Return the page that starts after `after`, at most `limit` envelopes or about `max_bytes` (at least one)."""
+        ...
+
+    async def contains(self, conv_id: str, seq: int) -> bool:
+        """Say whether an envelope with exactly this seq is retained."""
+        ...
+
+    async def trim(self, conv_id: str, *, through: int) -> int:
+        """Remove every envelope with seq <= `through`, return how many. Never removes the knowledge of `head_seq`."""
+        ...
+
+    async def trim_candidate(
+        self, conv_id: str, *, max_count: int, max_bytes: int, min_time_ms: int
+    ) -> int:
+        """Return the seq through which retention wants to trim (0: nothing to do).
+
+        Keeps at most `max_count` newest envelopes, at most `max_bytes` (Envelope.size_bytes), none older than
+        `min_time_ms` (Unix ms); 0 switches a limit off. Always keeps the newest envelope.
+        """
+        ...
+
+    async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
+        """Return (conv_id, head_seq) of existing conversations, the most recently written first.
+
+        before_seq: only those with a smaller head_seq (the paging cursor).
+        """
+        ...
+
+    async def erase(self, conv_id: str) -> None:
+        """Remove everything of a conversation, its head included, so that no byte of it stays in the store's files."""
+        ...
+
+    async def ping(self) -> None:
+        """Raise StoreUnavailable when the store cannot be written to right now."""
+        ...

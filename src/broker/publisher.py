@@ -1,0 +1,44 @@
+"""What a producer holds: a way to publish into one conversation, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from broker.envelope import Draft
+
+PublishMany = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
+
+
+class Publisher:
+    """Publishes into one conversation. Cheap; make as many as you like (`broker.publisher(conv_id)`)."""
+
+    __slots__ = ("_publish", "conv_id")
+
+    def __init__(self, conv_id: str, publish: PublishMany) -> None:
+        self.conv_id = conv_id
+        self._publish = publish
+
+    async def publish(
+        self,
+        type: str,  # noqa: A002 - the field's name on the wire
+        data: Mapping[str, Any],
+        *,
+        id: str | None = None,  # noqa: A002
+        channel: str | None = None,
+        dedupe_key: str | None = None,
+    ) -> int:
+        """Publish one envelope; return its seq once it is durable.
+
+        Envelopes that one task publishes one after another keep that order. Raises InvalidDraft, DraftRefused,
+        StoreError; then nothing was published.
+        """
+        seqs = await self._publish(self.conv_id, (Draft(type, data, id, channel, dedupe_key),))
+        return seqs[0]
+
+    async def publish_many(self, drafts: Sequence[Draft]) -> list[int]:
+        """Publish several, all or none, with neighbouring places in the conversation; return their seqs.
+
+        A draft for a debug channel that is switched off is dropped; its seq is 0.
+        """
+        return await self._publish(self.conv_id, drafts)

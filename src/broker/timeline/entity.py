@@ -1,0 +1,57 @@
+"""Entities: what a conversation's envelopes fold into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from broker.timeline.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """One thing in a timeline: a message, a tool call, a run.
+
+    version: seq of the envelope that last changed it. position: seq of the one that created it (listing order).
+    growing: more is expected to be appended (a streaming answer); upserts and saves of it are spaced by growth (I16).
+    props: JSON object; text that still grows is a `Text`, everything else plain JSON values. Never changed in place.
+    """
+
+    id: str
+    kind: str
+    created_at_ms: int
+    updated_at_ms: int
+    version: int
+    position: int
+    props: Mapping[str, Any] = field(default_factory=dict)
+    growing: bool = False
+
+    def changed(self, *, growing: bool | None = None, **props: Any) -> Entity:
+        """Return a copy with `props` merged over the present ones; the projector stamps version and times."""
+        return replace(
+            self, props={**self.props, **props}, growing=self.growing if growing is None else growing
+        )
+
+    @property
+    def grown_bytes(self) -> int:
+        """About how many bytes the growing parts of this entity have: the measure by which upserts are spaced."""
+        return sum(value.size for value in self.props.values() if isinstance(value, Text))
+
+    def props_json(self) -> bytes:
+        """Return the props as JSON, growing text included."""
+        return orjson.dumps(self.props, default=str)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the entity in the protocol's shape; seq numbers as decimal strings."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "createdAtMs": self.created_at_ms,
+            "updatedAtMs": self.updated_at_ms,
+            "version": str(self.version),
+            "position": str(self.position),
+            "props": orjson.loads(self.props_json()),
+        }

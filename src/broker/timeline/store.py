@@ -1,0 +1,69 @@
+"""The seam between the timeline and whatever keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from broker.timeline.entity import Entity
+
+
+@dataclass(slots=True, frozen=True)
+class DeadLetter:
+    """An envelope that a handler could not fold. The rest of the conversation went on."""
+
+    conv_id: str
+    seq: int
+    type: str
+    error: str
+
+
+@dataclass(slots=True)
+class TimelineSave:
+    """What is saved of one conversation in one go.
+
+    entities: each with its explicit version; the store ignores those not newer than what it has. cursor: every
+    envelope with seq <= cursor is contained in the saved entities, so folding may start after it. It never goes back.
+    """
+
+    conv_id: str
+    entities: Sequence[Entity]
+    cursor: int
+    dead_letters: Sequence[DeadLetter] = field(default_factory=tuple)
+
+
+class TimelineStore(Protocol):
+    """Versioned entities per conversation. A save is all or nothing and durable when it returns."""
+
+    name: str
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def save(self, saves: Sequence[TimelineSave]) -> None:
+        """Store entities that are newer than the stored ones, raise cursors, add dead letters. Raises StoreError."""
+        ...
+
+    async def cursor(self, conv_id: str) -> int:
+        """Return the seq up to which the stored entities contain everything; 0 for an unknown conversation."""
+        ...
+
+    async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
+        """Return those of the entities `ids` that exist."""
+        ...
+
+    async def page(
+        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
+    ) -> list[Entity]:
+        """Return entities with position > after_position and version > since_version, by position, at most `limit`."""
+        ...
+
+    async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
+        """Return dead letters by seq."""
+        ...
+
+    async def erase(self, conv_id: str) -> None:
+        """Remove everything of a conversation."""
+        ...
