@@ -41,7 +41,8 @@ def check_channel_name(name: object) -> str:
     if isinstance(name, str) and _CHANNEL.match(name):
         return name
     raise InvalidDraft(
-        f"channel name {shown(name)} is not usable: dotted lower-case words such as 'debug.trace'", channel=str(name)[:64]
+        f"channel name {shown(name)} is not usable: dotted lower-case words such as 'debug.trace'",
+        channel=str(name)[:64],
     )
 
 
@@ -87,8 +88,8 @@ class Envelope:
     def __init__(
         self,
         conv_id: str,
-        type: str,  # noqa: A002 - the field's name on the wire
-        id: str,  # noqa: A002
+        type: str,
+        id: str,
         channel: str,
         data_json: bytes,
         time_ms: int,
@@ -138,7 +139,7 @@ def encode_json(value: object) -> bytes:
         raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {shown(value)}") from exc
 
 
-def seal(conv_id: str, draft: Draft, *, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:  # noqa: A002
+def seal(conv_id: str, draft: Draft, *, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
     """Check and encode a draft: the last moment at which it can be refused for its form.
 
     Raises InvalidDraft for an illegal type, id, channel or data, and for more than `max_bytes` of encoded data.

@@ -21,10 +21,10 @@ class Publisher:
 
     async def publish(
         self,
-        type: str,  # noqa: A002 - the field's name on the wire
+        type: str,
         data: Mapping[str, Any],
         *,
-        id: str | None = None,  # noqa: A002
+        id: str | None = None,
         channel: str | None = None,
         dedupe_key: str | None = None,
     ) -> int:

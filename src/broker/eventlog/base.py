@@ -96,6 +96,14 @@ class EventLog(Protocol):
         """Return the page that starts after `after`, at most `limit` envelopes or about `max_bytes` (at least one)."""
         ...
 
+    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
+        """Return the seq of the retained envelope with this dedupe key, None if there is none."""
+        ...
+
+    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
+        """Say whether a retained envelope has a dedupe key that starts with `prefix`."""
+        ...
+
     async def contains(self, conv_id: str, seq: int) -> bool:
         """Say whether an envelope with exactly this seq is retained."""
         ...
@@ -104,9 +112,7 @@ class EventLog(Protocol):
         """Remove every envelope with seq <= `through`, return how many. Never removes the knowledge of `head_seq`."""
         ...
 
-    async def trim_candidate(
-        self, conv_id: str, *, max_count: int, max_bytes: int, min_time_ms: int
-    ) -> int:
+    async def trim_candidate(self, conv_id: str, *, max_count: int, max_bytes: int, min_time_ms: int) -> int:
         """Return the seq through which retention wants to trim (0: nothing to do).
 
         Keeps at most `max_count` newest envelopes, at most `max_bytes` (Envelope.size_bytes), none older than

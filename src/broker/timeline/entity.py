@@ -31,9 +31,7 @@ class Entity:
 
     def changed(self, *, growing: bool | None = None, **props: Any) -> Entity:
         """Return a copy with `props` merged over the present ones; the projector stamps version and times."""
-        return replace(
-            self, props={**self.props, **props}, growing=self.growing if growing is None else growing
-        )
+        return replace(self, props={**self.props, **props}, growing=self.growing if growing is None else growing)
 
     @property
     def grown_bytes(self) -> int:

@@ -14,7 +14,7 @@ those named by the handler's `keys` as far as they exist. Returns only what chan
 The projector stamps `version` and `updated_at_ms`. Raise `LateEnvelope` to refuse an envelope that came after the end."""
 
 
-class LateEnvelope(Exception):  # noqa: N818 - a verdict, not a failure
+class LateEnvelope(Exception):
     """Raised by a handler: the entity is final, this envelope came too late. It is counted, nothing changes."""
 
 
@@ -32,7 +32,9 @@ class TimelineHandler:
     keys: Callable[[Envelope], tuple[str, ...]] = own_entity
 
 
-def new_entity(envelope: Envelope, kind: str, *, id: str | None = None, growing: bool = False, **props: object) -> Entity:  # noqa: A002
+def new_entity(
+    envelope: Envelope, kind: str, *, id: str | None = None, growing: bool = False, **props: object
+) -> Entity:
     """Return an entity created by `envelope`: its position and first version are the envelope's seq."""
     return Entity(
         id=id or envelope.id,

@@ -1,0 +1,308 @@
+"""ConversationWSBroker: the facade. Publish here, subscribe here; everything else is behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from broker.access import Access
+from broker.catalog import Catalog
+from broker.clock import Clock, SystemClock
+from broker.conversations import Conversation, ConversationManager
+from broker.coordinator import StreamCoordinator
+from broker.dispatch import Dispatcher, Pool
+from broker.emitters import EmitterSupervisor
+from broker.envelope import Draft, Envelope, check_conv_id, seal
+from broker.errors import InvalidDraft, Unavailable
+from broker.eventlog.base import LogState
+from broker.housekeeping import Housekeeping
+from broker.observers import Observers
+from broker.outside import Outside
+from broker.plugins import PluginHost
+from broker.publisher import Publisher
+from broker.recovery import Recovery
+from broker.runs.service import RunService
+from broker.security import Action, Credentials, Principal
+from broker.settings import Settings
+from broker.stores import Stores, choose_stores
+from broker.subscription import SubscribeRequest, Subscription
+from broker.subscriptions import Subscriptions
+from broker.timeline.reader import TimelineReader
+from broker.views import ViewCompiler
+
+logger = logging.getLogger(__name__)
+
+
+class ConversationWSBroker:
+    """Gives envelopes their order, makes them durable, folds them into timelines, shows them to subscribers.
+
+    settings: see `Settings`. pool: moves the bytes; only dispatch touches it (I7). plugins: a loaded PluginHost, or
+    plugin objects to load beside those of entry points and `settings.plugins_dir`. stores: None chooses by the
+    settings. `await start()` before use, `await stop()` after; or `async with`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        pool: Pool,
+        plugins: PluginHost | Sequence[object] = (),
+        stores: Stores | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self.plugins = plugins if isinstance(plugins, PluginHost) else self._load_plugins(plugins)
+        self.catalog = Catalog(self.plugins, debug_channels_on=settings.debug_channels)
+        self.stores = stores or choose_stores(settings, self.plugins, self.clock)
+        self.log = self.stores.log
+        self.draining = False
+        self.started = False
+        self._checks_drafts = bool(self.plugins.implements("check_draft"))
+        self._pool = pool
+        self._refuse_kinds = {name for name, channel in self.catalog.channels.items() if channel.kind == "state"}
+        self.conversations = ConversationManager(
+            self.log,
+            self.stores.timeline,
+            self.catalog.handlers,
+            self.clock,
+            idle_s=settings.idle_conversation_s,
+            max_open=settings.max_open_conversations,
+            page_events=settings.replay_page_events,
+        )
+        self.timeline = TimelineReader(self.conversations, self.stores.timeline)
+        self._observers = Observers(self.plugins)
+        self.dispatcher = Dispatcher(
+            pool, self.clock, through_events=settings.through_events, through_s=settings.through_interval_s
+        )
+        self._coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
+        self._housekeeping = Housekeeping(
+            settings, self.clock, self.log, self.stores.timeline, self.conversations, self.dispatcher, pool
+        )
+        self.views = ViewCompiler(self.catalog, self.plugins)
+        self.access = Access(settings, self.plugins)
+        recovery = Recovery(
+            self.log,
+            self.timeline,
+            self.dispatcher,
+            pool,
+            page_events=settings.replay_page_events,
+            page_bytes=settings.replay_page_bytes,
+        )
+        self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
+        self.outside = Outside(self)
+        self._emitters = EmitterSupervisor(self.plugins, self.clock)
+        self.conversations.on_opened = self._conversation_opened
+        self.conversations.on_closed = self._conversation_closed
+        self._background: set[asyncio.Task[Any]] = set()
+        self.runs = RunService(
+            store=self.stores.runs,
+            turns=self.stores.turns,
+            plugins=self.plugins,
+            clock=self.clock,
+            settings=settings,
+            publish=self.publish,
+            timeline=self.timeline,
+            hold=self.conversations.hold,
+            release=self.conversations.release,
+        )
+
+    def _load_plugins(self, plugins: Sequence[object]) -> PluginHost:
+        host = PluginHost(clock=self.clock)
+        host.load(plugins, directory=Path(self.settings.plugins_dir))
+        return host
+
+    def _plugins_changed(self, plugin: str) -> None:
+        """A plugin was loaded or switched on or off: what was compiled with it is void."""
+        self.views.forget()
+        self._checks_drafts = bool(self.plugins.implements("check_draft"))
+        self._observers.look_again()
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the stores, start the timers, settle runs that a former process left behind. Raises StoreError."""
+        try:
+            await self.stores.open_all()
+            await self.log.open(self._committed)
+        except BaseException:
+            await self.stores.close()
+            raise
+        self.plugins.subscribe_changes(self._plugins_changed)
+        self._housekeeping.start()
+        self._observers.start()
+        await self.runs.start()
+        await self.plugins.acall_all("on_startup", broker=self)
+        self.started = True
+
+    async def stop(self, *, drain_s: float = 5.0) -> None:
+        """Tell clients to come back elsewhere, end runs, save everything, close the stores. Safe to repeat."""
+        if self.draining:
+            return
+        self.draining = True
+        if self.started:
+            self.subscriptions.announce_drain()
+            await self.runs.stop(drain_s=drain_s)
+            await self.plugins.acall_all("on_shutdown", broker=self)
+            for conversation in self.conversations.all():
+                await self._emitters.stop(conversation.conv_id)
+        await self.subscriptions.close()
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._coordinator.close()
+        if self.started:
+            await self._housekeeping.stop()
+        await self._observers.stop()
+        await self.stores.close()
+
+    async def __aenter__(self) -> ConversationWSBroker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    async def readiness(self) -> dict[str, str]:
+        """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
+        wrong: dict[str, str] = {}
+        if not self.started:
+            wrong["startup"] = "not started"
+        if self.draining:
+            wrong["drain"] = "this process is shutting down"
+        if not wrong:
+            try:
+                await self.log.ping()
+            except Exception as exc:
+                wrong["store"] = str(exc)
+        if self._housekeeping.save_error is not None:
+            wrong["timeline"] = self._housekeeping.save_error
+        return wrong
+
+    # -- publish --------------------------------------------------------------------------------------------------
+
+    def publisher(self, conv_id: str) -> Publisher:
+        """Return a Publisher bound to a conversation. Raises InvalidConversationId."""
+        return Publisher(check_conv_id(conv_id), self.publish)
+
+    async def publish(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
+        """Publish drafts into a conversation, all or none; return their seqs once they are durable and dispatched.
+
+        A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel,
+        DraftRefused, StoreError, Unavailable; then nothing was published.
+        """
+        if self.draining and not self.runs.active:
+            raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
+        conversation = self.conversations.get(conv_id)
+        if conversation is None or conversation.opened is not None:
+            conversation = await self.conversations.open(conv_id)
+        envelopes = [self._seal(conv_id, draft) for draft in drafts]
+        live = [envelope for envelope in envelopes if envelope is not None]
+        if not live:
+            return [0] * len(envelopes)
+        conversation.holds += 1
+        try:
+            seqs = iter(await self.log.append(conv_id, live))
+        finally:
+            conversation.holds -= 1
+            conversation.last_active_s = self.clock.monotonic_s()
+        return [next(seqs) if envelope is not None else 0 for envelope in envelopes]
+
+    def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
+        if self._checks_drafts:
+            draft = self.plugins.call_ordered("check_draft", draft=draft)
+        name = draft.channel or self.catalog.channel_of(draft.type)
+        channel = self.catalog.channel(name)
+        if name in self._refuse_kinds:
+            raise InvalidDraft(
+                f"channel {name!r} is derived state and cannot be published to: publish the event that changes it",
+                channel=name,
+            )
+        if not self.catalog.is_on(channel):
+            return None
+        return seal(
+            conv_id,
+            draft,
+            channel=name,
+            id=draft.id if draft.id is not None else uuid.uuid4().hex,
+            time_ms=self.clock.wall_ms(),
+            max_bytes=self.settings.max_envelope_bytes,
+        )
+
+    def _committed(self, batches: list[Any]) -> None:
+        self._coordinator.on_committed(batches)
+        if self._observers.wanted:
+            self._observers.take([envelope for batch in batches for envelope in batch.envelopes])
+
+    # -- read -----------------------------------------------------------------------------------------------------
+
+    async def head(self, conv_id: str) -> LogState:
+        """Return what the log knows of a conversation. Raises InvalidConversationId."""
+        return await self.log.state(check_conv_id(conv_id))
+
+    async def erase(self, conv_id: str) -> None:
+        """Remove a conversation everywhere: log, timeline, runs, turns. Its connections are closed (4404)."""
+        check_conv_id(conv_id)
+        await self.runs.erase(conv_id)
+        await self.subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
+        conversation = self.conversations.get(conv_id)
+        if conversation is not None:
+            await self._emitters.stop(conv_id)
+            self.conversations.forget(conversation)
+        await self.stores.timeline.erase(conv_id)
+        await self.log.erase(conv_id)
+
+    # -- for transports: callers from outside, their permissions checked ----------------------------------------------
+
+    async def authenticate(self, credentials: Credentials) -> Principal:
+        """Return the caller. Raises AuthenticationFailed."""
+        return await self.access.authenticate(credentials)
+
+    async def authorize(
+        self, principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str] = ()
+    ) -> None:
+        """Return if the caller may. Raises PermissionDenied."""
+        await self.access.authorize(principal, action, conv_id, channels)
+
+    async def subscribe(self, connection_id: str, request: SubscribeRequest, principal: Principal) -> Subscription:
+        """Subscribe a connection that the transport has put into the pool. See `Subscriptions.open`."""
+        return await self.subscriptions.open(connection_id, request, principal)
+
+    async def change_view(
+        self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
+    ) -> None:
+        """Change a subscription's view in place. See `Subscriptions.change_view`."""
+        await self.subscriptions.change_view(subscription, profile=profile, channels=channels, since=since)
+
+    def ping(self, subscription: Subscription, data: Any) -> None:
+        """Answer a client's ping."""
+        self.subscriptions.ping(subscription, data)
+
+    def refuse(self, subscription: Subscription, code: str, message: str) -> None:
+        """Tell a client that one of its messages was refused."""
+        self.subscriptions.refuse(subscription, code, message)
+
+    async def unsubscribe(self, subscription: Subscription, reason: str) -> None:
+        """End a subscription. Safe to repeat."""
+        await self.subscriptions.close_one(subscription, reason)
+
+    # -- conversations open and close -----------------------------------------------------------------------------
+
+    def _conversation_opened(self, conversation: Conversation) -> None:
+        self.plugins.call_all("on_conversation_opened", conversation=conversation)
+        if self.plugins.implements("start_emitters"):
+            self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
+
+    def _conversation_closed(self, conversation: Conversation, reason: str) -> None:
+        self.plugins.call_all("on_conversation_closed", conversation=conversation, reason=reason)
+        if self.plugins.implements("start_emitters"):
+            self._in_background(self._emitters.stop(conversation.conv_id))
+
+    def _in_background(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

@@ -1,0 +1,270 @@
+"""Open conversations: what a process keeps in memory of each, how they come in and when they go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from broker.clock import Clock
+from broker.envelope import check_conv_id
+from broker.errors import BrokerError
+from broker.eventlog.base import Committed, EventLog
+from broker.timeline.handlers import TimelineHandler
+from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
+from broker.timeline.store import TimelineStore
+
+if TYPE_CHECKING:
+    from broker.dispatch import Audience
+
+logger = logging.getLogger(__name__)
+
+
+class Conversation:
+    """One open conversation. Costs memory only: no task, no timer, no queue while nothing happens.
+
+    position: everything up to here is folded and dispatched in this process. inbox: committed, not yet dispatched.
+    busy: somebody is advancing it (loading entities, filling a gap); others only add to the inbox.
+    """
+
+    __slots__ = (
+        "audiences",
+        "busy",
+        "conv_id",
+        "emitting",
+        "epoch",
+        "holds",
+        "inbox",
+        "last_active_s",
+        "opened",
+        "subscriptions",
+        "timeline",
+        "waiters",
+    )
+
+    def __init__(self, conv_id: str, timeline: ConversationTimeline, epoch: str, now_s: float) -> None:
+        self.conv_id = conv_id
+        self.timeline = timeline
+        self.epoch = epoch
+        self.inbox: list[Committed] = []
+        self.busy = True
+        self.audiences: dict[str, Audience] = {}
+        self.subscriptions = 0
+        self.holds = 0
+        self.emitting = False
+        self.waiters: list[asyncio.Future[None]] = []
+        self.last_active_s = now_s
+        self.opened: asyncio.Future[None] | None = None
+
+    @property
+    def position(self) -> int:
+        return self.timeline.position
+
+    @property
+    def in_use(self) -> bool:
+        """Whether I11 protects it: a connection, a run or prompt (hold), an emitter, or something unfinished."""
+        return bool(
+            self.subscriptions or self.holds or self.waiters or self.inbox or self.busy or self.timeline.readers
+        )
+
+    async def next_dispatch(self, timeout_s: float | None = None) -> bool:
+        """Wait until something was dispatched; False when `timeout_s` passed before."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            if waiter in self.waiters:
+                self.waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """Wake the long polls that wait for something new."""
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class ConversationManager:
+    """Opens conversations once however many ask, and evicts idle ones.
+
+    idle_s: seconds without use before a conversation may go. max_open: above this, idle ones go sooner, the longest
+    idle first; those in use are never evicted (I11).
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        store: TimelineStore,
+        handlers: Mapping[str, TimelineHandler],
+        clock: Clock,
+        *,
+        idle_s: float,
+        max_open: int,
+        page_events: int = 512,
+    ) -> None:
+        self._log = log
+        self._store = store
+        self._handlers = handlers
+        self._clock = clock
+        self._idle_s = idle_s
+        self._max_open = max_open
+        self._page_events = page_events
+        self._open: dict[str, Conversation] = {}
+        self._touched: dict[str, Conversation] = {}
+        self._written: dict[str, Conversation] = {}
+        self.advance: Callable[[Conversation], None] = lambda conversation: None
+        self.on_opened: Callable[[Conversation], None] = lambda conversation: None
+        self.on_closed: Callable[[Conversation, str], None] = lambda conversation, reason: None
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def all(self) -> list[Conversation]:
+        """Return the open conversations."""
+        return list(self._open.values())
+
+    def get(self, conv_id: str) -> Conversation | None:
+        """Return a conversation if it is open or being opened."""
+        return self._open.get(conv_id)
+
+    async def open(self, conv_id: str) -> Conversation:
+        """Return the conversation, opened. One that does not exist yet opens empty and leaves no trace.
+
+        Raises InvalidConversationId, StoreError.
+        """
+        conversation = self._open.get(conv_id)
+        if conversation is None:
+            conversation = self._begin(check_conv_id(conv_id))
+            await self._load(conversation)
+        elif conversation.opened is not None:
+            await asyncio.shield(conversation.opened)
+        conversation.last_active_s = self._clock.monotonic_s()
+        return conversation
+
+    def _begin(self, conv_id: str) -> Conversation:
+        timeline = ConversationTimeline(conv_id, self._handlers, position=0, complete=False)
+        conversation = Conversation(conv_id, timeline, "", self._clock.monotonic_s())
+        conversation.opened = asyncio.get_running_loop().create_future()
+        self._open[conv_id] = conversation
+        return conversation
+
+    async def _load(self, conversation: Conversation) -> None:
+        opened = conversation.opened
+        assert opened is not None
+        try:
+            await self._restore(conversation)
+        except BaseException as exc:
+            self._open.pop(conversation.conv_id, None)
+            failure = exc if isinstance(exc, BrokerError) else BrokerError(f"opening was interrupted: {exc!r}")
+            opened.set_exception(failure)
+            opened.exception()  # whoever waits gets it; nobody waiting is no error of its own
+            raise
+        conversation.opened = None
+        conversation.busy = False
+        opened.set_result(None)
+        if conversation.timeline.dirty:
+            self.touch(conversation)
+        self.on_opened(conversation)
+        if conversation.inbox:
+            self.advance(conversation)
+
+    async def _restore(self, conversation: Conversation) -> None:
+        """Take the stored entities as far as they reach and fold the rest of the log over them."""
+        conv_id = conversation.conv_id
+        state = await self._log.state(conv_id)
+        cursor = await self._store.cursor(conv_id) if state.exists else 0
+        conversation.epoch = state.epoch
+        timeline = conversation.timeline
+        timeline.position = cursor
+        recent = await self._store.page(conv_id, limit=CACHED_ENTITIES + 1) if cursor else []
+        if len(recent) <= CACHED_ENTITIES:
+            timeline.adopt([entity.id for entity in recent], {entity.id: entity for entity in recent})
+            timeline.complete = True
+        while timeline.position < state.head_seq:
+            page = await self._log.read(conv_id, after=timeline.position, upto=state.head_seq, limit=self._page_events)
+            missing = timeline.missing(page.envelopes)
+            if missing:
+                timeline.adopt(missing, await self._store.get(conv_id, list(missing)))
+            timeline.fold(page.envelopes)
+            timeline.position = max(timeline.position, page.through)
+            if not page.more:
+                timeline.position = max(timeline.position, state.head_seq)
+
+    # -- what the shared timers look at -----------------------------------------------------------------------------
+
+    def touch(self, conversation: Conversation, *, written: bool = False) -> None:
+        """Note that a conversation has something to show or save (and, `written`, that its log grew)."""
+        self._touched[conversation.conv_id] = conversation
+        if written:
+            self._written[conversation.conv_id] = conversation
+
+    def take_touched(self) -> list[Conversation]:
+        """Return the conversations touched since the last call."""
+        touched, self._touched = self._touched, {}
+        return list(touched.values())
+
+    def take_written(self) -> list[Conversation]:
+        """Return the conversations whose log grew since the last call."""
+        written, self._written = self._written, {}
+        return list(written.values())
+
+    # -- use and eviction -----------------------------------------------------------------------------------------
+
+    def hold(self, conv_id: str) -> None:
+        """Keep an open conversation from being evicted until `release`. Counted."""
+        conversation = self._open.get(conv_id)
+        if conversation is not None:
+            conversation.holds += 1
+
+    def release(self, conv_id: str) -> None:
+        """Undo one `hold`."""
+        conversation = self._open.get(conv_id)
+        if conversation is not None and conversation.holds:
+            conversation.holds -= 1
+            conversation.last_active_s = self._clock.monotonic_s()
+
+    async def sweep(self) -> int:
+        """Evict what has been idle for long enough, and the longest idle beyond `max_open`; return how many went."""
+        now_s = self._clock.monotonic_s()
+        idle = sorted(
+            (conversation for conversation in self._open.values() if not conversation.in_use),
+            key=lambda conversation: conversation.last_active_s,
+        )
+        surplus = len(self._open) - self._max_open
+        gone = 0
+        for conversation in idle:
+            if now_s - conversation.last_active_s >= self._idle_s or gone < surplus:
+                gone += await self.evict(conversation, "idle")
+            else:
+                break
+        return gone
+
+    async def evict(self, conversation: Conversation, reason: str) -> bool:
+        """Save what is unsaved and drop the conversation from memory. False: it came into use meanwhile."""
+        save = conversation.timeline.take_save(everything=True)
+        if save is not None:
+            await self._store.save([save])
+            conversation.timeline.saved(save)
+        if (
+            conversation.in_use
+            or conversation.timeline.dirty
+            or self._open.get(conversation.conv_id) is not conversation
+        ):
+            return False
+        del self._open[conversation.conv_id]
+        self.evicted += 1
+        self.on_closed(conversation, reason)
+        return True
+
+    def forget(self, conversation: Conversation) -> None:
+        """Drop a conversation without saving: it was erased."""
+        if self._open.get(conversation.conv_id) is conversation:
+            del self._open[conversation.conv_id]
+            self.on_closed(conversation, "erased")

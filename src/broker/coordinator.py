@@ -1,0 +1,126 @@
+"""The stream coordinator: hands committed envelopes on in seq order, exactly once per process.
+
+First to the projector, then to dispatch. It runs inside the event log's call; only when something has to be read (an
+entity that is not in memory, a stretch of the log that this process did not see) does it start a task, which ends as
+soon as the conversation has caught up. There is no task per conversation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from broker.conversations import Conversation, ConversationManager
+from broker.dispatch import Dispatcher
+from broker.envelope import Envelope
+from broker.errors import BrokerError
+from broker.eventlog.base import Committed, EventLog
+from broker.timeline.store import TimelineStore
+
+logger = logging.getLogger(__name__)
+
+INBOX_ENVELOPES_MAX = 10_000
+"""What may wait in memory for a conversation whose store is slow; beyond, it is read from the log again."""
+RETRY_S = (0.05, 0.2, 1.0, 2.0)
+
+
+class StreamCoordinator:
+    """Takes what the log committed and moves each conversation's position on."""
+
+    def __init__(
+        self, log: EventLog, store: TimelineStore, conversations: ConversationManager, dispatcher: Dispatcher
+    ) -> None:
+        self._log = log
+        self._store = store
+        self._conversations = conversations
+        self._dispatcher = dispatcher
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.gaps_filled = 0
+        conversations.advance = self._advance
+
+    def on_committed(self, batches: list[Committed]) -> None:
+        """Take everything of one commit. Conversations that are not open here are folded when they are opened."""
+        touched: dict[str, Conversation] = {}
+        for batch in batches:
+            conversation = self._conversations.get(batch.conv_id)
+            if conversation is not None:
+                conversation.inbox.append(batch)
+                touched[batch.conv_id] = conversation
+        for conversation in touched.values():
+            if not conversation.busy:
+                self._advance(conversation)
+            elif sum(len(batch.envelopes) for batch in conversation.inbox) > INBOX_ENVELOPES_MAX:
+                # Keep the newest only: the break in the chain makes the conversation read the rest from the log.
+                del conversation.inbox[:-1]
+
+    def _advance(self, conversation: Conversation) -> None:
+        """Fold and dispatch the inbox as far as memory allows; leave the rest to a task."""
+        envelopes = self._in_order(conversation)
+        if envelopes is None or conversation.timeline.missing(envelopes):
+            conversation.busy = True
+            task = asyncio.get_running_loop().create_task(self._catch_up(conversation))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif envelopes:
+            conversation.inbox.clear()
+            self._hand_on(conversation, envelopes)
+
+    def _in_order(self, conversation: Conversation) -> list[Envelope] | None:
+        """Return the inbox as one unbroken stretch after the conversation's position; None where the chain is broken."""
+        position = conversation.position
+        envelopes: list[Envelope] = []
+        for batch in conversation.inbox:
+            if batch.prev_seq > position:
+                return None
+            fresh = batch.envelopes
+            if fresh[0].seq <= position:
+                fresh = [envelope for envelope in fresh if envelope.seq > position]
+            if fresh:
+                envelopes.extend(fresh)
+                position = fresh[-1].seq
+        return envelopes
+
+    def _hand_on(self, conversation: Conversation, envelopes: list[Envelope]) -> None:
+        before = self._dispatcher.mark(conversation)
+        show = conversation.timeline.fold(envelopes)
+        self._conversations.touch(conversation, written=True)
+        self._dispatcher.dispatch(conversation, envelopes, show, before)
+
+    async def _catch_up(self, conversation: Conversation) -> None:
+        """Read what is missing, entities or envelopes, until the inbox is empty. Retries while the store is away."""
+        failures = 0
+        while conversation.inbox:
+            try:
+                await self._step(conversation)
+                failures = 0
+            except BrokerError as exc:
+                if failures == 0:
+                    logger.warning("conversation %s waits for the store: %s", conversation.conv_id, exc)
+                await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+                failures += 1
+        conversation.busy = False
+
+    async def _step(self, conversation: Conversation) -> None:
+        envelopes = self._in_order(conversation)
+        taken = len(conversation.inbox)
+        if envelopes is None:
+            upto = conversation.inbox[-1].envelopes[-1].seq
+            page = await self._log.read(conversation.conv_id, after=conversation.position, upto=upto)
+            envelopes = page.envelopes
+            taken = 0
+            self.gaps_filled += 1
+            if not envelopes:  # trimmed away under us: nothing is left to hand on before what is in the inbox
+                conversation.timeline.position = max(conversation.position, conversation.inbox[0].prev_seq)
+                return
+        missing = conversation.timeline.missing(envelopes)
+        if missing:
+            conversation.timeline.adopt(missing, await self._store.get(conversation.conv_id, list(missing)))
+        del conversation.inbox[:taken]
+        if envelopes:
+            self._hand_on(conversation, envelopes)
+
+    async def close(self) -> None:
+        """End the reading tasks. What they did not get to is folded at the next opening."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

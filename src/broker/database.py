@@ -1,0 +1,452 @@
+"""One SQLite file for event log, timeline and runs: one writer thread with group commit, a few reader threads.
+
+    database = Database("broker.sqlite3")
+    database.register("runs", ["CREATE TABLE …", …])      # before or after open; the list only grows at its end
+    await database.open()
+    seq = await database.write(lambda connection: …)       # in a transaction, durable on return
+    rows = await database.read(lambda connection: …)       # a snapshot, on another thread
+    await database.close()
+
+Durability: WAL mode with `synchronous=NORMAL` survives the end of the process at any moment. After the end of the
+*machine* the last commits may be missing; `open` notices that (the machine's boot id changed and nobody closed the
+file) and changes the epoch, so that no client goes on from a seq that the log lost. `synchronous=FULL` pays one disk
+flush per group commit and loses nothing. Deleted content is overwritten (`secure_delete`), so that `erase`
+leaves no byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+from broker.errors import NewerDatabase, StoreUnavailable
+from broker.group_commit import GroupCommitWriter, Job, Runner
+from broker.sqlite_file import (
+    APPLICATION_ID,
+    FORMAT_VERSION,
+    ProcessLock,
+    check_format,
+    check_ours,
+    connect,
+    store_error,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_PENDING_JOBS = 16_384
+MAX_PENDING_BYTES = 64 * 1024 * 1024
+_CACHE_KIB = 16_384  # page cache of the writer; many conversations dirty many index pages per commit
+_WAL_PAGES = 4_000  # about 16 MB between checkpoints: each checkpoint waits for the disk
+_BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
+
+_META_TABLES = (
+    "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS room (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
+)
+
+
+class _Call(Job):
+    """A plain function as a job."""
+
+    __slots__ = ("fn",)
+
+    def __init__(self, runner: Runner, future: asyncio.Future[Any], fn: Callable[[sqlite3.Connection], object]) -> None:
+        super().__init__(runner, future)
+        self.fn = fn
+
+
+class _Calls:
+    """Runs plain functions."""
+
+    transactional = True
+
+    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            assert isinstance(job, _Call)
+            job.result = job.fn(connection)
+
+    def committed(self, jobs: Sequence[Job]) -> None:
+        pass
+
+
+class _Checkpoints(_Calls):
+    """Runs functions that must not be in a transaction."""
+
+    transactional = False
+
+
+class Database:
+    """The file, its threads and its tables' versions. Use it from one event loop."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+        readers: int = 2,
+        busy_timeout_s: float = 5.0,
+    ) -> None:
+        """path: a file; links are followed. readers: threads. busy_timeout_s: how long a foreign lock is waited for."""
+        # The real path: a second name of the same file must meet the same lock.
+        self.path = os.path.realpath(path)
+        self.epoch = ""
+        self._synchronous = synchronous
+        self._reader_count = readers
+        self._busy_timeout_s = busy_timeout_s
+        self._migrations: dict[str, tuple[str, ...]] = {}
+        self._migrated: set[str] = set()
+        self._rollback_listeners: list[Callable[[], None]] = []
+        self._calls = _Calls()
+        self._checkpoints = _Checkpoints()
+        self._lock = ProcessLock(self.path)
+        self._opening = asyncio.Lock()
+        self._state: Literal["closed", "open", "closing"] = "closed"
+        self._connection: sqlite3.Connection | None = None
+        self._writer: GroupCommitWriter | None = None
+        self._reader_pool: ThreadPoolExecutor | None = None
+        self._reader_local = threading.local()
+        self._reader_connections: list[sqlite3.Connection] = []
+        self._outbox: list[Job] = []
+        self._pending_jobs = 0
+        self._pending_bytes = 0
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()  # (turn, size in bytes)
+        self._stopped: asyncio.Future[None] | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def register(self, room: str, statements: Sequence[str]) -> None:
+        """Declare the tables of `room`: statement i is run once, in order, by the next `open`.
+
+        The list may only grow at its end; its length is the room's version in the file. A file whose room has a higher
+        version is refused with NewerDatabase.
+        """
+        if room in self._migrations:
+            raise ValueError(f"room {room!r} is registered already")
+        self._migrations[room] = tuple(statements)
+
+    def on_rollback(self, listener: Callable[[], None]) -> None:
+        """Call `listener` on the writer thread after each rollback: what it cached of unfinished writes is void."""
+        self._rollback_listeners.append(listener)
+
+    async def open(self) -> None:
+        """Open or create the file and bring the registered rooms up to date. Calling it again does only the latter.
+
+        Raises ForeignDatabase, NewerDatabase, StoreUnavailable; then nothing stays open.
+        """
+        async with self._opening:
+            if self._state == "closed":
+                loop = asyncio.get_running_loop()
+                self._connection = await loop.run_in_executor(None, self._open_file)
+                self._reader_pool = ThreadPoolExecutor(self._reader_count, thread_name_prefix="broker-db-reader")
+                self._stopped = loop.create_future()
+                self._writer = GroupCommitWriter(
+                    self._connection,
+                    self.path,
+                    deliver=self._deliver,
+                    on_rollback=self._rolled_back,
+                    on_stopped=self._writer_stopped,
+                )
+                self._state = "open"
+            elif self._migrated != set(self._migrations):
+                await self.write(self._migrate)
+            self._migrated = set(self._migrations)
+
+    async def close(self) -> None:
+        """Finish what is pending, fold the WAL into the file, release the lock. Does nothing when closed."""
+        async with self._opening:
+            if self._state != "open" or self._writer is None or self._stopped is None:
+                return
+            self._state = "closing"
+            self._admit_waiting()
+            self._flush_outbox()
+            self._writer.stop()
+            await asyncio.shield(self._stopped)
+            self._writer.join()
+            await asyncio.get_running_loop().run_in_executor(None, self._close_file)
+            self._writer = None
+            self._state = "closed"
+
+    def _open_file(self) -> sqlite3.Connection:
+        check_ours(self.path)
+        self._lock.acquire()
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = connect(self.path, busy_timeout_s=self._busy_timeout_s, create=True)
+            self._claim(connection)
+            connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
+            connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+            connection.execute("PRAGMA secure_delete=ON").fetchone()
+            # What tells a crash of the machine from one of the process must itself survive it.
+            connection.execute("PRAGMA synchronous=FULL")
+            self._in_transaction(connection, self._prepare)
+            connection.execute(f"PRAGMA synchronous={self._synchronous}")
+        except BaseException as exc:
+            if connection is not None:
+                connection.close()
+            self._lock.release()
+            if isinstance(exc, sqlite3.Error):
+                raise store_error(exc, self.path) from exc
+            raise
+        return connection
+
+    def _claim(self, connection: sqlite3.Connection) -> None:
+        """Mark a new file as ours, before the WAL exists: the mark must be in the file's own header at any moment."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        check_format(self.path, version)
+        if version == 0:
+            self._in_transaction(
+                connection,
+                lambda c: [
+                    c.execute(f"PRAGMA application_id={APPLICATION_ID}"),
+                    c.execute(f"PRAGMA user_version={FORMAT_VERSION}"),
+                ],
+            )
+
+    @staticmethod
+    def _in_transaction(connection: sqlite3.Connection, fn: Callable[[sqlite3.Connection], object]) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            fn(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        for statement in _META_TABLES:
+            connection.execute(statement)
+        self._migrate(connection)
+        known: dict[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
+        boot_id = _boot_id()
+        lost_tail = (
+            known.get("in_use") == "1" and known.get("synchronous") == "NORMAL" and known.get("boot_id") != boot_id
+        )
+        if lost_tail:
+            logger.warning(
+                "database %s was not closed before the machine restarted: the last commits may be missing, "
+                "the epoch changes and clients start afresh",
+                self.path,
+            )
+        self.epoch = known.get("epoch", "") if not lost_tail else ""
+        self.epoch = self.epoch or secrets.token_hex(8)
+        connection.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            [
+                ("epoch", self.epoch),
+                ("in_use", "1"),
+                ("boot_id", boot_id),
+                ("synchronous", self._synchronous),
+            ],
+        )
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        versions = dict(connection.execute("SELECT name, version FROM room"))
+        for room, statements in self._migrations.items():
+            done = versions.get(room, 0)
+            if done > len(statements):
+                raise NewerDatabase(
+                    f"{self.path}: the tables of {room} have version {done}, this broker knows up to {len(statements)}: "
+                    "nothing was changed; run the newer broker, or name another file",
+                    path=self.path,
+                    room=room,
+                    version=done,
+                )
+            for statement in statements[done:]:
+                connection.execute(statement)
+            connection.execute("INSERT OR REPLACE INTO room VALUES (?, ?)", (room, len(statements)))
+
+    def _close_file(self) -> None:
+        if self._reader_pool is not None:
+            self._reader_pool.shutdown(wait=True)
+        for reader in self._reader_connections:
+            reader.close()
+        self._reader_connections.clear()
+        self._reader_local = threading.local()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.execute("PRAGMA synchronous=FULL")
+                self._in_transaction(
+                    connection, lambda c: c.execute("UPDATE meta SET value = '0' WHERE key = 'in_use'")
+                )
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as exc:
+                # Nothing is lost: the WAL is read again by the next open.
+                logger.warning("%s", store_error(exc, self.path))
+            finally:
+                connection.close()
+        self._lock.release()
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    async def write(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `fn` on the writer thread inside a transaction; return its result once that is durable.
+
+        `fn` shares the transaction with whatever is pending and must not begin, commit or roll back. When it raises,
+        what it wrote is undone and its exception comes out here; it may then have been called twice. Raises
+        StoreUnavailable when the file cannot be written: nothing was. Cancelling does not undo what is queued.
+        """
+        result: T = await self.submit(_Call(self._calls, asyncio.get_running_loop().create_future(), fn))
+        return result
+
+    def submit(self, job: Job) -> Awaitable[Any]:
+        """Queue `job`; await what is returned for its result, once that is durable.
+
+        Only the awaiting waits while too much is pending. Raises StoreUnavailable when the database is not open.
+        """
+        if self._waiting or self._is_full():
+            return self._submit_when_possible(job)
+        self._enqueue(job)
+        return job.future
+
+    async def _submit_when_possible(self, job: Job) -> Any:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, job.size_bytes))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._admit_waiting()  # the turn may have been given already: pass it on
+            raise
+        self._enqueue(job)
+        return await job.future
+
+    def _enqueue(self, job: Job) -> None:
+        if self._state != "open":
+            raise StoreUnavailable(f"database {self.path} is {self._state}: open it first", path=self.path)
+        self._pending_jobs += 1
+        self._pending_bytes += job.size_bytes
+        # What is published in one turn of the loop goes over in one piece: the writer wakes once, not per job.
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush_outbox)
+        self._outbox.append(job)
+
+    def _flush_outbox(self) -> None:
+        if self._outbox and self._writer is not None:
+            jobs, self._outbox = self._outbox, []
+            self._writer.submit(jobs)
+
+    async def flush(self) -> None:
+        """Return when everything that is queued now was committed (or refused) and handed on. Nothing when closed."""
+        if self._state == "open":
+            await self.write(lambda connection: None)
+
+    async def ping(self) -> None:
+        """Prove that the file can be written to right now. Raises StoreUnavailable."""
+        await self.write(
+            lambda connection: connection.execute(
+                "INSERT INTO meta VALUES ('ping', '1') ON CONFLICT (key) DO UPDATE SET value = 1 - value"
+            )
+        )
+
+    async def truncate_wal(self) -> None:
+        """Move everything into the database file and empty the WAL, which may hold old copies of erased content.
+
+        Raises StoreUnavailable when readers kept it from happening.
+        """
+
+        def truncate(connection: sqlite3.Connection) -> None:
+            busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if busy:
+                raise StoreUnavailable(
+                    f"database {self.path}: the WAL is held by a reader and could not be emptied; try again",
+                    path=self.path,
+                )
+
+        await self.submit(_Call(self._checkpoints, asyncio.get_running_loop().create_future(), truncate))
+
+    def _is_full(self) -> bool:
+        return self._pending_jobs >= MAX_PENDING_JOBS or self._pending_bytes >= MAX_PENDING_BYTES
+
+    def _deliver(self, batch: list[Job]) -> None:
+        """Hand on what one commit made durable: first to the runners, then to those who wait for it."""
+        by_runner: dict[int, list[Job]] = {}
+        for job in batch:
+            if job.error is None:
+                by_runner.setdefault(id(job.runner), []).append(job)
+        for jobs in by_runner.values():
+            try:
+                jobs[0].runner.committed(jobs)
+            except Exception:
+                logger.exception("database %s: a listener failed after the commit", self.path)
+        for job in batch:
+            self._pending_jobs -= 1
+            self._pending_bytes -= job.size_bytes
+            if not job.future.done():
+                if job.error is None:
+                    job.future.set_result(job.result)
+                else:
+                    job.future.set_exception(job.error)
+        if self._waiting:
+            self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        """Wake those who wait for room, oldest first, as many as fit; all of them when closing, to be refused."""
+        jobs, size = self._pending_jobs, self._pending_bytes
+        while self._waiting and ((jobs < MAX_PENDING_JOBS and size < MAX_PENDING_BYTES) or self._state != "open"):
+            turn, turn_bytes = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                jobs += 1
+                size += turn_bytes
+
+    def _rolled_back(self) -> None:
+        for listener in self._rollback_listeners:
+            listener()
+
+    def _writer_stopped(self) -> None:
+        if self._stopped is not None and not self._stopped.done():
+            self._stopped.set_result(None)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    async def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `fn` on a reader thread with one snapshot of what is committed; return its result.
+
+        Keep the number of result rows small (aggregate with `json_group_array`): sqlite3 gives up and takes back the
+        interpreter lock per row, which under load costs more than the row. Raises StoreError.
+        """
+        if self._state != "open" or self._reader_pool is None:
+            raise StoreUnavailable(f"database {self.path} is {self._state}: open it first", path=self.path)
+        return await asyncio.get_running_loop().run_in_executor(self._reader_pool, self._read, fn)
+
+    def _read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection = self._reader_connection()
+            connection.execute("BEGIN")
+            try:
+                return fn(connection)
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+        except sqlite3.Error as exc:
+            raise store_error(exc, self.path) from exc
+
+    def _reader_connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._reader_local, "connection", None)
+        if connection is None:
+            connection = connect(self.path, busy_timeout_s=self._busy_timeout_s)
+            connection.execute("PRAGMA query_only=ON")
+            self._reader_local.connection = connection
+            self._reader_connections.append(connection)
+        return connection
+
+
+def _boot_id() -> str:
+    """Return what identifies this run of the machine, or "" where the system does not say."""
+    try:
+        with open(_BOOT_ID_FILE, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,208 @@
+"""Dispatch: from envelopes in order to frames for each audience. The only code that hands bytes to the pool (I7)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from broker.clock import Clock
+from broker.conversations import Conversation
+from broker.envelope import Envelope
+from broker.timeline.entity import Entity
+from broker.views import View, control_frame, event_frame, state_frame, upsert_envelope
+
+
+class Message(NamedTuple):
+    """One frame's text and the position a client may resume from after it. The shape that the pool moves."""
+
+    text: bytes
+    position: int | None = None
+
+
+class Pool(Protocol):
+    """The narrow face of the connection pool that the broker needs."""
+
+    def bind(self, listener: Any) -> None: ...
+    def join(self, connection_id: str, group: Hashable) -> bool: ...
+    def leave(self, connection_id: str) -> None: ...
+    def broadcast(self, group: Hashable, messages: Sequence[Any], mark: Any = None) -> None: ...
+    def send_to_one(self, connection_id: str, messages: Sequence[Any]) -> bool: ...
+    def writable(self, connection_id: str) -> bool: ...
+    async def wait_writable(self, connection_id: str) -> bool: ...
+    def close(self, connection_id: str, code: int, reason: str) -> None: ...
+    def close_all(self, code: int, reason: str) -> None: ...
+    def sweep(self, now_s: float) -> int: ...
+    def buffered_bytes(self, connection_id: str) -> int: ...
+    def __len__(self) -> int: ...
+
+
+class Mark(NamedTuple):
+    """Where a connection stands that got everything so far.
+
+    position: decided events. state: entity versions. prev: the last event it was shown (or told of).
+    """
+
+    position: int
+    state: int
+    prev: int = 0
+
+
+class Audience:
+    """The live connections of one conversation that share a view: the pool's group.
+
+    prev: seq of the last event they were shown. hidden: envelopes withheld from them since they were told of their
+    position. shown: events shown in all, for counting what a lossy client skipped.
+    """
+
+    __slots__ = ("conversation", "hidden", "prev", "shown", "through_at_s", "view")
+
+    def __init__(self, conversation: Conversation, view: View, now_s: float) -> None:
+        self.conversation = conversation
+        self.view = view
+        self.prev = conversation.position
+        self.hidden = 0
+        self.shown = 0
+        self.through_at_s = now_s
+
+
+class Dispatcher:
+    """Encodes once per view and hands the bytes to the pool.
+
+    through_events, through_s: a view that has hidden this many envelopes, or anything for this long, tells its
+    connections how far they are (`ws.through`).
+    """
+
+    def __init__(self, pool: Pool, clock: Clock, *, through_events: int, through_s: float) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._through_events = through_events
+        self._through_s = through_s
+        self.dispatched = 0
+        self.frames_built = 0
+
+    def mark(self, conversation: Conversation) -> Mark:
+        """Return where the conversation's live connections stand now."""
+        return Mark(conversation.position, conversation.timeline.shown_floor)
+
+    def dispatch(
+        self, conversation: Conversation, envelopes: Sequence[Envelope], show: Sequence[Entity], before: Mark
+    ) -> None:
+        """Send envelopes, and the entities they changed, to every audience: one write per connection."""
+        self.dispatched += len(envelopes)
+        upserts = self._upserts(conversation, show)
+        for audience in list(conversation.audiences.values()):
+            mark = before._replace(prev=audience.prev)
+            messages = self._event_messages(audience, envelopes)
+            if audience.view.state:
+                messages.extend(self._state_messages(audience.view, upserts))
+            if audience.hidden >= self._through_events:
+                messages.append(self._through(audience))
+            if messages:
+                self._pool.broadcast(audience, messages, mark)
+        if conversation.waiters:
+            conversation.wake()
+
+    def dispatch_state(self, conversation: Conversation, show: Sequence[Entity], before: Mark) -> None:
+        """Send entities whose upsert was held back (trailing edge)."""
+        upserts = self._upserts(conversation, show)
+        for audience in list(conversation.audiences.values()):
+            if audience.view.state and (messages := self._state_messages(audience.view, upserts)):
+                self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
+
+    def _event_messages(self, audience: Audience, envelopes: Sequence[Envelope]) -> list[Message]:
+        view = audience.view
+        messages: list[Message] = []
+        for envelope in envelopes:
+            shown = view.show(envelope)
+            if shown is None:
+                audience.hidden += 1
+                continue
+            messages.append(Message(event_frame(shown, audience.prev), shown.seq))
+            audience.prev = shown.seq
+        if messages:
+            audience.shown += len(messages)
+            audience.hidden = 0 if audience.prev == envelopes[-1].seq else audience.hidden
+            self.frames_built += len(messages)
+        return messages
+
+    def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:
+        if not show or not any(audience.view.state for audience in conversation.audiences.values()):
+            return []
+        envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in show]
+        return [(envelope, state_frame(envelope)) for envelope in envelopes]
+
+    def _state_messages(self, view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
+        messages = []
+        for envelope, frame in upserts:
+            shown = view.show_state(envelope)
+            if shown is not None:
+                messages.append(Message(frame if shown is envelope else state_frame(shown)))
+        return messages
+
+    def _through(self, audience: Audience) -> Message:
+        audience.hidden = 0
+        audience.through_at_s = self._clock.monotonic_s()
+        return through_message(audience.conversation.conv_id, audience.conversation.position)
+
+    def tick(self, conversation: Conversation) -> None:
+        """Tell audiences that have seen nothing for a while how far they are. Called by the shared sweep."""
+        now_s = self._clock.monotonic_s()
+        for audience in list(conversation.audiences.values()):
+            if audience.hidden and now_s - audience.through_at_s >= self._through_s:
+                self._pool.broadcast(
+                    audience, [self._through(audience)], self.mark(conversation)._replace(prev=audience.prev)
+                )
+
+    # -- one connection -------------------------------------------------------------------------------------------
+
+    def deliver(self, connection_id: str, messages: Sequence[Message]) -> bool:
+        """Send messages to one connection. False: it is gone."""
+        return self._pool.send_to_one(connection_id, messages)
+
+    def join(self, connection_id: str, conversation: Conversation, view: View) -> bool:
+        """Make a connection live: from here it gets what its audience gets. False: it is gone."""
+        audience = conversation.audiences.get(view.key)
+        if audience is not None:
+            return self._pool.join(connection_id, audience)
+        audience = Audience(conversation, view, self._clock.monotonic_s())
+        if not self._pool.join(connection_id, audience):
+            return False
+        conversation.audiences[view.key] = audience
+        return True
+
+    def state_messages(self, conversation: Conversation, view: View, entities: Sequence[Entity]) -> list[Message]:
+        """Return the upserts of `entities` as this view shows them."""
+        if not view.state:
+            return []
+        envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in entities]
+        return self._state_messages(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
+
+    def entities_as_shown(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Entity]:
+        """Return entities as a view with filters or transforms shows them; hidden ones are left out."""
+        shown = []
+        for entity in entities:
+            seen = view.show_state(upsert_envelope(conv_id, entity))
+            if seen is not None:
+                props = seen.data.get("entity", {}).get("props", {})
+                shown.append(replace(entity, props=props))
+        return shown
+
+
+def event_messages(shown: Sequence[Envelope], prev: int) -> list[Message]:
+    """Return the frames of envelopes as a view showed them, chained after `prev`."""
+    messages = []
+    for envelope in shown:
+        messages.append(Message(event_frame(envelope, prev), envelope.seq))
+        prev = envelope.seq
+    return messages
+
+
+def control_message(type: str, data: Mapping[str, object], connection_id: str, position: int | None = None) -> Message:
+    """Return a control frame for one connection."""
+    return Message(control_frame(type, data, connection_id), position)
+
+
+def through_message(conv_id: str, seq: int) -> Message:
+    """Return the frame that moves a client's resume position without showing it anything."""
+    return Message(control_frame("ws.through", {"seq": str(seq)}, conv_id), seq)

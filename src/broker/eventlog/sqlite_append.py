@@ -1,0 +1,223 @@
+"""The writing half of the SQLite event log: gives seqs and stores the appends of a whole commit at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from broker.clock import Clock
+from broker.envelope import Envelope
+from broker.eventlog.base import Committed, Sink
+from broker.group_commit import Job
+from broker.sequence import next_seq
+
+logger = logging.getLogger(__name__)
+
+_CACHED_CONVERSATIONS = 10_000
+# Rows per statement. One statement for many rows is not only faster: sqlite3 gives up the interpreter lock per step,
+# and beside a busy event loop getting it back takes far longer than the row
+# (docs/decisions/0002-sqlite-writer-thread.md).
+_ROWS = 64
+
+# OR FAIL: the default, OR ABORT, keeps a copy of each page a statement touches; the batch's rollback makes it needless.
+_INSERT_ENVELOPES = (
+    "INSERT OR FAIL INTO envelope (conv, seq, size, time_ms, type, id, channel, dedupe_key, data) VALUES ",
+    9,
+    "",
+)
+_UPSERT_HEADS = (
+    "INSERT INTO conversation (conv, conv_id, generation, head_seq, trimmed_seq, count, bytes) VALUES ",
+    7,
+    " ON CONFLICT (conv) DO UPDATE SET head_seq = excluded.head_seq, count = excluded.count, bytes = excluded.bytes",
+)
+
+
+class Append(Job):
+    """One append call. prev_seq, stored, seqs: filled in by the writer."""
+
+    __slots__ = ("conv_id", "envelopes", "prev_seq", "seqs", "stored")
+
+    def __init__(
+        self, runner: Appends, future: asyncio.Future[Any], conv_id: str, envelopes: list[Envelope], size_bytes: int
+    ) -> None:
+        super().__init__(runner, future, size_bytes)
+        self.conv_id = conv_id
+        self.envelopes = envelopes
+        self.prev_seq = 0
+        self.stored: list[Envelope] = []
+        self.seqs: list[int] = []
+
+
+@dataclass(slots=True)
+class Head:
+    """What the writer knows of a conversation: its row of the table `conversation`."""
+
+    conv: int
+    conv_id: str
+    generation: int
+    head_seq: int = 0
+    trimmed_seq: int = 0
+    count: int = 0
+    bytes: int = 0
+
+
+class Heads:
+    """The conversations' rows, cached. Belongs to the writer thread."""
+
+    def __init__(self) -> None:
+        self._cached: OrderedDict[str, Head] = OrderedDict()
+        self._next_conv: int | None = None
+
+    def forget_all(self) -> None:
+        """Drop what was cached: after a rollback it may not be true."""
+        self._cached.clear()
+        self._next_conv = None
+
+    def forget(self, conv_id: str) -> None:
+        self._cached.pop(conv_id, None)
+
+    def load(self, connection: sqlite3.Connection, conv_ids: Iterable[str]) -> dict[str, Head]:
+        """Return the heads of those conversations that exist."""
+        heads: dict[str, Head] = {}
+        missing = []
+        for conv_id in conv_ids:
+            head = self._cached.get(conv_id)
+            if head is None:
+                missing.append(conv_id)
+            else:
+                self._cached.move_to_end(conv_id)
+                heads[conv_id] = head
+        if missing:
+            rows = connection.execute(
+                "SELECT json_group_array(json_array(conv, conv_id, generation, head_seq, trimmed_seq, count, bytes)) "
+                "FROM conversation WHERE conv_id IN (SELECT value FROM json_each(?))",
+                (orjson.dumps(missing).decode(),),
+            ).fetchone()[0]
+            for row in orjson.loads(rows):
+                heads[row[1]] = self._keep(Head(*row))
+        return heads
+
+    def create(self, connection: sqlite3.Connection, conv_id: str) -> Head:
+        """Return the head of a new conversation; its row is written by the caller."""
+        if self._next_conv is None:
+            self._next_conv = connection.execute("SELECT coalesce(max(conv), 0) + 1 FROM conversation").fetchone()[0]
+        generation = connection.execute("SELECT erasures FROM event_log").fetchone()[0]
+        head = Head(self._next_conv, conv_id, generation)
+        self._next_conv += 1
+        return self._keep(head)
+
+    def _keep(self, head: Head) -> Head:
+        self._cached[head.conv_id] = head
+        if len(self._cached) > _CACHED_CONVERSATIONS:
+            # Only the cache's entry goes; a batch that uses the object keeps it to its end.
+            self._cached.popitem(last=False)
+        return head
+
+
+class Appends:
+    """Runs the appends of one commit together and tells the sink of all of them in one call."""
+
+    transactional = True
+
+    def __init__(self, heads: Heads, clock: Clock) -> None:
+        self.sink: Sink | None = None
+        self._heads = heads
+        self._clock = clock
+
+    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
+        appends = cast(Sequence[Append], jobs)
+        heads = self._heads.load(connection, {append.conv_id for append in appends})
+        now_ms = self._clock.wall_ms()
+        dedupe_keys: dict[tuple[int, str], int] = {}
+        rows: list[Any] = []
+        for append in appends:
+            head = heads.get(append.conv_id)
+            if head is None:
+                head = heads[append.conv_id] = self._heads.create(connection, append.conv_id)
+            _place(connection, append, head, now_ms, dedupe_keys, rows)
+        _execute_rows(connection, _INSERT_ENVELOPES, rows)
+        values: list[Any] = []
+        for head in heads.values():
+            values += (
+                head.conv, head.conv_id, head.generation, head.head_seq, head.trimmed_seq, head.count, head.bytes,
+            )  # fmt: skip
+        _execute_rows(connection, _UPSERT_HEADS, values)
+
+    def committed(self, jobs: Sequence[Job]) -> None:
+        by_conversation: dict[str, Committed] = {}
+        for append in cast(Sequence[Append], jobs):
+            if append.stored:
+                known = by_conversation.get(append.conv_id)
+                if known is None:
+                    by_conversation[append.conv_id] = Committed(append.conv_id, append.prev_seq, append.stored)
+                else:
+                    known.envelopes += append.stored
+        if by_conversation and self.sink is not None:
+            self.sink(list(by_conversation.values()))
+
+
+def _place(
+    connection: sqlite3.Connection,
+    append: Append,
+    head: Head,
+    now_ms: int,
+    dedupe_keys: dict[tuple[int, str], int],
+    rows: list[Any],
+) -> None:
+    """Give the envelopes of `append` their seqs and add the values of their rows to `rows`."""
+    append.prev_seq = head.head_seq
+    append.stored = []
+    append.seqs = []
+    for envelope in append.envelopes:
+        key = envelope.dedupe_key
+        if key is not None:
+            first = dedupe_keys.get((head.conv, key)) or _first_with_key(connection, head.conv, key)
+            if first:
+                envelope.seq = first
+                append.seqs.append(first)
+                continue
+        seq = head.head_seq = next_seq(head.head_seq, now_ms)
+        if key is not None:
+            dedupe_keys[head.conv, key] = seq
+        size = envelope.size_bytes
+        envelope.seq = seq
+        head.count += 1
+        head.bytes += size
+        append.seqs.append(seq)
+        append.stored.append(envelope)
+        rows += (
+            head.conv, seq, size, envelope.time_ms, envelope.type, envelope.id, envelope.channel, key,
+            envelope.data_json,
+        )  # fmt: skip
+
+
+def _first_with_key(connection: sqlite3.Connection, conv: int, key: str) -> int:
+    row = connection.execute("SELECT seq FROM envelope WHERE conv = ? AND dedupe_key = ?", (conv, key)).fetchone()
+    return row[0] if row is not None else 0
+
+
+def _execute_rows(connection: sqlite3.Connection, statement: tuple[str, int, str], values: list[Any]) -> None:
+    """Run a statement of (head, columns, tail) over flat `values`, many rows at a time.
+
+    Full chunks of rows and single rows, so that two statements per table stay prepared.
+    """
+    head, columns, tail = statement
+    row = "(" + ",".join("?" * columns) + ")"
+    many = head + ",".join([row] * _ROWS) + tail
+    step = columns * _ROWS
+    whole = len(values) - len(values) % step
+    for start in range(0, whole, step):
+        connection.execute(many, values[start : start + step])
+    if whole < len(values):
+        rest = values[whole:]
+        if len(rest) == columns:
+            connection.execute(head + row + tail, rest)
+        else:
+            connection.execute(head + ",".join([row] * (len(rest) // columns)) + tail, rest)

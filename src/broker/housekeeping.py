@@ -1,0 +1,153 @@
+"""The shared timers of a process: held-back upserts, saving of timelines, eviction, retention, stalled connections.
+
+Two tasks for everything, however many conversations and connections there are. Each step is a plain method that a test
+may call itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from broker.clock import Clock
+from broker.conversations import Conversation, ConversationManager
+from broker.dispatch import Dispatcher, Pool
+from broker.errors import BrokerError
+from broker.eventlog.base import EventLog
+from broker.settings import Settings
+from broker.timeline.store import TimelineStore
+
+logger = logging.getLogger(__name__)
+
+COLD_CONVERSATIONS_PER_SWEEP = 100
+
+
+class Housekeeping:
+    """Keeps a process tidy. `start` runs the timers; `tick` and `sweep` are what they do."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        log: EventLog,
+        store: TimelineStore,
+        conversations: ConversationManager,
+        dispatcher: Dispatcher,
+        pool: Pool,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._log = log
+        self._store = store
+        self._conversations = conversations
+        self._dispatcher = dispatcher
+        self._pool = pool
+        self._tasks: list[asyncio.Task[None]] = []
+        self._cold_before: int | None = None
+        self._save_lock = asyncio.Lock()
+        self.save_error: str | None = None
+        self.trimmed = 0
+
+    def start(self) -> None:
+        """Start the timers."""
+        interval_s = min(self._settings.upsert_interval_s or 0.25, self._settings.timeline_flush_interval_s)
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._every(interval_s, self.tick)),
+            loop.create_task(self._every(self._settings.sweep_interval_s, self.sweep)),
+        ]
+
+    async def stop(self) -> None:
+        """Stop the timers and save what is unsaved."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.save(self._conversations.all(), everything=True)
+
+    async def _every(self, interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await step()
+            except Exception:
+                logger.exception("housekeeping failed; it goes on at the next turn")
+
+    async def tick(self) -> None:
+        """Show what was held back and may be shown now, then save what changed."""
+        busy = self._conversations.take_touched()
+        for conversation in busy:
+            if conversation.timeline.pending and not conversation.busy:
+                before = self._dispatcher.mark(conversation)
+                if show := conversation.timeline.due():
+                    self._dispatcher.dispatch_state(conversation, show, before)
+        await self.save(busy)
+        for conversation in busy:
+            if conversation.timeline.pending or conversation.timeline.dirty:
+                self._conversations.touch(conversation)
+
+    async def save(self, conversations: list[Conversation], *, everything: bool = False) -> None:
+        """Save the changed entities of `conversations`. A store that is away is tried again at the next tick."""
+        async with self._save_lock:
+            saves = [
+                (conversation, save)
+                for conversation in conversations
+                if not conversation.busy
+                and (save := conversation.timeline.take_save(everything=everything)) is not None
+            ]
+            if not saves:
+                return
+            try:
+                await self._store.save([save for _, save in saves])
+            except BrokerError as exc:
+                if self.save_error is None:
+                    logger.warning("timelines cannot be saved at present: %s", exc)
+                self.save_error = str(exc)
+                return
+            self.save_error = None
+            for conversation, save in saves:
+                conversation.timeline.saved(save)
+
+    async def sweep(self) -> None:
+        """Close stalled sockets, tell quiet connections their position, trim by retention, evict what is idle."""
+        self._pool.sweep(self._clock.monotonic_s())
+        for conversation in self._conversations.all():
+            if conversation.audiences:
+                self._dispatcher.tick(conversation)
+        try:
+            await self._retain()
+            await self._conversations.sweep()
+        except BrokerError as exc:
+            logger.warning("retention and eviction wait: %s", exc)
+
+    async def _retain(self) -> None:
+        for conversation in self._conversations.take_written():
+            await self.trim(conversation.conv_id)
+        cold = await self._log.conversations(before_seq=self._cold_before, limit=COLD_CONVERSATIONS_PER_SWEEP)
+        self._cold_before = cold[-1][1] if len(cold) == COLD_CONVERSATIONS_PER_SWEEP else None
+        for conv_id, _ in cold:
+            if self._conversations.get(conv_id) is None:
+                await self.trim(conv_id)
+
+    async def trim(self, conv_id: str) -> int:
+        """Apply retention to one conversation; return how many envelopes went.
+
+        Never beyond what the stored timeline contains, so that the rest can always be folded over it.
+        """
+        settings = self._settings
+        oldest_ms = self._clock.wall_ms() - int(settings.retention_age_s * 1000) if settings.retention_age_s else 0
+        through = await self._log.trim_candidate(
+            conv_id,
+            max_count=settings.retention_count,
+            max_bytes=settings.retention_bytes,
+            min_time_ms=oldest_ms,
+        )
+        if not through:
+            return 0
+        conversation = self._conversations.get(conv_id)
+        if conversation is not None and not conversation.timeline.readers:
+            await self.save([conversation], everything=True)
+        through = min(through, await self._store.cursor(conv_id))
+        gone = await self._log.trim(conv_id, through=through) if through else 0
+        self.trimmed += gone
+        return gone

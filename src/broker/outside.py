@@ -1,0 +1,283 @@
+"""What callers from outside the process ask for, with their permissions checked: reading, polling, publishing.
+
+Transports call this; in-process producers use `ConversationWSBroker.publish` and need no permission.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from pydantic import ValidationError
+
+from broker.dispatch import control_message, event_messages, through_message
+from broker.envelope import Draft, check_conv_id, encode_json
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
+from broker.security import Principal
+from broker.subscription import decide_start
+from broker.timeline.reader import TimelinePage
+from broker.views import View
+
+if TYPE_CHECKING:
+    from broker.broker import ConversationWSBroker
+    from broker.conversations import Conversation
+
+RESERVED_PREFIXES = ("ws.", "timeline.")
+STATE_FRAMES_MAX = 10_000
+
+
+@dataclass(slots=True)
+class MessagesPage:
+    """Recovery over HTTP: the frames that a socket would have carried, in order.
+
+    oldest_seq: everything after this position is retained. head_seq: the conversation's last seq. more: ask again with
+    the last frame's position.
+    """
+
+    epoch: str
+    oldest_seq: int
+    head_seq: int
+    recovered: bool
+    frames: list[bytes] = field(default_factory=list)
+    more: bool = False
+
+
+class Outside:
+    """The checked face of a broker."""
+
+    def __init__(self, broker: ConversationWSBroker) -> None:
+        self._broker = broker
+        self._publishing: set[tuple[str, str]] = set()
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    async def messages(
+        self,
+        principal: Principal,
+        conv_id: str,
+        *,
+        since: int,
+        epoch: str | None,
+        profile: str,
+        channels: str | None,
+        limit: int,
+        wait_s: float,
+    ) -> MessagesPage:
+        """Return the frames after `since` as the view shows them; wait up to `wait_s` seconds if there are none yet.
+
+        Hidden envelopes move the position by a closing `ws.through` frame. With a view that has state, the entities
+        newer than `since` follow the events once the page reaches the head. Raises what `subscribe` raises.
+        """
+        broker = self._broker
+        view = broker.views.compile(principal, profile, channels)
+        await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
+        conversation = await broker.conversations.open(conv_id)
+        conversation.holds += 1
+        try:
+            deadline_s = time.monotonic() + wait_s
+            while True:
+                page = await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
+                left_s = deadline_s - time.monotonic()
+                if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):
+                    return page
+                if not await conversation.next_dispatch(left_s):
+                    return await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
+        finally:
+            conversation.holds -= 1
+
+    def _shows_something(self, page: MessagesPage) -> bool:
+        return any(b'"type":"ws.through"' not in frame[:40] for frame in page.frames)
+
+    async def _page(
+        self, conversation: Conversation, view: View, *, since: int, epoch: str | None, limit: int
+    ) -> MessagesPage:
+        broker, conv_id = self._broker, conversation.conv_id
+        state = await broker.log.state(conv_id)
+        start = await decide_start(
+            broker.log,
+            conv_id,
+            state,
+            head=conversation.position,
+            since=since,
+            epoch=epoch,
+            hydrate=False,
+            has_state=view.state,
+        )
+        page = MessagesPage(
+            epoch=conversation.epoch,
+            oldest_seq=state.trimmed_seq,
+            head_seq=conversation.position,
+            recovered=start.recovered,
+        )
+        told = since
+        if start.reset is not None:
+            reset = {
+                "reason": start.reset,
+                "epoch": conversation.epoch,
+                "oldestSeq": str(start.after),
+                "from": str(start.after),
+            }
+            page.frames.append(control_message("ws.reset", reset, conv_id).text)
+            page.frames.append(through_message(conv_id, start.after).text)
+            told = start.after
+        cursor = start.after
+        head = conversation.position
+        events = 0
+        while cursor < head and events < limit:
+            stretch = await broker.log.read(conv_id, after=cursor, upto=head, limit=limit - events)
+            shown = [seen for envelope in stretch.envelopes if (seen := view.show(envelope)) is not None]
+            page.frames.extend(message.text for message in event_messages(shown, told))
+            events += len(shown)
+            told = shown[-1].seq if shown else told
+            cursor = max(cursor, stretch.through)
+        page.more = cursor < head
+        if not page.more and view.state:
+            page.frames.extend(await self._state_frames(conversation, view, start.state_after or 0))
+        if told < cursor:
+            page.frames.append(through_message(conv_id, cursor).text)
+        return page
+
+    async def _state_frames(self, conversation: Conversation, view: View, since_version: int) -> list[bytes]:
+        found = await self._broker.timeline.page_of(conversation, since_version=since_version, limit=STATE_FRAMES_MAX)
+        messages = self._broker.dispatcher.state_messages(conversation, view, found.entities)
+        return [message.text for message in messages]
+
+    async def timeline_page(
+        self,
+        principal: Principal,
+        conv_id: str,
+        *,
+        since_version: int = 0,
+        after_position: int = 0,
+        limit: int = 1000,
+        profile: str = "default",
+    ) -> TimelinePage:
+        """Return a page of a conversation's entities; one that does not exist is empty and stays so.
+
+        The profile's filters and transforms apply to it as to `timeline.upsert` frames (I14).
+        """
+        broker = self._broker
+        view = broker.views.compile(principal, profile, None)
+        await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
+        if broker.conversations.get(conv_id) is None:
+            state = await broker.log.state(conv_id)
+            if not state.exists:
+                return TimelinePage(conv_id, 0, state.epoch, [])
+        page = await broker.timeline.page(
+            conv_id, since_version=since_version, after_position=after_position, limit=limit
+        )
+        if view.filters or view.transforms:
+            page.entities = broker.dispatcher.entities_as_shown(conv_id, view, page.entities)
+        return page
+
+    # -- publishing -----------------------------------------------------------------------------------------------
+
+    async def publish(
+        self, principal: Principal, conv_id: str, drafts: Sequence[Draft], *, idempotency_key: str | None
+    ) -> tuple[list[int], str]:
+        """Publish drafts of a caller, checked against their declared types; return (seqs, epoch).
+
+        A repeated `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
+        InvalidDraft, IdempotencyMismatch, IdempotencyPending, PermissionDenied and what `publish` raises.
+        """
+        broker = self._broker
+        await broker.access.authorize(principal, "publish", check_conv_id(conv_id))
+        for draft in drafts:
+            self._check(draft)
+        epoch = (await broker.log.state(conv_id)).epoch
+        if idempotency_key is None:
+            return await broker.publish(conv_id, drafts), epoch
+        pending = (conv_id, idempotency_key)
+        if pending in self._publishing:
+            raise IdempotencyPending(idempotency_key)
+        self._publishing.add(pending)
+        try:
+            keyed = [
+                Draft(
+                    draft.type, draft.data, draft.id, draft.channel, f"publish:{idempotency_key}:{index}/{len(drafts)}"
+                )
+                for index, draft in enumerate(drafts)
+            ]
+            before = await self._answered(conv_id, idempotency_key, keyed)
+            return before if before is not None else await broker.publish(conv_id, keyed), epoch
+        finally:
+            self._publishing.discard(pending)
+
+    def _check(self, draft: Draft) -> None:
+        if draft.type.startswith(RESERVED_PREFIXES):
+            raise InvalidDraft(
+                f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
+            )
+        declared = self._broker.catalog.event_types.get(draft.type)
+        if declared is None or declared.model is None:
+            return
+        try:
+            declared.model.model_validate(draft.data)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "data"
+            raise InvalidDraft(
+                f"data of {draft.type} does not fit its type: {place}: {first['msg']}", type=draft.type, field=place
+            ) from exc
+
+    async def _answered(self, conv_id: str, key: str, drafts: Sequence[Draft]) -> list[int] | None:
+        """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""
+        log = self._broker.log
+        seqs: list[int] = []
+        for draft in drafts:
+            assert draft.dedupe_key is not None
+            seq = await log.find(conv_id, draft.dedupe_key)
+            if seq is None:
+                break
+            page = await log.read(conv_id, after=seq - 1, upto=seq, limit=1)
+            known = page.envelopes[0]
+            if known.type != draft.type or known.data != orjson.loads(encode_json(dict(draft.data))):
+                raise IdempotencyMismatch(key)
+            seqs.append(seq)
+        if len(seqs) == len(drafts):
+            return seqs
+        if seqs or await log.find_prefix(conv_id, f"publish:{key}:"):
+            raise IdempotencyMismatch(key)
+        return None
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def profiles(self, principal: Principal) -> list[dict[str, Any]]:
+        """Return the profiles that the caller may choose, with the channels that each has for them."""
+        offered = []
+        for profile in self._broker.catalog.profiles.values():
+            if not principal.may(profile.permission):
+                continue
+            try:
+                view = self._broker.views.compile(principal, profile.name, None)
+            except Exception:  # names a channel that this caller may not see: not offered
+                continue
+            offered.append(
+                {
+                    "name": profile.name,
+                    "description": profile.description,
+                    "channels": view.channel_names,
+                    "slow": profile.slow,
+                    "view": view.key,
+                }
+            )
+        return offered
+
+    def channels(self, principal: Principal) -> list[dict[str, Any]]:
+        """Return the channels that the caller may see."""
+        return [
+            {
+                "name": channel.name,
+                "kind": channel.kind,
+                "default": channel.default,
+                "description": channel.description,
+                "permission": channel.permission,
+                "switchable": channel.switchable,
+                "on": self._broker.catalog.is_on(channel),
+            }
+            for channel in self._broker.catalog.channels.values()
+            if principal.may(channel.permission)
+        ]

@@ -1,0 +1,66 @@
+"""How a run ends: what is still open is closed, and exactly one terminal event says why (I13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from broker.envelope import Draft, encode_json
+from broker.errors import BrokerError, EngineError
+from broker.runs.state import Run
+from broker.timeline.entity import Entity
+
+OPEN_TEXT = {"message": "llm.final", "thinking": "llm.thinking.final"}
+CLOSED_CALL = frozenset({"done", "error"})
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return an error as a run event carries it: `code` for machines, `message` for people, `kind` of an engine error."""
+    if isinstance(error, BrokerError):
+        described: dict[str, Any] = {"code": error.code, "message": error.message[:2000]}
+        if isinstance(error, EngineError):
+            described["kind"] = error.kind
+            if error.status is not None:
+                described["status"] = error.status
+        return described
+    return {"code": "internal", "message": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def run_draft(event: str, run: Run, *, dedupe: str | None = None, **extra: Any) -> Draft:
+    """Return a `run.<event>` draft. dedupe: makes it one of a kind for this run."""
+    data = {"runId": run.run_id, "idempotencyKey": run.idempotency_key, **extra}
+    return Draft(f"run.{event}", data, run.run_id, dedupe_key=f"{run.run_id}:{dedupe}" if dedupe else None)
+
+
+def terminal_draft(run: Run) -> Draft:
+    """Return the terminal event of an ended run. However often it is published, the log takes it once."""
+    extra = {key: value for key, value in (("error", run.error), ("usage", run.usage)) if value is not None}
+    return run_draft(run.status, run, dedupe="terminal", **extra)
+
+
+def closing_drafts(entities: Sequence[Entity], run: Run, *, max_text_bytes: int) -> list[Draft]:
+    """Return the drafts that close what an ended run left open: texts as partial, tool calls with an error.
+
+    max_text_bytes: longest text, as JSON, that one envelope carries; a longer one stands in its deltas only.
+    """
+    drafts = []
+    for entity in entities:
+        if entity.props.get("runId") != run.run_id:
+            continue
+        if entity.kind in OPEN_TEXT and (entity.growing or entity.props.get("streaming")):
+            data: dict[str, Any] = {"partial": True, "runId": run.run_id}
+            text = str(entity.props.get("text", ""))
+            if len(encode_json(text)) <= max_text_bytes:
+                data["text"] = text
+            drafts.append(Draft(OPEN_TEXT[entity.kind], data, entity.id))
+        elif entity.kind == "tool_call" and not _call_is_over(entity):
+            why = "the run failed" if run.status == "failed" else f"the run was {run.status}"
+            data = {"id": entity.id, "error": why, "runId": run.run_id}
+            drafts.append(Draft("tool.done", data, entity.id))
+    return drafts
+
+
+def _call_is_over(entity: Entity) -> bool:
+    # A denied call keeps its status when it is done; its result tells that it is.
+    status = entity.props.get("status")
+    return status in CLOSED_CALL or (status == "denied" and "error" in entity.props)

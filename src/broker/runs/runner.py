@@ -1,0 +1,378 @@
+"""One run at work: from the claim to its terminal event.
+
+    run.started → per step: request → engine stream → final texts → tools (approval) → … → run.finished
+    a stop, a limit or an error anywhere → open texts closed as partial → one terminal event
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Coroutine, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeVar
+
+from broker.envelope import SEM, Draft
+from broker.errors import BrokerError, EngineError, RunEnded
+from broker.runs.answer import StepAnswer, add_usage
+from broker.runs.ending import describe, run_draft
+from broker.runs.engine import ChatMessage, EngineProfile, EngineRequest
+from broker.runs.engines import EngineLease
+from broker.runs.history import messages_for
+from broker.runs.plan import make_plan, masked, plan_changes
+from broker.runs.run_publisher import RunPublisher
+from broker.runs.runtime import Runtime
+from broker.runs.state import Run, RunStatus
+from broker.runs.tool_round import RoundCall, ToolRound
+from broker.runs.turn_recorder import TurnRecorder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+StopReason = Literal["cancelled", "interrupted", "timeout"]
+
+
+class RunStopped(Exception):
+    """The run was told to stop."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RunTask:
+    """Works on one claimed run. Make one, `await work()` in a task of its own; everything else may be called meanwhile."""
+
+    def __init__(self, run: Run, runtime: Runtime) -> None:
+        """run: as `claim` returned it, or one that awaits approval since before a restart."""
+        self.run = run
+        self._runtime = runtime
+        self._limits = runtime.limits
+        self._resumed = run.status == "awaiting_tool_approval"
+        self._loop = asyncio.get_running_loop()
+        self._stop: asyncio.Future[StopReason] = self._loop.create_future()
+        self._published = RunPublisher(run.conv_id, run.run_id, runtime.publish)
+        self._recorder = TurnRecorder(
+            run, runtime.turns, runtime.plugins, runtime.clock, keep=self._limits.turns_per_conversation
+        )
+        self._lease: EngineLease | None = None
+        self._profile: EngineProfile
+        self._taken: set[str] = set()
+        self._messages: list[ChatMessage] = []
+        self._usage: dict[str, Any] | None = None
+        self._round: ToolRound | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._left_s = self._limits.run_timeout_s
+        self._due = 0.0
+
+    # -- orders from outside ----------------------------------------------------------------------------------------
+
+    def stop(self, reason: StopReason) -> None:
+        """Stop the run: the engine's request is closed at once, no further delta is published. The first order counts."""
+        if not self._stop.done():
+            self._stop.set_result(reason)
+
+    def decided(self) -> None:
+        """Say that a person decided tool calls of this run; what was decided is read from the store."""
+        if self._round is not None:
+            self._round.decided.set()
+
+    @property
+    def parked(self) -> bool:
+        """Whether the run only waits for a person, with no tool at work."""
+        return self._round is not None and self._round.parked
+
+    @property
+    def refused(self) -> int:
+        """Drafts that came after the run's end."""
+        return self._published.refused
+
+    # -- the whole --------------------------------------------------------------------------------------------------
+
+    async def work(self) -> Run | None:
+        """Work on the run to its end. Returns the ended run; None where it is left to the next start. Never raises."""
+        status: RunStatus = "finished"
+        error: dict[str, Any] | None = None
+        self._start_timer()
+        try:
+            await self._begin()
+            await self._steps()
+        except RunStopped as stop:
+            status, error = self._stopped(stop.reason)
+        except BrokerError as exc:
+            status, error = "failed", describe(exc)
+        except Exception as exc:
+            log.exception("run %s of %s failed", self.run.run_id, self.run.conv_id)
+            status, error = "failed", describe(exc)
+        return await self._end(status, error)
+
+    async def detach(self) -> None:
+        """Let go of a parked run without ending it: it goes on awaiting approval after the next start."""
+        self._stop_timer()
+        await self._published.end()
+        self._release()
+
+    def _stopped(self, reason: StopReason) -> tuple[RunStatus, dict[str, Any] | None]:
+        if reason == "timeout":
+            limit = self._limits.run_timeout_s
+            return "failed", {"code": "run-timeout", "message": f"the run took longer than its limit of {limit:g} s"}
+        if reason == "interrupted":
+            return "interrupted", {"code": "interrupted", "message": "the server was stopped while this run was going on"}
+        return "cancelled", None
+
+    async def _end(self, status: RunStatus, error: dict[str, Any] | None) -> Run | None:
+        self._stop_timer()
+        await self._published.end()
+        self._recorder.record("final", {"status": status, "error": error, "usage": self._usage})
+        changes: dict[str, Any] = {"error": error, "usage": self._usage, "step": self.run.step, "attempt": self.run.attempt}
+        ended = await self._runtime.settle(self.run, status, changes)
+        self._release()
+        return ended
+
+    async def finish_recording(self, timeout_s: float = 5.0) -> None:
+        """Wait until the run's turns are recorded; nobody else waits for that."""
+        await self._recorder.drain(timeout_s)
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._runtime.engines.release(self._lease)
+            self._lease = None
+
+    # -- before the first step --------------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        """Announce the run, apply its plan, get its engine."""
+        run = self.run
+        if not self._resumed:
+            started = run_draft(
+                "started", run, dedupe="started", engineProfile=run.engine_profile, messageId=run.message_id
+            )
+            await self._published.put([started])
+        self._profile = self._runtime.profiles.get(run.engine_profile)
+        plan = make_plan(run.conv_id, self._profile, run.overrides)
+        self._lease = await self._until_stopped(self._runtime.engines.acquire(plan))
+        store = self._runtime.store
+        known = await store.conversation(run.conv_id)
+        if known is not None and known.signature != plan.signature:
+            shown = masked(plan, self._profile)
+            if known.plan is not None:
+                data = {"engineProfile": plan.engine_profile, "changes": plan_changes(known.plan, shown), "runId": run.run_id}
+                await self._published.put([Draft("engine.changed", data, channel=SEM)])
+            # Read again: a prompt that was accepted meanwhile may have chosen another profile for the next runs.
+            newest = await store.conversation(run.conv_id) or known
+            await store.save_conversation(replace(newest, signature=plan.signature, plan=shown))
+
+    async def _read_history(self) -> None:
+        """Read from the timeline what the engine is told."""
+        await self._published.flush()
+        store = self._runtime.store
+        entities = await self._runtime.timeline.entities(self.run.conv_id)
+        self._taken = {entity.id for entity in entities}
+        self._messages = messages_for(
+            entities,
+            self.run,
+            await store.runs(self.run.conv_id, limit=1_000_000),
+            system_prompt=self._profile.system_prompt,
+            opaque=await store.opaque(self.run.conv_id),
+        )
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    async def _steps(self) -> None:
+        if self._resumed:
+            await self._resume_round()
+        await self._read_history()
+        while True:
+            answer = await self._answer()
+            await self._published.put(answer.close())
+            await self._keep(answer)
+            calls = answer.main_calls
+            if not calls:
+                await self._published.flush()
+                return
+            if self.run.step >= self._limits.max_tool_steps:
+                raise EngineError(
+                    f"the run made {self.run.step} rounds of tool calls and asks for more, which is the limit: "
+                    "raise max_tool_steps, or ask for less at once",
+                    kind="config",
+                )
+            main = answer.main
+            await self._published.put(answer.close_alternatives())
+            self._messages.append(
+                ChatMessage(
+                    "assistant", answer.text_of(main), tuple(call.call for call in calls), opaque=tuple(main.opaque)
+                )
+            )
+            work = [RoundCall(call.call, error=call.error) for call in calls]
+            self._messages += await self._run_round(work)
+            self.run = replace(self.run, step=self.run.step + 1)
+
+    async def _keep(self, answer: StepAnswer) -> None:
+        """Record a complete answer."""
+        self._usage = add_usage(self._usage, answer.usage)
+        for choice in answer.choices.values():
+            if choice.opaque:
+                await self._runtime.store.save_opaque(self.run.conv_id, choice.message_id, choice.opaque)
+        main = answer.main
+        self._recorder.record(
+            "response",
+            {
+                "step": self.run.step,
+                "messageId": main.message_id,
+                "text": answer.text_of(main),
+                "reasoning": "".join(piece for thought in main.thoughts for piece in thought),
+                "toolCalls": [asdict(call.call) for call in answer.main_calls],
+                "finishReason": main.finish.reason if main.finish else None,
+                "usage": answer.usage or {},
+            },
+        )
+
+    async def _answer(self) -> StepAnswer:
+        """Return the complete answer of this step; tries again while nothing of it was published."""
+        assert self._lease is not None
+        specs = self._runtime.tools.specs(list(self._profile.tools))
+        request = EngineRequest(self.run.conv_id, self.run.run_id, tuple(self._messages), tuple(specs), self.run.step)
+        self._recorder.record(
+            "request",
+            {
+                "step": request.step,
+                "engineProfile": self.run.engine_profile,
+                "messages": [asdict(message) for message in request.messages],
+                "tools": [spec.name for spec in specs],
+            },
+        )
+        attempt = 1
+        while True:
+            self.run = replace(self.run, attempt=attempt)
+            answer = StepAnswer(
+                self.run.run_id, self._lease.plan.config.get("model"), self._taken, self._limits.max_text_bytes
+            )
+            try:
+                await self._until_stopped(self._pump(request, answer))
+                return answer
+            except EngineError as exc:
+                if not (exc.retryable and answer.empty and attempt < self._limits.max_attempts):
+                    raise
+                await self._pause(exc, attempt)
+            attempt += 1
+
+    async def _pump(self, request: EngineRequest, answer: StepAnswer) -> None:
+        """Read the engine's stream to its end, publishing each event as it comes."""
+        assert self._lease is not None
+        idle_s = self._limits.engine_idle_timeout_s
+        stream = self._lease.engine.stream(request)
+        try:
+            async with asyncio.timeout(idle_s) as idle:
+                async for event in stream:
+                    if self._stop.done():
+                        return  # an engine that swallowed its cancellation is not listened to
+                    drafts = answer.take(event)
+                    if drafts:
+                        await self._published.put(drafts)
+                    idle.reschedule(self._loop.time() + idle_s)
+        except TimeoutError as exc:
+            if not idle.expired():
+                raise EngineError(f"engine {self._lease.plan.engine!r} failed: {exc!r}", retryable=True) from exc
+            raise EngineError(
+                f"engine {self._lease.plan.engine!r} sent nothing for {idle_s:g} s", kind="timeout", retryable=True
+            ) from exc
+        except (BrokerError, RunEnded):
+            raise
+        except Exception as exc:
+            self._runtime.plugins.report(self._lease.plan.engine, "build_engine", exc)
+            raise EngineError(
+                f"engine {self._lease.plan.engine!r} failed: {type(exc).__name__}: {str(exc)[:500]}"
+            ) from exc
+        finally:
+            aclose = getattr(stream, "aclose", None)
+            if aclose is not None:
+                await aclose()
+        if answer.unfinished:
+            raise EngineError(
+                f"engine {self._lease.plan.engine!r} ended its stream without a finish: the answer is not complete",
+                kind="cut",
+                retryable=True,
+            )
+
+    async def _pause(self, error: EngineError, attempt: int) -> None:
+        """Wait before the next try: as long as the provider asked for, else doubling with jitter."""
+        limits = self._limits
+        asked = error.fields.get("retry_after_s")
+        delay = limits.retry_delay_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+        if isinstance(asked, int | float) and asked >= 0:
+            delay = float(asked)
+        if delay > limits.retry_delay_max_s:
+            raise error  # the person should know now, not after minutes of silence
+        data = {
+            "message": f"the engine failed before its answer began, trying again in {delay:.1f} s: {error.message[:300]}",
+            "level": "warning",
+            "fields": {"attempt": attempt, "maxAttempts": limits.max_attempts},
+            "runId": self.run.run_id,
+        }
+        await self._published.put([Draft("log", data)])
+        await self._until_stopped(asyncio.sleep(delay))
+
+    # -- tools ------------------------------------------------------------------------------------------------------
+
+    async def _run_round(self, calls: Sequence[RoundCall]) -> list[ChatMessage]:
+        """Carry out one round of tool calls and return their messages."""
+        self._round = ToolRound(self.run, calls, self._runtime, self._published, list(self._profile.tools))
+        try:
+            await self._round.start()
+            if self._round.awaiting:
+                self._stop_timer()  # a person may take hours: that is not the run's time
+                await self._until_stopped(self._round.approvals())
+                self._start_timer()
+            await self._until_stopped(self._round.results())
+            self._recorder.record("tools", {"step": self.run.step, "calls": self._round.describe()})
+            return self._round.messages()
+        finally:
+            self._round.abandon()
+            self._round = None
+
+    async def _resume_round(self) -> None:
+        """Take up the round in which the run awaited approval when the process ended."""
+        done = await self._runtime.timeline.get(self.run.conv_id, [call.id for call in self.run.calls])
+        await self._run_round([RoundCall.resumed(call, done.get(call.id)) for call in self.run.calls])
+        self.run = replace(self.run, step=self.run.step + 1)
+
+    # -- waiting ----------------------------------------------------------------------------------------------------
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what `work` returns; raise RunStopped when the run is told to stop first, and cancel it then.
+
+        What does not end within `stop_grace_s` of its cancellation is left behind: its drafts will be refused.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if not task.done():
+            _, stuck = await asyncio.wait({task}, timeout=self._limits.stop_grace_s)
+            if stuck:
+                log.error("run %s: the engine did not end when cancelled; going on without it", self.run.run_id)
+                task.add_done_callback(_ignore)
+        if self._stop.done():
+            if task.done():
+                _ignore(task)
+            raise RunStopped(self._stop.result())
+        return task.result()
+
+    def _start_timer(self) -> None:
+        self._due = self._loop.time() + self._left_s
+        self._deadline = self._loop.call_later(max(0.0, self._left_s), self.stop, "timeout")
+
+    def _stop_timer(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+            self._left_s = self._due - self._loop.time()
+
+
+def _ignore(task: asyncio.Future[Any]) -> None:
+    """Take the result of a task that nobody waits for, so that it is not reported as lost."""
+    if not task.cancelled():
+        task.exception()

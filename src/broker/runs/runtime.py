@@ -1,0 +1,91 @@
+"""What every run works with, and how a run's end is written."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from broker.clock import Clock
+from broker.envelope import Draft
+from broker.errors import BrokerError, StoreError, Unavailable
+from broker.runs.ending import closing_drafts, terminal_draft
+from broker.runs.engines import EngineCache
+from broker.runs.limits import RunLimits
+from broker.runs.plan import EngineProfiles
+from broker.runs.ports import Plugins, Publish, TimelineReader
+from broker.runs.state import ACTIVE, TERMINAL, Run, RunStatus
+from broker.runs.store import RunStore
+from broker.runs.tool_runner import ToolRunner
+from broker.runs.turns import TurnStore
+
+log = logging.getLogger(__name__)
+
+END_RETRY_S = 0.2
+END_RETRY_MAX_S = 5.0
+
+
+@dataclass(slots=True)
+class Runtime:
+    """The parts that runs share. closing: the process goes down; nothing is tried again any more."""
+
+    store: RunStore
+    turns: TurnStore
+    plugins: Plugins
+    clock: Clock
+    limits: RunLimits
+    publish: Publish
+    timeline: TimelineReader
+    profiles: EngineProfiles
+    engines: EngineCache
+    tools: ToolRunner
+    closing: bool = False
+
+    async def settle(self, run: Run, status: RunStatus, changes: Mapping[str, Any]) -> Run | None:
+        """End a run: durable status first, then everything open closed and its one terminal event.
+
+        Whoever was first decides the status; a run that has ended already gets its terminal event published again,
+        which the log takes once. While the store is unavailable this tries on. Returns the ended run, None where the
+        process went down first: the next start finishes the work.
+        """
+        delay = END_RETRY_S
+        while True:
+            try:
+                ended = await self.store.update(
+                    run.run_id, ACTIVE, {**changes, "status": status, "calls": ()}, self.clock.wall_ms()
+                ) or await self.store.get(run.run_id)
+                if ended is None or not ended.ended:
+                    return ended  # erased meanwhile
+                await self._publish_end(ended)
+                changes = {"terminal_published": True}
+                return await self.store.update(run.run_id, TERMINAL, changes, self.clock.wall_ms()) or ended
+            except (StoreError, Unavailable) as exc:
+                if self.closing:
+                    log.warning("the end of run %s is left to the next start: %s", run.run_id, exc)
+                    return None
+                log.warning("the end of run %s cannot be written, trying again: %s", run.run_id, exc)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, END_RETRY_MAX_S)
+
+    async def _publish_end(self, run: Run) -> None:
+        closers: list[Draft] = []
+        if run.started_at_ms is not None and run.status != "finished":
+            entities = await self.timeline.entities(run.conv_id)
+            closers = closing_drafts(entities, run, max_text_bytes=self.limits.max_text_bytes)
+        drafts = [*closers, terminal_draft(run)]
+        try:
+            await self.publish(run.conv_id, drafts)
+        except (StoreError, Unavailable):
+            raise
+        except BrokerError as exc:
+            # A plugin refuses one of them. The end must not be lost for that: each goes on its own.
+            log.warning("the end of run %s was refused as a whole: %s", run.run_id, exc)
+            for draft in drafts:
+                try:
+                    await self.publish(run.conv_id, [draft])
+                except (StoreError, Unavailable):
+                    raise
+                except BrokerError as refusal:
+                    log.error("%s of run %s was refused: %s", draft.type, run.run_id, refusal)

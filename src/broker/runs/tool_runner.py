@@ -1,0 +1,180 @@
+"""Runs tools: input checked, time, concurrency and output limited, and no failure leaves this room as an exception."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from jsonschema import Draft202012Validator
+
+from broker.errors import shown
+from broker.runs.engine import ToolCall, ToolSpec
+from broker.runs.plan import check_schema, check_unique
+from broker.runs.ports import Plugins
+from broker.runs.tools import Tool, ToolContext, ToolResult
+
+MAX_THREADS = 64
+"""Plain (not async) tools that run at once in this process. A thread cannot be stopped: one that hangs keeps its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutcome:
+    """What became of a call. result: JSON value as it is published. error: why it failed, None if it did not."""
+
+    result: ToolResult
+    error: str | None = None
+
+    @property
+    def content(self) -> str:
+        """The result as the model gets it: text as it is, anything else as JSON."""
+        return self.result if isinstance(self.result, str) else orjson.dumps(self.result).decode()
+
+
+def failed(error: str) -> ToolOutcome:
+    """Return the outcome of a call that failed, told to clients and model in the same way."""
+    return ToolOutcome({"error": error}, error)
+
+
+@dataclass(slots=True)
+class _Entry:
+    tool: Tool
+    plugin: str
+    validator: Draft202012Validator
+    slots: asyncio.Semaphore | None
+
+
+class ToolRunner:
+    """The tools of all plugins, by name."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
+        self._entries: dict[str, _Entry] = {}
+        self._threads = asyncio.Semaphore(MAX_THREADS)
+        self.load()
+
+    def load(self) -> None:
+        """Collect the tools of all plugins again.
+
+        Raises PluginError for a name that two register, and for `parameters` that are no JSON schema.
+        """
+        entries: dict[str, _Entry] = {}
+        owners: dict[str, str] = {}
+        for plugin, result in self._plugins.call_collect("register_tools"):
+            for tool in [result] if isinstance(result, Tool) else result:
+                check_unique(plugin, "register_tools", tool.name, owners)
+                check_schema(plugin, f"tool {tool.name!r}", tool.parameters)
+                slots = asyncio.Semaphore(tool.max_concurrency) if tool.max_concurrency else None
+                entries[tool.name] = _Entry(tool, plugin, Draft202012Validator(tool.parameters), slots)
+        self._entries = entries
+
+    def specs(self, names: list[str]) -> list[ToolSpec]:
+        """Return what the engine offers to the model: those of `names` that are loaded."""
+        entries = [self._entries[name] for name in names if name in self._entries]
+        return [ToolSpec(e.tool.name, e.tool.description, e.tool.parameters) for e in entries]
+
+    def refusal(self, call: ToolCall, offered: list[str]) -> str | None:
+        """Return why a call cannot be run at all, None if it can: unknown tool, or input that its schema refuses."""
+        entry = self._entries.get(call.name) if call.name in offered else None
+        if entry is None:
+            known = [name for name in offered if name in self._entries]
+            return f"tool {shown(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
+        error = next(iter(entry.validator.iter_errors(dict(call.input))), None)
+        if error is None:
+            return None
+        where = ".".join(str(part) for part in error.absolute_path)
+        return f"input of {call.name} is not valid{f' at {where}' if where else ''}: {error.message[:300]}"
+
+    def needs_approval(self, name: str) -> bool:
+        """Say whether a person must approve each call of the tool."""
+        return name in self._entries and self._entries[name].tool.requires_approval
+
+    async def run(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
+        """Run a call that `refusal` had nothing against. Never raises but CancelledError."""
+        entry = self._entries.get(call.name)
+        if entry is None:
+            return failed(f"tool {shown(call.name)} was unloaded")
+        tool = entry.tool
+        try:
+            async with asyncio.timeout(tool.timeout_s) as limit:
+                value = await self._call(entry, dict(call.input), context)
+        except TimeoutError as exc:
+            if not limit.expired():
+                return self._raised(entry, exc)
+            return failed(f"tool {tool.name} did not answer within its time limit of {tool.timeout_s:g} s")
+        except Exception as exc:
+            return self._raised(entry, exc)
+        return _limited(tool, value)
+
+    def _raised(self, entry: _Entry, exc: Exception) -> ToolOutcome:
+        self._plugins.report(entry.plugin, "register_tools", exc)
+        return failed(f"tool {entry.tool.name} failed: {type(exc).__name__}: {str(exc)[:500]}")
+
+    async def _call(self, entry: _Entry, tool_input: Mapping[str, Any], context: ToolContext) -> ToolResult:
+        call = entry.tool.call
+        if inspect.iscoroutinefunction(call):
+            if entry.slots is None:
+                return await call(tool_input, context)  # type: ignore[no-any-return]
+            async with entry.slots:
+                return await call(tool_input, context)  # type: ignore[no-any-return]
+        held = [slots for slots in (entry.slots, self._threads) if slots is not None]
+        value = await _in_thread(held, lambda: call(tool_input, context))
+        # A plain function may hand back an awaitable (a partial, a callable object).
+        return await value if inspect.isawaitable(value) else value
+
+
+async def _in_thread(slots: list[asyncio.Semaphore], fn: Any) -> Any:
+    """Run `fn` on a thread of its own, holding `slots` until it really ends, even when nobody waits any more.
+
+    Daemon threads: a tool that hangs must not keep the process from ending, which an executor's threads would.
+    """
+    acquired: list[asyncio.Semaphore] = []
+    try:
+        for slot in slots:
+            await slot.acquire()
+            acquired.append(slot)
+    except BaseException:
+        for slot in acquired:
+            slot.release()
+        raise
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        for slot in acquired:
+            slot.release()
+        if not future.done():
+            future.set_exception(error) if error is not None else future.set_result(value)
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = fn()
+        except StopIteration as exc:  # a future refuses it
+            error = RuntimeError(f"StopIteration: {exc}")
+        except BaseException as exc:
+            error = exc if isinstance(exc, Exception) else RuntimeError(f"{type(exc).__name__}: {exc}")
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, value, error)
+
+    context = contextvars.copy_context()
+    threading.Thread(target=lambda: context.run(work), name="tool", daemon=True).start()
+    return await future
+
+
+def _limited(tool: Tool, value: ToolResult) -> ToolOutcome:
+    """Return the outcome with a result that is cut, and says so, where it is longer than the tool may answer."""
+    try:
+        encoded = value.encode() if isinstance(value, str) else orjson.dumps(value)
+        orjson.dumps(value)
+    except (TypeError, ValueError) as exc:
+        return failed(f"tool {tool.name} returned {type(value).__name__}, which JSON cannot carry: {str(exc)[:200]}")
+    if len(encoded) <= tool.max_output_bytes:
+        return ToolOutcome(value)
+    kept = encoded[: tool.max_output_bytes].decode(errors="ignore")
+    return ToolOutcome(f"{kept}\n[cut: the first {tool.max_output_bytes} of {len(encoded)} bytes]")

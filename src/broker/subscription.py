@@ -1,0 +1,145 @@
+"""Subscriptions: what one connection asked for, where it stands, and the frames that open it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.conversations import Conversation
+from broker.eventlog.base import EventLog, LogState
+from broker.security import Principal
+from broker.views import View
+
+ResetReason = Literal["expired", "epoch", "ahead"]
+Status = Literal["starting", "behind", "live", "parked", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class SubscribeRequest:
+    """What a client asks for when it connects.
+
+    since: position to resume after, None for live only, 0 for everything retained. epoch: the life of the log that
+    `since` belongs to, as `ws.hello` gave it. hydrate: state first. view: digest of the view the client had.
+    """
+
+    conv_id: str
+    profile: str = "default"
+    channels: str | None = None
+    since: int | None = None
+    epoch: str | None = None
+    hydrate: bool = False
+    view: str | None = None
+
+
+class Subscription:
+    """One connection's interest in one conversation. No task while it is live.
+
+    cursor: every event up to here is decided for it (while live, the audience's position counts instead).
+    told: the position that the client knows of: seq of the last event frame or `ws.through`.
+    state_cursor: it has every entity up to this version. seen: after a change of view in place, the previous view and
+    the position up to which it had shown everything: replayed events that it admitted are left out.
+    """
+
+    __slots__ = (
+        "connection_id",
+        "conversation",
+        "cursor",
+        "opened_at_ms",
+        "parked",
+        "principal",
+        "request",
+        "seen",
+        "skipped",
+        "state_cursor",
+        "status",
+        "task",
+        "told",
+        "view",
+    )
+
+    def __init__(
+        self,
+        connection_id: str,
+        conversation: Conversation,
+        request: SubscribeRequest,
+        view: View,
+        principal: Principal,
+    ) -> None:
+        self.connection_id = connection_id
+        self.conversation = conversation
+        self.request = request
+        self.view = view
+        self.principal = principal
+        self.status: Status = "starting"
+        self.cursor = 0
+        self.told = 0
+        self.state_cursor = 0
+        self.parked = 0
+        self.skipped = 0
+        self.opened_at_ms = 0
+        self.seen: tuple[View, int] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def conv_id(self) -> str:
+        return self.conversation.conv_id
+
+    @property
+    def profile(self) -> str:
+        return self.view.profile.name
+
+    @property
+    def position(self) -> int:
+        """Everything up to here is decided for this connection: delivered, or hidden by its view."""
+        return self.conversation.position if self.status == "live" else self.cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a subscription really starts.
+
+    after: events with a higher seq follow. state_after: entities with a higher version follow first, None: no state
+    is sent. reset: why what was asked for is not to be had. recovered: the resume that was asked for is complete.
+    """
+
+    after: int
+    state_after: int | None
+    reset: ResetReason | None
+    recovered: bool
+
+
+async def decide_start(
+    log: EventLog,
+    conv_id: str,
+    state: LogState,
+    *,
+    head: int,
+    since: int | None,
+    epoch: str | None,
+    hydrate: bool,
+    has_state: bool,
+) -> Start:
+    """Decide where a client that asks for `since` of `epoch` starts (the rules of docs/explanation/delivery.md).
+
+    head: the position up to which this process has dispatched. With `epoch` given, `since` must be a position of this
+    very log: a restored older database keeps its epoch but does not know positions that were given after the backup.
+    """
+    if since is None:
+        return Start(after=head, state_after=0 if hydrate else None, reset=None, recovered=False)
+    reset: ResetReason | None = None
+    if epoch is not None and epoch != state.epoch:
+        reset = "epoch"
+    elif since > max(head, state.head_seq):
+        reset = "ahead"
+    elif 0 < since < state.trimmed_seq:
+        reset = "expired"
+    elif epoch is not None and since not in (0, state.trimmed_seq) and not await log.contains(conv_id, since):
+        reset = "epoch"
+    if reset is not None:
+        # The state holds all that the lost events would have told; a view without state gets every event there still is.
+        after = head if has_state else state.trimmed_seq
+        return Start(after=after, state_after=0, reset=reset, recovered=False)
+    if hydrate:
+        return Start(after=head, state_after=0, reset=None, recovered=True)
+    return Start(after=max(since, state.trimmed_seq), state_after=since, reset=None, recovered=True)

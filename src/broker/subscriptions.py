@@ -1,0 +1,307 @@
+"""Subscriptions at work: opening, following, changing, ending; and what happens when a connection falls behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_message, through_message
+from broker.errors import BrokerError, LimitExceeded, NotFound, Unavailable
+from broker.recovery import Recovery
+from broker.security import Principal
+from broker.subscription import Start, SubscribeRequest, Subscription, decide_start
+
+if TYPE_CHECKING:
+    from broker.broker import ConversationWSBroker
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_SPREAD_MS = 5000
+"""After a restart clients come back spread over this time, so that they are no stampede."""
+
+
+class Subscriptions:
+    """All subscriptions of a process, by connection id. Is the pool's listener."""
+
+    def __init__(self, broker: ConversationWSBroker, pool: Pool, dispatcher: Dispatcher, recovery: Recovery) -> None:
+        self._broker = broker
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._recovery = recovery
+        self._by_connection: dict[str, Subscription] = {}
+        self.parked_total = 0
+        pool.bind(self)
+
+    def __len__(self) -> int:
+        return len(self._by_connection)
+
+    def all(self) -> list[Subscription]:
+        """Return the open subscriptions."""
+        return list(self._by_connection.values())
+
+    def get(self, connection_id: str) -> Subscription | None:
+        return self._by_connection.get(connection_id)
+
+    # -- open -----------------------------------------------------------------------------------------------------
+
+    async def open(self, connection_id: str, request: SubscribeRequest, principal: Principal) -> Subscription:
+        """Subscribe a connection that is in the pool: `ws.hello`, then what it missed, then live.
+
+        Raises InvalidConversationId, UnknownProfile, UnknownChannel, PermissionDenied, StoreError, Unavailable; then
+        nothing was sent.
+        """
+        broker = self._broker
+        if broker.draining:
+            raise Unavailable("this process is shutting down: connect again")
+        if connection_id in self._by_connection:
+            raise LimitExceeded(f"connection {connection_id} is subscribed already: one conversation per connection")
+        view = broker.views.compile(principal, request.profile, request.channels)
+        await broker.access.authorize(principal, "read", request.conv_id, view.channel_names)
+        conversation = await broker.conversations.open(request.conv_id)
+        conversation.subscriptions += 1
+        subscription = Subscription(connection_id, conversation, request, view, principal)
+        subscription.opened_at_ms = broker.clock.wall_ms()
+        self._by_connection[connection_id] = subscription
+        try:
+            start = await self._decide(subscription, request.since, request.epoch, request.hydrate)
+        except BaseException:
+            self._drop(subscription)
+            raise
+        self._begin(subscription, start, [self._hello(subscription, start), *self._reset(subscription, start)])
+        broker.plugins.call_all("on_connection_opened", connection=subscription)
+        return subscription
+
+    async def _decide(self, subscription: Subscription, since: int | None, epoch: str | None, hydrate: bool) -> Start:
+        conversation = subscription.conversation
+        if since is None:  # nothing to look up: the common case costs no read
+            return Start(conversation.position, 0 if hydrate else None, None, False)
+        state = await self._broker.log.state(subscription.conv_id)
+        return await decide_start(
+            self._broker.log,
+            subscription.conv_id,
+            state,
+            head=conversation.position,
+            since=since,
+            epoch=epoch,
+            hydrate=hydrate,
+            has_state=subscription.view.state,
+        )
+
+    def _hello(self, subscription: Subscription, start: Start) -> Message:
+        conversation, view, request = subscription.conversation, subscription.view, subscription.request
+        data: dict[str, Any] = {
+            "convId": conversation.conv_id,
+            "connectionId": subscription.connection_id,
+            "profile": view.profile.name,
+            "channels": view.channel_names,
+            "view": view.key,
+            "epoch": conversation.epoch,
+            "seq": str(conversation.position),
+            "serverTimeMs": self._broker.clock.wall_ms(),
+            "recovered": start.recovered,
+            "from": str(start.after),
+            "viewChanged": request.view is not None and request.view != view.key,
+        }
+        return control_message("ws.hello", data, subscription.connection_id)
+
+    def _reset(self, subscription: Subscription, start: Start) -> list[Message]:
+        if start.reset is None:
+            return []
+        data = {
+            "reason": start.reset,
+            "epoch": subscription.conversation.epoch,
+            "oldestSeq": str(start.after),
+            "from": str(start.after),
+        }
+        return [control_message("ws.reset", data, subscription.connection_id)]
+
+    def _begin(self, subscription: Subscription, start: Start, opening: list[Message]) -> None:
+        """Send the opening frames and go live at once if nothing is missing, else start catching up."""
+        conversation = subscription.conversation
+        subscription.cursor = start.after
+        subscription.told = 0 if start.reset or subscription.request.since is None else start.after
+        subscription.state_cursor = start.after
+        if start.reset is not None:
+            # The client's own position is void: this frame is where it starts to count again.
+            opening.append(through_message(conversation.conv_id, start.after))
+            subscription.told = start.after
+        if start.state_after is None and start.after == conversation.position:
+            opening.extend(self._recovery.closing_messages(subscription))
+            if self._dispatcher.deliver(subscription.connection_id, opening) and self._dispatcher.join(
+                subscription.connection_id, conversation, subscription.view
+            ):
+                subscription.status = "live"
+            return
+        self._dispatcher.deliver(subscription.connection_id, opening)
+        self._catch_up(subscription, state_after=start.state_after, lag=False)
+
+    def _catch_up(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
+        subscription.status = "behind"
+        subscription.task = asyncio.get_running_loop().create_task(
+            self._run_recovery(subscription, state_after=state_after, lag=lag)
+        )
+
+    async def _run_recovery(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
+        try:
+            await self._recovery.run(subscription, state_after=state_after, lag=lag)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            # The client keeps its position and comes back; a half-told story would be worse than none.
+            if not isinstance(exc, BrokerError):
+                logger.exception("connection %s: catching up failed", subscription.connection_id)
+            self._bye(subscription, "catching up failed", reconnect=True)
+            self._pool.close(subscription.connection_id, 4500, "catching up failed")
+        finally:
+            if subscription.task is asyncio.current_task():
+                subscription.task = None
+
+    # -- while it lasts -------------------------------------------------------------------------------------------
+
+    def ping(self, subscription: Subscription, data: Any) -> None:
+        """Answer a client's ping: how far everything is decided for it, then the pong."""
+        position = subscription.position
+        messages = []
+        if position > 0 and subscription.status in ("live", "behind", "parked"):
+            messages.append(through_message(subscription.conv_id, position))
+            if subscription.status != "live":
+                subscription.told = max(subscription.told, position)
+        pong: dict[str, Any] = {"convId": subscription.conv_id, "serverTimeMs": self._broker.clock.wall_ms()}
+        if data is not None:
+            pong["data"] = data
+        messages.append(control_message("ws.pong", pong, subscription.connection_id))
+        if self._pool.writable(subscription.connection_id):
+            self._dispatcher.deliver(subscription.connection_id, messages)
+
+    def refuse(self, subscription: Subscription, code: str, message: str) -> None:
+        """Tell a client that a message of its was refused (`ws.error`)."""
+        frame = control_message("ws.error", {"code": code, "message": message}, subscription.connection_id)
+        if self._pool.writable(subscription.connection_id):
+            self._dispatcher.deliver(subscription.connection_id, [frame])
+
+    async def change_view(
+        self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
+    ) -> None:
+        """Change a subscription's view in place. With `since` the newly visible part of the past follows, each once.
+
+        Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; then the view stays as it was.
+        """
+        broker, conversation = self._broker, subscription.conversation
+        view = broker.views.compile(subscription.principal, profile, channels)
+        await broker.access.authorize(subscription.principal, "read", subscription.conv_id, view.channel_names)
+        state = await broker.log.state(subscription.conv_id) if since is not None else None
+        if subscription.status == "closed":
+            return
+        await self._stop_catching_up(subscription)
+        position, old = subscription.position, subscription.view
+        self._pool.leave(subscription.connection_id)
+        subscription.view = view
+        subscription.cursor = position
+        subscription.seen = None
+        if since is not None and state is not None:
+            subscription.cursor = min(max(since, state.trimmed_seq), position)
+            subscription.seen = (old, position)
+        subscription.told = subscription.cursor
+        changed = control_message(
+            "ws.profile",
+            {
+                "profile": view.profile.name,
+                "channels": view.channel_names,
+                "view": view.key,
+                "from": str(subscription.cursor),
+            },
+            subscription.connection_id,
+        )
+        self._dispatcher.deliver(
+            subscription.connection_id, [changed, through_message(conversation.conv_id, subscription.cursor)]
+        )
+        # A view that had no state before gets all of it; one that had it keeps what it has.
+        self._catch_up(subscription, state_after=subscription.state_cursor if old.state else 0, lag=False)
+
+    async def _stop_catching_up(self, subscription: Subscription) -> None:
+        task, subscription.task = subscription.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # -- told by the pool -----------------------------------------------------------------------------------------
+
+    def on_overflow(self, connection_id: str, group: Hashable, mark: Any) -> None:
+        """A live connection is full: stop feeding it and remember where it stands."""
+        subscription = self._by_connection.get(connection_id)
+        if subscription is None or not isinstance(mark, Mark):
+            return
+        self.parked_total += 1
+        subscription.parked += 1
+        subscription.status = "parked"
+        subscription.cursor, subscription.state_cursor, subscription.told = mark.position, mark.state, mark.prev
+        if subscription.view.slow == "disconnect":
+            self._pool.close(connection_id, 1008, "too slow for this profile: connect again with since")
+
+    def on_drained(self, connection_id: str) -> None:
+        """A parked connection can take bytes again: bring it up to date from the log."""
+        subscription = self._by_connection.get(connection_id)
+        if subscription is not None and subscription.status == "parked":
+            self._catch_up(subscription, state_after=subscription.state_cursor, lag=True)
+
+    def on_idle(self, group: Hashable) -> None:
+        """The last connection left an audience: nothing is encoded for it any more."""
+        if isinstance(group, Audience):
+            group.conversation.audiences.pop(group.view.key, None)
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    async def close_one(self, subscription: Subscription, reason: str) -> None:
+        """End a subscription: its connection is gone or going."""
+        if subscription.status == "closed":
+            return
+        self._drop(subscription)
+        await self._stop_catching_up(subscription)
+        self._broker.plugins.call_all("on_connection_closed", connection=subscription, reason=reason)
+
+    def _drop(self, subscription: Subscription) -> None:
+        self._pool.leave(subscription.connection_id)
+        subscription.status = "closed"
+        if self._by_connection.pop(subscription.connection_id, None) is not None:
+            conversation = subscription.conversation
+            conversation.subscriptions -= 1
+            conversation.last_active_s = self._broker.clock.monotonic_s()
+
+    def _bye(self, subscription: Subscription, reason: str, *, reconnect: bool) -> None:
+        data = {
+            "reason": reason,
+            "retryAfterMs": random.randrange(RECONNECT_SPREAD_MS) if reconnect else 0,
+            "reconnect": reconnect,
+        }
+        self._dispatcher.deliver(
+            subscription.connection_id, [control_message("ws.bye", data, subscription.connection_id)]
+        )
+
+    def announce_drain(self) -> None:
+        """Tell every client that this process goes away, and when to come back."""
+        for subscription in self.all():
+            self._bye(subscription, "drain", reconnect=True)
+
+    async def close_conversation(self, conv_id: str, code: int, reason: str) -> None:
+        """End every subscription of a conversation, for good."""
+        for subscription in self.all():
+            if subscription.conv_id == conv_id:
+                self._bye(subscription, reason, reconnect=False)
+                self._pool.close(subscription.connection_id, code, reason)
+                await self.close_one(subscription, reason)
+
+    async def close(self) -> None:
+        """End all subscriptions and close their connections (1012: come back)."""
+        for subscription in self.all():
+            self._pool.close(subscription.connection_id, 1012, "service restart")
+            await self.close_one(subscription, "drain")
+
+    def require(self, connection_id: str) -> Subscription:
+        """Return a subscription. Raises NotFound."""
+        subscription = self._by_connection.get(connection_id)
+        if subscription is None:
+            raise NotFound(f"connection {connection_id!r} is not here", connection_id=connection_id)
+        return subscription

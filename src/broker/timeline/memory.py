@@ -1,0 +1,75 @@
+"""The timeline in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from broker.timeline.entity import Entity
+from broker.timeline.store import DeadLetter, TimelineSave
+
+
+@dataclass(slots=True)
+class _Timeline:
+    cursor: int = 0
+    entities: dict[str, Entity] = field(default_factory=dict)
+    dead_letters: dict[int, DeadLetter] = field(default_factory=dict)
+
+
+class MemoryTimelineStore:
+    """Keeps entities in dicts. Entities are immutable, so they are kept as they come."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self._timelines: dict[str, _Timeline] = {}
+
+    async def open(self) -> None:
+        """Nothing to open."""
+
+    async def close(self) -> None:
+        """Nothing to close; what is stored stays until the object goes."""
+
+    async def save(self, saves: Sequence[TimelineSave]) -> None:
+        for save in saves:
+            timeline = self._timelines.setdefault(save.conv_id, _Timeline())
+            timeline.cursor = max(timeline.cursor, save.cursor)
+            for entity in save.entities:
+                known = timeline.entities.get(entity.id)
+                if known is None or entity.version > known.version:
+                    timeline.entities[entity.id] = entity
+            for letter in save.dead_letters:
+                timeline.dead_letters.setdefault(letter.seq, letter)
+
+    async def cursor(self, conv_id: str) -> int:
+        timeline = self._timelines.get(conv_id)
+        return timeline.cursor if timeline is not None else 0
+
+    async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
+        timeline = self._timelines.get(conv_id)
+        if timeline is None:
+            return {}
+        return {id_: timeline.entities[id_] for id_ in ids if id_ in timeline.entities}
+
+    async def page(
+        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
+    ) -> list[Entity]:
+        timeline = self._timelines.get(conv_id)
+        if timeline is None:
+            return []
+        found = [
+            entity
+            for entity in timeline.entities.values()
+            if entity.position > after_position and entity.version > since_version
+        ]
+        found.sort(key=lambda entity: (entity.position, entity.id))
+        return found[:limit]
+
+    async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
+        timeline = self._timelines.get(conv_id)
+        if timeline is None:
+            return []
+        return [letter for _, letter in sorted(timeline.dead_letters.items())[:limit]]
+
+    async def erase(self, conv_id: str) -> None:
+        self._timelines.pop(conv_id, None)

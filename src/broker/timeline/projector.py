@@ -1,0 +1,265 @@
+"""The projector: folds a conversation's envelopes into entities, in memory, and says what is worth showing and saving.
+
+Two budgets keep bytes linear (I16). An entity that still grows is shown, and saved, only while the sum of everything
+shown (saved) of it stays within BUDGET_FACTOR times its present size plus BUDGET_SLACK_BYTES. So a final text of n
+bytes costs at most (BUDGET_FACTOR + 1) * n + slack, however slowly or in however many deltas it came. Everything that
+is not growing is shown at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from broker.envelope import Envelope
+from broker.timeline.entity import Entity
+from broker.timeline.handlers import LateEnvelope, TimelineHandler
+from broker.timeline.store import DeadLetter, TimelineSave
+
+logger = logging.getLogger(__name__)
+
+BUDGET_FACTOR = 4
+BUDGET_SLACK_BYTES = 4096
+ENTITY_OVERHEAD_BYTES = 256
+CACHED_ENTITIES = 256
+"""Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
+
+
+class _Budget:
+    """What was already spent on one growing entity."""
+
+    __slots__ = ("spent",)
+
+    def __init__(self) -> None:
+        self.spent = 0
+
+    def allows(self, size: int) -> bool:
+        return self.spent + size <= BUDGET_FACTOR * size + BUDGET_SLACK_BYTES
+
+
+@dataclass(slots=True)
+class _Unsaved:
+    first_seq: int  # the oldest envelope that the stored entity lacks
+    budget: _Budget
+
+
+class ConversationTimeline:
+    """The live end of one conversation's timeline. No I/O here: the coordinator loads what `missing` asks for.
+
+    position: every envelope with seq <= position is folded.
+    """
+
+    __slots__ = (
+        "_absent",
+        "_cache_floor",
+        "_dead",
+        "_entities",
+        "_handlers",
+        "_shown",
+        "_unsaved",
+        "complete",
+        "conv_id",
+        "dead_letters",
+        "late",
+        "pending",
+        "position",
+        "readers",
+    )
+
+    def __init__(self, conv_id: str, handlers: Mapping[str, TimelineHandler], *, position: int, complete: bool) -> None:
+        self.conv_id = conv_id
+        self.position = position
+        self.complete = complete  # every entity that exists is in memory: nothing needs to be looked up
+        self.late = 0
+        self.dead_letters = 0
+        self.pending: set[str] = set()  # changed, but not shown yet
+        self.readers = 0  # snapshots being read: saves wait, so that the store stays as it was when they began
+        self._handlers = handlers
+        self._entities: dict[str, Entity] = {}
+        self._absent: set[str] = set()
+        self._unsaved: dict[str, _Unsaved] = {}
+        self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
+        self._dead: list[DeadLetter] = []
+        self._cache_floor = 0  # newest version that memory no longer has
+
+    # -- folding --------------------------------------------------------------------------------------------------
+
+    def missing(self, envelopes: Iterable[Envelope]) -> set[str]:
+        """Return ids of entities that folding `envelopes` needs and that only the store may have."""
+        if self.complete:
+            return set()
+        wanted: set[str] = set()
+        for envelope in envelopes:
+            handler = self._handlers.get(envelope.type)
+            if handler is not None:
+                try:
+                    wanted.update(handler.keys(envelope))
+                except Exception:  # the fold meets the same envelope and dead-letters it with its reason
+                    continue
+        return {id for id in wanted if id not in self._entities and id not in self._absent}
+
+    def adopt(self, ids: Iterable[str], loaded: Mapping[str, Entity]) -> None:
+        """Take what the store answered for `ids`: entities, or the knowledge that there is none."""
+        for id in ids:
+            if id in loaded:
+                self._entities.setdefault(id, loaded[id])
+            else:
+                self._absent.add(id)
+
+    def fold(self, envelopes: Sequence[Envelope]) -> list[Entity]:
+        """Fold envelopes in; return the entities that should be shown now, each once, in its newest state."""
+        touched: dict[str, None] = {}
+        for envelope in envelopes:
+            handler = self._handlers.get(envelope.type)
+            if handler is not None:
+                for id in self._fold_one(handler, envelope):
+                    touched[id] = None
+            self.position = envelope.seq
+        show: list[Entity] = []
+        for id in touched:
+            entity = self._entities[id]
+            if self._may_show(entity):
+                show.append(entity)
+            else:
+                self.pending.add(id)
+        return show
+
+    def _fold_one(self, handler: TimelineHandler, envelope: Envelope) -> list[str]:
+        try:
+            known = {id: self._entities[id] for id in handler.keys(envelope) if id in self._entities}
+            changed = list(handler.fold(known, envelope))
+        except LateEnvelope:
+            self.late += 1
+            return []
+        except Exception as exc:
+            self._bury(envelope, exc)
+            return []
+        touched = []
+        for entity in changed:
+            old = self._entities.get(entity.id)
+            # The version guard: folding again from an older cursor must not change what already contains this envelope.
+            if old is not None and old.version >= envelope.seq:
+                continue
+            self._entities[entity.id] = replace(
+                entity,
+                version=envelope.seq,
+                updated_at_ms=envelope.time_ms,
+                position=old.position if old else entity.position,
+                created_at_ms=old.created_at_ms if old else entity.created_at_ms,
+            )
+            self._absent.discard(entity.id)
+            if entity.id not in self._unsaved:
+                self._unsaved[entity.id] = _Unsaved(envelope.seq, _Budget())
+            elif self._unsaved[entity.id].first_seq == 0:
+                self._unsaved[entity.id].first_seq = envelope.seq
+            touched.append(entity.id)
+        return touched
+
+    def _bury(self, envelope: Envelope, error: Exception) -> None:
+        self.dead_letters += 1
+        text = f"{type(error).__name__}: {error}"[:500]
+        logger.warning(
+            "conversation %s: %s seq %s cannot be folded: %s", self.conv_id, envelope.type, envelope.seq, text
+        )
+        self._dead.append(DeadLetter(self.conv_id, envelope.seq, envelope.type, text))
+
+    # -- showing --------------------------------------------------------------------------------------------------
+
+    def _may_show(self, entity: Entity, *, tick: bool = False) -> bool:
+        if not entity.growing:  # a final state is never delayed
+            self.pending.discard(entity.id)
+            self._shown.pop(entity.id, None)
+            return True
+        known = self._shown.get(entity.id)
+        if known is not None and not tick:
+            return False  # shown not long ago: the next tick is soon enough (trailing edge)
+        budget = known[0] if known is not None else _Budget()
+        size = entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+        if not budget.allows(size):
+            return False
+        budget.spent += size
+        self._shown[entity.id] = (budget, entity.version)
+        self.pending.discard(entity.id)
+        return True
+
+    def due(self) -> list[Entity]:
+        """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
+        return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], tick=True)]
+
+    @property
+    def shown_floor(self) -> int:
+        """Every entity version up to here was shown to those who were there: where a parked client's state stands."""
+        floor = self.position
+        for id in self.pending:
+            floor = min(floor, self._shown[id][1] if id in self._shown else self._entities[id].position - 1)
+        return floor
+
+    def changed_since(self, version: int) -> list[Entity] | None:
+        """Return all entities newer than `version`, by position, or None if only the store can tell."""
+        if not self.complete and version < self._cache_floor:
+            return None
+        found = [entity for entity in self._entities.values() if entity.version > version]
+        return sorted(found, key=lambda entity: entity.position)
+
+    def live(self) -> dict[str, Entity]:
+        """Return the entities in memory by id: with the store's, the whole state at `position`."""
+        return dict(self._entities)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._dead) or any(unsaved.first_seq for unsaved in self._unsaved.values())
+
+    def take_save(self, *, everything: bool = False) -> TimelineSave | None:
+        """Return what should be saved now, None if nothing. Confirm with `saved` once it is durable.
+
+        everything: also what still grows, whatever its budget (eviction, shutdown, retention).
+        """
+        if self.readers and not everything:
+            return None
+        entities = []
+        waiting = []
+        for id, unsaved in self._unsaved.items():
+            if not unsaved.first_seq:
+                continue
+            entity = self._entities[id]
+            size = entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+            if everything or not entity.growing or unsaved.budget.allows(size):
+                entities.append(entity)
+            else:
+                waiting.append(unsaved.first_seq)
+        if not entities and not self._dead:
+            return None
+        cursor = min(waiting) - 1 if waiting else self.position
+        return TimelineSave(self.conv_id, entities, cursor, tuple(self._dead))
+
+    def saved(self, save: TimelineSave) -> None:
+        """Take note that `save` is durable, and forget finished entities that are safe in the store."""
+        for entity in save.entities:
+            unsaved = self._unsaved.get(entity.id)
+            if unsaved is None:
+                continue
+            unsaved.budget.spent += entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+            current = self._entities[entity.id]
+            if current.version != entity.version:
+                # Changed while it was being saved: the stored one lacks what came after that version.
+                unsaved.first_seq = entity.version + 1
+            elif current.growing:
+                unsaved.first_seq = 0
+            else:
+                del self._unsaved[entity.id]
+        del self._dead[: len(save.dead_letters)]
+        self._shrink()
+
+    def _shrink(self) -> None:
+        if len(self._absent) > CACHED_ENTITIES:
+            self._absent.clear()
+        surplus = len(self._entities) - CACHED_ENTITIES
+        if surplus <= 0:
+            return
+        for id in [id for id in self._entities if id not in self._unsaved and id not in self.pending][:surplus]:
+            entity = self._entities.pop(id)
+            self._cache_floor = max(self._cache_floor, entity.version)
+            self.complete = False

@@ -1,0 +1,184 @@
+"""The timeline in the broker's SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, cast
+
+import orjson
+
+from broker.database import Database
+from broker.group_commit import Job
+from broker.timeline.entity import Entity
+from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.text import Text
+
+_TABLES = (
+    "CREATE TABLE timeline (timeline INTEGER PRIMARY KEY, conv_id TEXT NOT NULL UNIQUE, cursor INTEGER NOT NULL)",
+    # texts: JSON list of the props that are a growing Text, NULL where there is none.
+    """CREATE TABLE entity (
+        timeline INTEGER NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, position INTEGER NOT NULL,
+        kind TEXT NOT NULL, created_at_ms INTEGER NOT NULL, updated_at_ms INTEGER NOT NULL, growing INTEGER NOT NULL,
+        texts TEXT, props BLOB NOT NULL)""",
+    "CREATE UNIQUE INDEX entity_by_id ON entity (timeline, id)",
+    "CREATE INDEX entity_by_position ON entity (timeline, position, id)",
+    "CREATE INDEX entity_by_version ON entity (timeline, version)",
+    """CREATE TABLE dead_letter (
+        timeline INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, error TEXT NOT NULL,
+        PRIMARY KEY (timeline, seq)) WITHOUT ROWID""",
+)
+_RAISE_CURSOR = """
+INSERT INTO timeline (conv_id, cursor) VALUES (?, ?)
+ON CONFLICT (conv_id) DO UPDATE SET cursor = max(cursor, excluded.cursor) RETURNING timeline
+"""
+_UPSERT = """
+INSERT INTO entity (timeline, id, version, position, kind, created_at_ms, updated_at_ms, growing, texts, props)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (timeline, id) DO UPDATE SET
+    version = excluded.version, position = excluded.position, kind = excluded.kind,
+    created_at_ms = excluded.created_at_ms, updated_at_ms = excluded.updated_at_ms, growing = excluded.growing,
+    texts = excluded.texts, props = excluded.props
+WHERE excluded.version > entity.version
+"""
+_COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, CAST(props AS TEXT)"
+_THIS = "timeline = (SELECT timeline FROM timeline WHERE conv_id = :conv_id)"
+_GET = f"""
+SELECT json_group_array(json_array({_COLUMNS})) FROM entity
+WHERE {_THIS} AND id IN (SELECT value FROM json_each(:ids))
+"""
+_PAGE = f"""
+SELECT json_group_array(json_array({_COLUMNS})) FROM (
+    SELECT * FROM entity INDEXED BY {{index}}
+    WHERE {_THIS} AND position > :after AND version > :since ORDER BY position, id LIMIT :limit)
+"""
+_PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
+# Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
+_PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
+
+
+_Part = tuple[str, int, list[tuple[Any, ...]], list[tuple[int, str, str]]]
+
+
+class _Save(Job):
+    """One save call: (conv_id, cursor, rows of entities, rows of dead letters) per conversation."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, runner: _Saves, future: asyncio.Future[Any], parts: list[_Part], size_bytes: int) -> None:
+        super().__init__(runner, future, size_bytes)
+        self.parts = parts
+
+
+class _Saves:
+    """Runs saves."""
+
+    transactional = True
+
+    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
+        for save in cast(Sequence[_Save], jobs):
+            for conv_id, cursor, entities, letters in save.parts:
+                timeline = connection.execute(_RAISE_CURSOR, (conv_id, cursor)).fetchone()[0]
+                connection.executemany(_UPSERT, [(timeline, *row) for row in entities])
+                if letters:
+                    connection.executemany(
+                        "INSERT OR IGNORE INTO dead_letter VALUES (?, ?, ?, ?)", [(timeline, *row) for row in letters]
+                    )
+
+    def committed(self, jobs: Sequence[Job]) -> None:
+        pass
+
+
+class SqliteTimelineStore:
+    """Timeline store over a `Database`, which it opens if nobody did; the database's owner closes it."""
+
+    name = "sqlite"
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._saves = _Saves()
+        database.register("timeline", _TABLES)
+
+    async def open(self) -> None:
+        await self._database.open()
+
+    async def close(self) -> None:
+        await self._database.flush()
+
+    async def save(self, saves: Sequence[TimelineSave]) -> None:
+        parts: list[_Part] = []
+        size = 0
+        for save in saves:
+            rows = [_row(entity) for entity in save.entities]
+            size += sum(len(row[-1]) for row in rows)
+            letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
+            parts.append((save.conv_id, save.cursor, rows, letters))
+        if parts:
+            await self._database.submit(_Save(self._saves, asyncio.get_running_loop().create_future(), parts, size))
+
+    async def cursor(self, conv_id: str) -> int:
+        def cursor(connection: sqlite3.Connection) -> int:
+            row = connection.execute("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
+            return row[0] if row is not None else 0
+
+        return await self._database.read(cursor)
+
+    async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
+        if not ids:
+            return {}
+        parameters = {"conv_id": conv_id, "ids": orjson.dumps(list(ids)).decode()}
+        return {entity.id: entity for entity in await self._entities(_GET, parameters)}
+
+    async def page(
+        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
+    ) -> list[Entity]:
+        return await self._entities(
+            _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION,
+            {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit},
+        )
+
+    async def _entities(self, statement: str, parameters: dict[str, Any]) -> list[Entity]:
+        rows = await self._database.read(lambda connection: connection.execute(statement, parameters).fetchone()[0])
+        entities = [_entity(*row) for row in orjson.loads(rows)]
+        entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
+        return entities
+
+    async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
+        def letters(connection: sqlite3.Connection) -> list[DeadLetter]:
+            rows = connection.execute(
+                f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
+                {"conv_id": conv_id, "limit": limit},
+            )
+            return [DeadLetter(conv_id, *row) for row in rows]
+
+        return await self._database.read(letters)
+
+    async def erase(self, conv_id: str) -> None:
+        def erase(connection: sqlite3.Connection) -> None:
+            row = connection.execute("SELECT timeline FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
+            if row is not None:
+                for table in ("entity", "dead_letter", "timeline"):
+                    connection.execute(f"DELETE FROM {table} WHERE timeline = ?", row)
+
+        await self._database.write(erase)
+        await self._database.truncate_wal()
+
+
+def _row(entity: Entity) -> tuple[Any, ...]:
+    """Return the entity as its row's values, without the timeline's key; `props` last."""
+    texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else None
+    return (
+        entity.id, entity.version, entity.position, entity.kind, entity.created_at_ms, entity.updated_at_ms,
+        int(entity.growing), orjson.dumps(texts).decode() if texts else None, entity.props_json(),
+    )  # fmt: skip
+
+
+def _entity(
+    id_: str, kind: str, created_at_ms: int, updated_at_ms: int, version: int, position: int, growing: int,
+    texts: str | None, props_json: str,
+) -> Entity:  # fmt: skip
+    props = orjson.loads(props_json)
+    for name in orjson.loads(texts) if texts else ():
+        props[name] = Text(props[name])
+    return Entity(id_, kind, created_at_ms, updated_at_ms, version, position, props, bool(growing))

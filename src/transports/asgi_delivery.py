@@ -1,0 +1,107 @@
+"""Delivery through plain ASGI sends: a queue and a writer per connection. Works on every server; the fast path is faster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from transports.pool import ConnectionPool, Framing
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[str], Awaitable[None]]
+
+
+class QueuedConnection:
+    """A connection whose texts wait in a bounded queue until the server takes them.
+
+    send: awaits until the server has taken one text (this is where the peer's slowness is felt). close_with: called once
+    with (code, reason) after the queue was written. The buffer limit is soft by one write: what a broadcast hands over
+    is taken whole, then the pool is told to hold back.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        framing: Framing,
+        pool: ConnectionPool,
+        *,
+        buffer_bytes: int,
+        send: Send,
+        close_with: Callable[[int, str], Awaitable[None]],
+    ) -> None:
+        self.id = id
+        self.framing = framing
+        self._pool = pool
+        self._limit = buffer_bytes
+        self._send = send
+        self._close_with = close_with
+        self._queue: deque[str] = deque()
+        self._wake = asyncio.Event()
+        self._closing: tuple[int, str] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.buffered_bytes = 0
+        self.writable = True
+        self.finished = asyncio.Event()
+
+    def start(self) -> None:
+        """Start the writer."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def write(self) -> Callable[[list[str]], None]:
+        return self._write
+
+    def _write(self, texts: list[str]) -> None:
+        if self._closing is not None:
+            return
+        self._queue.extend(texts)
+        self.buffered_bytes += sum(map(len, texts))
+        self._wake.set()
+        if self.writable and self.buffered_bytes > self._limit:
+            self.writable = False
+            self._pool.pause(self.id, time.monotonic())
+
+    def close(self, code: int, reason: str) -> None:
+        if self._closing is None:
+            self._closing = (code, reason)
+            self._wake.set()
+
+    def abort(self) -> None:
+        """Stop writing at once; what is queued is dropped."""
+        self._closing = self._closing or (1006, "aborted")
+        self._queue.clear()
+        if self._task is not None:
+            self._task.cancel()
+        self.finished.set()
+
+    async def stop(self) -> None:
+        """End the writer. Called by the endpoint when the peer has gone."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                while self._queue:
+                    text = self._queue.popleft()
+                    await self._send(text)
+                    self.buffered_bytes -= len(text)
+                    if not self.writable and self.buffered_bytes <= self._limit // 2:
+                        self.writable = True
+                        self._pool.resume(self.id)
+                if self._closing is not None:
+                    await self._close_with(*self._closing)
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:  # the peer is gone: how servers say so differs, and none of it is our error
+            logger.debug("connection %s: write failed: %r", self.id, exc)
+        finally:
+            self.finished.set()

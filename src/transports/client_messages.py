@@ -1,0 +1,129 @@
+"""What clients may say over a WebSocket: ping and change of view. Everything else is refused, and repetition closes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from broker.broker import ConversationWSBroker
+from broker.errors import BrokerError, InvalidInput, shown
+from broker.sequence import parse_seq
+from broker.subscription import Subscription
+
+MESSAGES_PER_S = 20.0
+BURST_MESSAGES = 60.0
+STRIKES_MAX = 5
+"""Refused messages before the connection is closed (1008)."""
+EARLY_MESSAGES_MAX = 16
+"""Kept until the subscription stands: clients that reconnect flush their queue first."""
+PROFILE_KEYS = frozenset({"type", "profile", "channels", "since"})
+
+
+class ClientMessages:
+    """Reads one client's messages. No state worth mentioning while the client is silent."""
+
+    __slots__ = ("_allowance", "_broker", "_close", "_early", "_last_s", "_strikes", "_tasks", "subscription")
+
+    def __init__(self, broker: ConversationWSBroker, close: Callable[[int, str], None]) -> None:
+        self._broker = broker
+        self._close = close
+        self._allowance = BURST_MESSAGES
+        self._last_s = 0.0
+        self._strikes = 0
+        self._early: list[str | bytes] | None = []
+        self._tasks: set[asyncio.Task[None]] | None = None
+        self.subscription: Subscription | None = None
+
+    def opened(self, subscription: Subscription) -> None:
+        """The subscription stands: take what the client said before."""
+        self.subscription = subscription
+        early, self._early = self._early or [], None
+        for message in early:
+            self.take(message)
+
+    def take(self, message: str | bytes) -> None:
+        """Take one message, text or binary."""
+        if self.subscription is None:
+            if self._early is not None and len(self._early) < EARLY_MESSAGES_MAX:
+                self._early.append(message)
+            return
+        if not self._within_rate():
+            self._refuse("rate-limited", f"more than {MESSAGES_PER_S:.0f} messages a second")
+            return
+        if message == "ping":
+            self._broker.ping(self.subscription, None)
+            return
+        try:
+            self._dispatch(self._parse(message))
+        except BrokerError as exc:
+            self._refuse(exc.code, exc.message)
+
+    def _parse(self, message: str | bytes) -> dict[str, Any]:
+        if isinstance(message, bytes):
+            raise InvalidInput("binary messages are not understood: send JSON text")
+        try:
+            parsed = orjson.loads(message)
+        except orjson.JSONDecodeError as exc:
+            raise InvalidInput(f"message {shown(message)} is not JSON: {exc}") from exc
+        if not isinstance(parsed, dict):
+            raise InvalidInput(f"message {shown(message)} is not a JSON object with a type")
+        return parsed
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        assert self.subscription is not None
+        kind = message.get("type")
+        if kind == "ws.ping":
+            self._broker.ping(self.subscription, message.get("data"))
+        elif kind == "ws.profile":
+            self._change_view(message)
+        else:
+            raise InvalidInput(f"message type {shown(kind)} is not known: ws.ping and ws.profile are")
+
+    def _change_view(self, message: dict[str, Any]) -> None:
+        assert self.subscription is not None
+        if unknown := set(message) - PROFILE_KEYS:
+            raise InvalidInput(
+                f"ws.profile does not know {', '.join(sorted(unknown))}: it takes profile, channels, since"
+            )
+        profile = message.get("profile", self.subscription.profile)
+        channels, since = message.get("channels"), message.get("since")
+        if isinstance(channels, list) and all(isinstance(name, str) for name in channels):
+            channels = ",".join(channels)
+        if not isinstance(profile, str):
+            raise InvalidInput(f"ws.profile: profile {shown(profile)} is not a name")
+        if channels is not None and not isinstance(channels, str):
+            raise InvalidInput(f"ws.profile: channels {shown(channels)} is neither a comma list nor a list of names")
+        if since is not None and not isinstance(since, str):
+            raise InvalidInput(f"ws.profile: since {shown(since)} must be a decimal string")
+        position = parse_seq(since) if since is not None else None
+        task = asyncio.get_running_loop().create_task(self._change(profile, channels, position))
+        self._tasks = self._tasks or set()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _change(self, profile: str, channels: str | None, since: int | None) -> None:
+        assert self.subscription is not None
+        try:
+            await self._broker.change_view(self.subscription, profile=profile, channels=channels, since=since)
+        except BrokerError as exc:
+            self._refuse(exc.code, exc.message)
+
+    def _within_rate(self) -> bool:
+        now_s = time.monotonic()
+        self._allowance = min(BURST_MESSAGES, self._allowance + (now_s - self._last_s) * MESSAGES_PER_S)
+        self._last_s = now_s
+        if self._allowance < 1.0:
+            return False
+        self._allowance -= 1.0
+        return True
+
+    def _refuse(self, code: str, message: str) -> None:
+        assert self.subscription is not None
+        self._strikes += 1
+        self._broker.refuse(self.subscription, code, message)
+        if self._strikes >= STRIKES_MAX:
+            self._close(1008, "too many messages that were refused")

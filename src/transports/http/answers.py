@@ -1,0 +1,46 @@
+"""JSON answers: written by orjson, never kept by caches, changed ones told apart by ETag."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return `value` as a JSON response. 64-bit numbers have to be texts already: JavaScript cannot hold them."""
+    return raw_json(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS, default=_plain), status, headers)
+
+
+def raw_json(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return JSON text as a response."""
+    # Conversations are private and change: no cache may keep them.
+    return Response(
+        body, status, headers={"cache-control": "no-store", **(headers or {})}, media_type="application/json"
+    )
+
+
+def with_etag(request: Request, value: Any, *, ignore: Sequence[str] = ()) -> Response:
+    """Return `value` with an ETag of its content, or 304 where the caller's `If-None-Match` has it already.
+
+    ignore: keys that change without anything having changed (the server's time).
+    """
+    counted = {key: part for key, part in value.items() if key not in ignore} if ignore else value
+    text = orjson.dumps(counted, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS, default=_plain)
+    etag = f'"{hashlib.blake2b(text, digest_size=12).hexdigest()}"'
+    offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if etag in offered or "*" in offered:
+        return Response(status_code=304, headers={"etag": etag, "cache-control": "no-cache"})
+    return json_response(value, headers={"etag": etag, "cache-control": "private, no-cache"})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

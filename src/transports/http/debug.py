@@ -1,0 +1,107 @@
+"""What operators look at: open conversations, connections, plugins, turns. Only with the `debug` permission."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import TypeAdapter
+from starlette.responses import Response
+
+from broker.conversations import Conversation
+from broker.envelope import check_conv_id
+from broker.subscription import Subscription
+from transports.http.answers import json_response
+from transports.http.body import Body, json_body
+from transports.http.caller import PROBLEMS, Api
+
+
+class Switch(Body):
+    """Whether a debug channel is on."""
+
+    enabled: bool
+
+
+_SWITCH: TypeAdapter[Switch] = TypeAdapter(Switch)
+
+
+def debug_router(api: Api) -> APIRouter:
+    """Return the routes of debugging."""
+    router = APIRouter(prefix="/api/debug", tags=["debug"], responses=PROBLEMS)
+    broker = api.broker
+
+    @router.get("/conversations")
+    async def conversations(request: Request) -> Response:
+        """Return the conversations that are open in this process."""
+        await api.permitted(request, "debug")
+        return json_response({"conversations": [_conversation(one) for one in broker.conversations.all()]})
+
+    @router.get("/connections")
+    async def connections(request: Request, conv_id: str | None = None) -> Response:
+        """Return the connections of this process: view, position, and how far behind they are."""
+        await api.permitted(request, "debug", conv_id)
+        found = [one for one in broker.subscriptions.all() if conv_id is None or one.conv_id == conv_id]
+        return json_response({"connections": [_connection(one) for one in found]})
+
+    @router.get("/plugins")
+    async def plugins(request: Request) -> Response:
+        """Return the plugins with their source, hooks, errors and time spent."""
+        await api.permitted(request, "debug")
+        return json_response({"plugins": broker.plugins.describe()})
+
+    @router.get("/turns")
+    async def turns(
+        request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> Response:
+        """Return the recorded turns of a conversation, the newest first."""
+        await api.permitted(request, "debug", check_conv_id(conv_id))
+        recorded = await broker.stores.turns.turns(conv_id, limit=limit)
+        return json_response({"turns": [_turn(turn) for turn in recorded]})
+
+    @router.post("/channels/{name}", openapi_extra=json_body(_SWITCH))
+    async def switch_channel(request: Request, name: str) -> Response:
+        """Switch a debug channel on or off, for every conversation of this process."""
+        await api.permitted(request, "debug")
+        wanted = await api.body(request, _SWITCH)
+        broker.catalog.channel(name)
+        broker.catalog.switch(name, on=wanted.enabled)
+        return json_response({"channel": name, "enabled": wanted.enabled})
+
+    return router
+
+
+def _conversation(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "convId": conversation.conv_id,
+        "epoch": conversation.epoch,
+        "position": str(conversation.position),
+        "connections": conversation.subscriptions,
+        "inUse": conversation.in_use,
+    }
+
+
+def _connection(subscription: Subscription) -> dict[str, Any]:
+    return {
+        "connectionId": subscription.connection_id,
+        "convId": subscription.conv_id,
+        "subject": subscription.principal.subject,
+        "profile": subscription.profile,
+        "channels": list(subscription.view.channel_names),
+        "view": subscription.view.key,
+        "status": subscription.status,
+        "position": str(subscription.position),
+        "head": str(subscription.conversation.position),
+        "openedAtMs": subscription.opened_at_ms,
+    }
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+    return {
+        "turnId": turn.turn_id,
+        "convId": turn.conv_id,
+        "sessionId": turn.session_id,
+        "runId": turn.run_id,
+        "phase": turn.phase,
+        "createdAtMs": turn.created_at_ms,
+        "content": turn.content,
+    }

@@ -1,0 +1,29 @@
+"""`/healthz`: the process answers. `/readyz`: it can serve (store reachable, not draining)."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from transports.http.answers import json_response
+from transports.http.caller import Api
+
+
+def health_router(api: Api) -> APIRouter:
+    """Return the routes for load balancers and supervisors. They ask for no credentials and tell no secrets."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/healthz")
+    async def liveness() -> Response:
+        """Answer 200 as long as the process can answer at all."""
+        return json_response({"status": "ok"})
+
+    @router.get("/readyz", responses={503: {"description": "not ready; the body names the failed checks"}})
+    async def readiness() -> Response:
+        """Answer 200 when new clients can be served, else 503 with what is wrong by check."""
+        wrong = await api.broker.readiness()
+        if wrong:
+            return json_response({"status": "not ready", "checks": wrong}, 503, {"retry-after": "2"})
+        return json_response({"status": "ready"})
+
+    return router

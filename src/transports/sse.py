@@ -1,0 +1,103 @@
+"""Server-sent events: the same view as a socket's, as an event stream. `id:` is the position, `Last-Event-ID` resumes.
+
+LF line ends only, heartbeat comments of one line, `retry:` inside the first event: other forms make widespread clients
+see phantom events or fail (docs/reference/protocol.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from broker.broker import ConversationWSBroker
+from broker.errors import LimitExceeded, Unavailable
+from broker.sequence import parse_seq
+from transports.asgi_delivery import QueuedConnection
+from transports.framing import EVENT_STREAM
+from transports.http.caller import credentials_of
+from transports.pool import ConnectionPool
+from transports.websocket import parse_subscribe_request
+
+RETRY_MS = 2000
+
+
+class _Stream:
+    """Hands a connection's texts to the response, one at a time, so that the peer's pace is felt by the connection."""
+
+    def __init__(self, heartbeat_s: float) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._slot: asyncio.Queue[str | None] = asyncio.Queue(maxsize=1)
+
+    async def send(self, text: str) -> None:
+        await self._slot.put(text)
+
+    async def close(self, code: int, reason: str) -> None:
+        await self._slot.put(None)
+
+    async def texts(self) -> AsyncIterator[str]:
+        first = True
+        while True:
+            try:
+                text = await asyncio.wait_for(self._slot.get(), self._heartbeat_s)
+            except TimeoutError:
+                yield ": hb\n"
+                continue
+            if text is None:
+                return
+            yield f"retry: {RETRY_MS}\n{text}" if first else text
+            first = False
+
+
+def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
+    """Return the endpoint for `GET /sse`. Raises BrokerError for the application's error handlers to answer."""
+
+    async def endpoint(request: Request) -> Response:
+        if broker.draining or not broker.started:
+            raise Unavailable("this process is starting or shutting down: connect again")
+        if len(pool) >= broker.settings.max_connections:
+            raise LimitExceeded(
+                f"this process has {len(pool)} connections, which is its limit: try again later", retry_after_ms=5000
+            )
+        wanted = parse_subscribe_request(request.query_params)
+        last_id = request.headers.get("last-event-id")
+        if last_id:  # a reconnect: the browser repeats the first URL, so the header is newer than its query
+            wanted = replace(wanted, since=parse_seq(last_id, "Last-Event-ID"), hydrate=False)
+        principal = await broker.authenticate(credentials_of(request))
+        view = broker.views.compile(principal, wanted.profile, wanted.channels)
+        await broker.authorize(principal, "read", wanted.conv_id, view.channel_names)
+        stream = _Stream(broker.settings.sse_heartbeat_s)
+        connection = QueuedConnection(
+            uuid.uuid4().hex,
+            EVENT_STREAM,
+            pool,
+            buffer_bytes=broker.settings.connection_buffer_bytes,
+            send=stream.send,
+            close_with=stream.close,
+        )
+
+        async def body() -> AsyncIterator[str]:
+            pool.add(connection)
+            connection.start()
+            try:
+                await broker.subscribe(connection.id, wanted, principal)
+                async for text in stream.texts():
+                    yield text
+            finally:
+                pool.remove(connection.id)
+                await connection.stop()
+                subscription = broker.subscriptions.get(connection.id)
+                if subscription is not None:
+                    await broker.unsubscribe(subscription, "closed")
+
+        return StreamingResponse(
+            body(),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
+
+    return endpoint

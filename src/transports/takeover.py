@@ -1,0 +1,57 @@
+"""How an ASGI application takes a WebSocket over from its server, if the server offers it. Framework-free.
+
+    takeover = takeover_of(websocket.scope)      # None: this server cannot, use plain ASGI sends
+    await websocket.accept()
+    if takeover is not None:
+        connection = takeover(handler)
+        return                                   # the ASGI task ends, the connection stays open
+
+Only `uvicorn_ws.FastWebSocketProtocol` offers it so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from transports.fast_connection import FastConnection
+
+TAKEOVER_EXTENSION = "conversation.broker.takeover"
+
+
+class ConnectionHandler(Protocol):
+    """What the application gives to `takeover`. All are plain calls from the event loop: return quickly.
+
+    They run in an empty context (no context variables of the request). An exception ends the connection with
+    1011.
+    """
+
+    def on_text(self, connection: FastConnection, text: str) -> None:
+        """A whole text message, fragments joined."""
+
+    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+        """A whole binary message."""
+
+    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
+        """Nothing may be written any more. Called exactly once, and last, whoever closed.
+
+        code: the peer's (1005 if it gave none), ours if we closed first, 1006 if the connection was just
+        lost. Never called from inside `close`, `abort` or `write`.
+        """
+
+    def on_pause(self, connection: FastConnection) -> None:
+        """The transport's buffer is full (`writable` is False). Called from inside the `write` that filled
+        it."""
+
+    def on_resume(self, connection: FastConnection) -> None:
+        """The transport's buffer has drained (`writable` is True)."""
+
+
+Takeover = Callable[[ConnectionHandler], "FastConnection"]
+
+
+def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:
+    """Return the server's offer to take this WebSocket over, None if it makes none. See
+    `FastWebSocketProtocol`."""
+    return cast("Takeover | None", (scope.get("extensions") or {}).get(TAKEOVER_EXTENSION))

@@ -1,0 +1,264 @@
+"""The WebSocket endpoint: who is calling, what do they want, then hand the connection to pool and broker.
+
+Where the server offers it (`transports.uvicorn_ws`), the connection is taken over: the endpoint returns and frames go
+straight to the transport. Elsewhere a queue and a writer serve it through ASGI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.datastructures import QueryParams
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from broker.broker import ConversationWSBroker
+from broker.envelope import check_conv_id
+from broker.errors import (
+    AuthenticationFailed,
+    BrokerError,
+    InvalidInput,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+    shown,
+)
+from broker.security import Principal
+from broker.sequence import parse_seq
+from broker.subscription import SubscribeRequest
+from transports.asgi_delivery import QueuedConnection
+from transports.client_messages import ClientMessages
+from transports.fast_connection import FastConnection
+from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET
+from transports.http.caller import credentials_of
+from transports.http.problems import response_of
+from transports.pool import ConnectionPool, Framing
+from transports.takeover import takeover_of
+
+SUBPROTOCOL = "conversation.v1"
+QUERY_KEYS = frozenset({"conv_id", "profile", "channels", "since", "epoch", "hydrate", "view", "ticket"})
+TOKEN_KEYS = ("token", "access_token", "bearer", "api_key")
+CLOSE_CODES: tuple[tuple[type[BrokerError], int], ...] = (
+    (AuthenticationFailed, 4401),
+    (PermissionDenied, 4403),
+    (NotFound, 4404),
+    (LimitExceeded, 4429),
+    (Unavailable, 1012),
+    (InvalidInput, 1008),
+)
+"""Where the handshake cannot be refused with an HTTP answer: error to close code. Anything else is 4500."""
+
+Endpoint = Callable[[WebSocket], Awaitable[None]]
+
+
+def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
+    """Return what the query of a subscription URL asks for. Raises InvalidInput naming the parameter."""
+    for key in query:
+        if key in TOKEN_KEYS:
+            raise InvalidInput(
+                f"parameter {key!r}: long-lived tokens in a URL end up in logs; send 'Authorization: Bearer', or in "
+                "browsers the sub-protocols 'conversation.v1' and 'bearer.<token>'",
+                parameter=key,
+            )
+        if key not in QUERY_KEYS:
+            raise InvalidInput(
+                f"parameter {shown(key)} is not known; known: {', '.join(sorted(QUERY_KEYS))}", parameter=key
+            )
+    if "conv_id" not in query:
+        raise InvalidInput("parameter conv_id is missing: name the conversation", parameter="conv_id")
+    hydrate = query.get("hydrate", "0")
+    if hydrate not in ("0", "1", "true", "false"):
+        raise InvalidInput(f"hydrate={shown(hydrate)}: give 1 or 0", parameter="hydrate")
+    since = query.get("since")
+    return SubscribeRequest(
+        conv_id=check_conv_id(query["conv_id"]),
+        profile=query.get("profile", "default"),
+        channels=query.get("channels"),
+        since=parse_seq(since) if since is not None else None,
+        epoch=query.get("epoch"),
+        hydrate=hydrate in ("1", "true"),
+        view=query.get("view"),
+    )
+
+
+def make_websocket_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Endpoint:
+    """Return the endpoint for `GET /ws`."""
+
+    async def endpoint(websocket: WebSocket) -> None:
+        try:
+            request, principal = await _admit(broker, pool, websocket)
+        except BrokerError as exc:
+            await _refuse(websocket, exc)
+            return
+        subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else None
+        await websocket.accept(subprotocol=subprotocol)
+        takeover = takeover_of(websocket.scope)
+        if takeover is not None and broker.settings.fast_path:
+            await _TakenOver(broker, pool).serve(takeover, request, principal)
+        else:
+            await _serve_asgi(broker, pool, websocket, request, principal)
+
+    return endpoint
+
+
+async def _admit(
+    broker: ConversationWSBroker, pool: ConnectionPool, websocket: WebSocket
+) -> tuple[SubscribeRequest, Principal]:
+    """Check everything that can be checked before the handshake is accepted."""
+    if broker.draining or not broker.started:
+        raise Unavailable("this process is starting or shutting down: connect again")
+    if len(pool) >= broker.settings.max_connections:
+        raise LimitExceeded(
+            f"this process has {len(pool)} connections, which is its limit: try again later",
+            retry_after_ms=5000,
+            limit=broker.settings.max_connections,
+        )
+    request = parse_subscribe_request(websocket.query_params)
+    principal = await broker.authenticate(credentials_of(websocket))
+    view = broker.views.compile(principal, request.profile, request.channels)
+    await broker.authorize(principal, "read", request.conv_id, view.channel_names)
+    return request, principal
+
+
+async def _refuse(websocket: WebSocket, error: BrokerError) -> None:
+    if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
+        await websocket.send_denial_response(response_of(error))
+        return
+    await websocket.accept()
+    await websocket.close(_close_code(error), error.message[:120])
+
+
+def _close_code(error: BrokerError) -> int:
+    return next((code for kind, code in CLOSE_CODES if isinstance(error, kind)), 4500)
+
+
+class _TakenOver:
+    """A connection on the fast path, as the pool sees it. Callbacks only: no task, no queue."""
+
+    __slots__ = ("_broker", "_closed", "_fast", "_pool", "framing", "id", "messages")
+
+    def __init__(self, broker: ConversationWSBroker, pool: ConnectionPool) -> None:
+        self.id = uuid.uuid4().hex
+        self.framing: Framing = RAW_WEBSOCKET
+        self._broker = broker
+        self._pool = pool
+        self._fast: FastConnection
+        self._closed = False
+        self.messages = ClientMessages(broker, self.close)
+
+    async def serve(self, takeover: Any, request: SubscribeRequest, principal: Principal) -> None:
+        """Take the connection over and subscribe it; returns when it stands, not when it ends."""
+        self._fast = takeover(self)
+        self._fast.transport.set_write_buffer_limits(high=self._broker.settings.connection_buffer_bytes)
+        self._pool.add(self)
+        try:
+            subscription = await self._broker.subscribe(self.id, request, principal)
+        except BrokerError as exc:
+            self._pool.remove(self.id)
+            self.close(_close_code(exc), exc.message[:120])
+            return
+        if self._closed:  # the peer left while we subscribed it
+            self._pool.remove(self.id)
+            await self._broker.unsubscribe(subscription, "gone")
+            return
+        self.messages.opened(subscription)
+
+    # the pool's side
+
+    @property
+    def write(self) -> Callable[[Any], None]:
+        write: Callable[[Any], None] = self._fast.write
+        return write
+
+    @property
+    def writable(self) -> bool:
+        return bool(self._fast.writable)
+
+    @property
+    def buffered_bytes(self) -> int:
+        return int(self._fast.buffered_bytes)
+
+    def close(self, code: int, reason: str) -> None:
+        self._fast.close(code, reason)
+
+    def abort(self) -> None:
+        self._fast.abort()
+
+    # the wire's side
+
+    def on_text(self, connection: FastConnection, text: str) -> None:
+        self.messages.take(text)
+
+    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+        self.messages.take(data)
+
+    def on_pause(self, connection: FastConnection) -> None:
+        self._pool.pause(self.id, time.monotonic())
+
+    def on_resume(self, connection: FastConnection) -> None:
+        self._pool.resume(self.id)
+
+    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
+        self._closed = True
+        self._pool.remove(self.id)
+        subscription = self.messages.subscription
+        if subscription is not None and subscription.status != "closed":
+            asyncio.ensure_future(self._broker.unsubscribe(subscription, f"closed {code}"))  # noqa: RUF006 - ends at once
+
+
+async def _serve_asgi(
+    broker: ConversationWSBroker,
+    pool: ConnectionPool,
+    websocket: WebSocket,
+    request: SubscribeRequest,
+    principal: Principal,
+) -> None:
+    connection = QueuedConnection(
+        uuid.uuid4().hex,
+        ASGI_WEBSOCKET,
+        pool,
+        buffer_bytes=broker.settings.connection_buffer_bytes,
+        send=websocket.send_text,
+        close_with=websocket.close,
+    )
+    messages = ClientMessages(broker, connection.close)
+    pool.add(connection)
+    connection.start()
+    loop = asyncio.get_running_loop()
+    reader = loop.create_task(_read(websocket, messages, connection, broker.settings.max_client_message_bytes))
+    written = loop.create_task(connection.finished.wait())
+    try:
+        messages.opened(await broker.subscribe(connection.id, request, principal))
+        await asyncio.wait([reader, written], return_when=asyncio.FIRST_COMPLETED)
+    except BrokerError as exc:
+        connection.close(_close_code(exc), exc.message[:120])
+        await written
+    finally:
+        pool.remove(connection.id)
+        reader.cancel()
+        written.cancel()
+        await asyncio.gather(reader, written, return_exceptions=True)
+        await connection.stop()
+        if messages.subscription is not None:
+            await broker.unsubscribe(messages.subscription, "closed")
+
+
+async def _read(websocket: WebSocket, messages: ClientMessages, connection: QueuedConnection, limit: int) -> None:
+    """Read the client's messages until it leaves."""
+    try:
+        while websocket.client_state is WebSocketState.CONNECTED:
+            event = await websocket.receive()
+            if event["type"] == "websocket.disconnect":
+                return
+            text = event.get("text")
+            message: str | bytes = text if text is not None else event.get("bytes") or b""
+            if len(message) > limit:
+                connection.close(1009, f"messages may have {limit} bytes")
+                return
+            messages.take(message)
+    except WebSocketDisconnect:
+        return
