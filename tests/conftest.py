@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.broker_process import BrokerProcess
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,35 @@ def shared_dir() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture
+def start_broker(tmp_path: Path) -> Iterator[Callable[..., BrokerProcess]]:
+    """Return `start_broker(*flags, **variables)`: starts a `broker serve` on a free port with its own SQLite file.
+
+    At the end of the test each one still running is stopped with SIGTERM and has to exit with 0.
+    """
+    started: list[BrokerProcess] = []
+
+    def start(*flags: str, **variables: str) -> BrokerProcess:
+        folder = tmp_path / f"broker-{len(started)}"
+        folder.mkdir()
+        process = BrokerProcess(folder, *flags, env=variables)
+        started.append(process)
+        return process.start()
+
+    try:
+        yield start
+        for process in started:
+            if process.process.poll() is None:
+                process.stop()
+    finally:
+        for process in started:
+            if process.started and process.process.poll() is None:
+                process.kill()
+
+
+@pytest.fixture
+def running_broker(start_broker: Callable[..., BrokerProcess]) -> BrokerProcess:
+    """A `broker serve` with the bundled plugins: `.url`, `.ws_url`, `.process`, `.restart(kill=True)`."""
+    return start_broker()

@@ -24,6 +24,8 @@ from .settings import EngineConfig
 _MAX_ERROR_BODY = 64 * 1024
 # Once the answer has its finish_reason only usage and [DONE] are missing: not worth an idle timeout.
 _AFTERMATH_S = 5.0
+# What a new connection costs (TCP and TLS, far away); to wait longer for an old one to end would gain nothing.
+_TAIL_S = 0.25
 
 
 @functools.cache
@@ -135,6 +137,7 @@ class OpenAIEngine:
                     f"{self._url}: {error}", kind="stream", limit_bytes=error.limit_bytes
                 ) from error
             if reader.done:
+                await _read_to_end(pieces)
                 return
         # A few servers end with [DONE] and no blank line, which by the standard is no event.
         if decoder.unfinished_data().strip() == DONE:
@@ -194,6 +197,17 @@ class OpenAIEngine:
         }
         message = error.message.replace(self._secret, "***")
         return EngineError(message, kind=error.kind, status=error.status, retryable=error.retryable, **fields)
+
+
+async def _read_to_end(pieces: AsyncIterator[bytes]) -> None:
+    """Take in what follows [DONE], usually the end of the body: only then can the connection be used again."""
+    try:
+        async with asyncio.timeout(_TAIL_S):
+            async for piece in pieces:
+                if piece.strip():
+                    return
+    except (TimeoutError, httpx.HTTPError):
+        pass
 
 
 async def _start_of_body(response: httpx.Response) -> bytes:

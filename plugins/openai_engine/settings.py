@@ -147,8 +147,8 @@ class OpenAISettings(_Options):
 
         Raises pydantic.ValidationError for an address or a key that cannot be used.
         """
-        key = self.api_key.get_secret_value() if self.api_key else environ.get("OPENAI_API_KEY")
-        url = self.base_url or environ.get("OPENAI_BASE_URL")
+        key = self.api_key.get_secret_value() if self.api_key else environ.get("OPENAI_API_KEY", "").strip()
+        url = self.base_url or environ.get("OPENAI_BASE_URL", "").strip()
         if not (key or url):
             return None
         options = self.model_dump(include=set(_Options.model_fields))

@@ -125,7 +125,10 @@ class Library:
 
     def _starts(self) -> list[Recording]:
         """Return the recordings that begin something: one per tool loop."""
-        return list({each.sequence: each for each in reversed(self.recordings.values())}.values())[::-1]
+        starts: dict[str, Recording] = {}
+        for each in self.recordings.values():
+            starts.setdefault(each.sequence, each)
+        return list(starts.values())
 
     def _named_in(self, prompt: str) -> Recording | None:
         word = prompt.strip()

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from broker.access import Access
@@ -56,13 +55,15 @@ class ConversationWSBroker:
     ) -> None:
         self.settings = settings
         self.clock = clock or SystemClock()
-        self.plugins = plugins if isinstance(plugins, PluginHost) else self._load_plugins(plugins)
+        self.plugins = (
+            plugins if isinstance(plugins, PluginHost) else PluginHost.load(settings, plugins, clock=self.clock)
+        )
         self.catalog = Catalog(self.plugins, debug_channels_on=settings.debug_channels)
         self.stores = stores or choose_stores(settings, self.plugins, self.clock)
         self.log = self.stores.log
         self.draining = False
         self.started = False
-        self._checks_drafts = bool(self.plugins.implements("check_draft"))
+        self._checks_drafts = self.plugins.has("check_draft")
         self._pool = pool
         self._refuse_kinds = {name for name, channel in self.catalog.channels.items() if channel.kind == "state"}
         self.conversations = ConversationManager(
@@ -80,7 +81,7 @@ class ConversationWSBroker:
             pool, self.clock, through_events=settings.through_events, through_s=settings.through_interval_s
         )
         self._coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
-        self._housekeeping = Housekeeping(
+        self.housekeeping = Housekeeping(
             settings, self.clock, self.log, self.stores.timeline, self.conversations, self.dispatcher, pool
         )
         self.views = ViewCompiler(self.catalog, self.plugins)
@@ -111,15 +112,10 @@ class ConversationWSBroker:
             release=self.conversations.release,
         )
 
-    def _load_plugins(self, plugins: Sequence[object]) -> PluginHost:
-        host = PluginHost(clock=self.clock)
-        host.load(plugins, directory=Path(self.settings.plugins_dir))
-        return host
-
-    def _plugins_changed(self, plugin: str) -> None:
+    def _plugins_changed(self) -> None:
         """A plugin was loaded or switched on or off: what was compiled with it is void."""
         self.views.forget()
-        self._checks_drafts = bool(self.plugins.implements("check_draft"))
+        self._checks_drafts = self.plugins.has("check_draft")
         self._observers.look_again()
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -133,7 +129,7 @@ class ConversationWSBroker:
             await self.stores.close()
             raise
         self.plugins.subscribe_changes(self._plugins_changed)
-        self._housekeeping.start()
+        self.housekeeping.start()
         self._observers.start()
         await self.runs.start()
         await self.plugins.acall_all("on_startup", broker=self)
@@ -156,7 +152,7 @@ class ConversationWSBroker:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._coordinator.close()
         if self.started:
-            await self._housekeeping.stop()
+            await self.housekeeping.stop()
         await self._observers.stop()
         await self.stores.close()
 
@@ -179,8 +175,8 @@ class ConversationWSBroker:
                 await self.log.ping()
             except Exception as exc:
                 wrong["store"] = str(exc)
-        if self._housekeeping.save_error is not None:
-            wrong["timeline"] = self._housekeeping.save_error
+        if self.housekeeping.save_error is not None:
+            wrong["timeline"] = self.housekeeping.save_error
         return wrong
 
     # -- publish --------------------------------------------------------------------------------------------------
@@ -294,12 +290,12 @@ class ConversationWSBroker:
 
     def _conversation_opened(self, conversation: Conversation) -> None:
         self.plugins.call_all("on_conversation_opened", conversation=conversation)
-        if self.plugins.implements("start_emitters"):
+        if self.plugins.has("start_emitters"):
             self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
 
     def _conversation_closed(self, conversation: Conversation, reason: str) -> None:
         self.plugins.call_all("on_conversation_closed", conversation=conversation, reason=reason)
-        if self.plugins.implements("start_emitters"):
+        if self.plugins.has("start_emitters"):
             self._in_background(self._emitters.stop(conversation.conv_id))
 
     def _in_background(self, coroutine: Any) -> None:

@@ -294,7 +294,7 @@ class BrokerClient:
     async def _taken(
         self, socket: ClientConnection, cursor: Cursor, delays: Backoff
     ) -> AsyncIterator[tuple[dict[str, Any], str]]:
-        """Yield the frames, as (event, text), that the client's rule takes, until the connection ends or a gap shows."""
+        """Yield as (event, text) what the client's rule takes, until the connection ends or a gap shows."""
         try:
             async for message in socket:
                 text = message if isinstance(message, str) else message.decode()

@@ -149,7 +149,7 @@ class ConversationManager:
         return conversation
 
     def _begin(self, conv_id: str) -> Conversation:
-        timeline = ConversationTimeline(conv_id, self._handlers, position=0, complete=False)
+        timeline = ConversationTimeline(conv_id, self._handlers)
         conversation = Conversation(conv_id, timeline, "", self._clock.monotonic_s())
         conversation.opened = asyncio.get_running_loop().create_future()
         self._open[conv_id] = conversation
@@ -182,7 +182,7 @@ class ConversationManager:
         cursor = await self._store.cursor(conv_id) if state.exists else 0
         conversation.epoch = state.epoch
         timeline = conversation.timeline
-        timeline.position = cursor
+        timeline.begin(cursor)
         recent = await self._store.page(conv_id, limit=CACHED_ENTITIES + 1) if cursor else []
         if len(recent) <= CACHED_ENTITIES:
             timeline.adopt([entity.id for entity in recent], {entity.id: entity for entity in recent})

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import sqlite3
 import threading
 from collections import deque
@@ -27,17 +26,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from broker.errors import NewerDatabase, StoreUnavailable
-from broker.group_commit import GroupCommitWriter, Job, Runner
-from broker.sqlite_file import (
-    APPLICATION_ID,
-    FORMAT_VERSION,
-    ProcessLock,
-    check_format,
-    check_ours,
-    connect,
-    store_error,
-)
+from broker.database_jobs import Call, Calls, TraceErasers
+from broker.errors import ForeignDatabase, StoreUnavailable
+from broker.group_commit import GroupCommitWriter, Job
+from broker.sqlite_file import ProcessLock, check_ours, check_place, connect, store_error
+from broker.sqlite_schema import Schema
 
 logger = logging.getLogger(__name__)
 
@@ -47,42 +40,6 @@ MAX_PENDING_JOBS = 16_384
 MAX_PENDING_BYTES = 64 * 1024 * 1024
 _CACHE_KIB = 16_384  # page cache of the writer; many conversations dirty many index pages per commit
 _WAL_PAGES = 4_000  # about 16 MB between checkpoints: each checkpoint waits for the disk
-_BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
-
-_META_TABLES = (
-    "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS room (name TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID",
-)
-
-
-class _Call(Job):
-    """A plain function as a job."""
-
-    __slots__ = ("fn",)
-
-    def __init__(self, runner: Runner, future: asyncio.Future[Any], fn: Callable[[sqlite3.Connection], object]) -> None:
-        super().__init__(runner, future)
-        self.fn = fn
-
-
-class _Calls:
-    """Runs plain functions."""
-
-    transactional = True
-
-    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            assert isinstance(job, _Call)
-            job.result = job.fn(connection)
-
-    def committed(self, jobs: Sequence[Job]) -> None:
-        pass
-
-
-class _Checkpoints(_Calls):
-    """Runs functions that must not be in a transaction."""
-
-    transactional = False
 
 
 class Database:
@@ -103,13 +60,13 @@ class Database:
         self._synchronous = synchronous
         self._reader_count = readers
         self._busy_timeout_s = busy_timeout_s
-        self._migrations: dict[str, tuple[str, ...]] = {}
-        self._migrated: set[str] = set()
+        self._schema = Schema(self.path)
         self._rollback_listeners: list[Callable[[], None]] = []
-        self._calls = _Calls()
-        self._checkpoints = _Checkpoints()
+        self._calls = Calls()
+        self._trace_erasers = TraceErasers(self.path)
         self._lock = ProcessLock(self.path)
         self._opening = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._state: Literal["closed", "open", "closing"] = "closed"
         self._connection: sqlite3.Connection | None = None
         self._writer: GroupCommitWriter | None = None
@@ -130,9 +87,7 @@ class Database:
         The list may only grow at its end; its length is the room's version in the file. A file whose room has a higher
         version is refused with NewerDatabase.
         """
-        if room in self._migrations:
-            raise ValueError(f"room {room!r} is registered already")
-        self._migrations[room] = tuple(statements)
+        self._schema.register(room, statements)
 
     def on_rollback(self, listener: Callable[[], None]) -> None:
         """Call `listener` on the writer thread after each rollback: what it cached of unfinished writes is void."""
@@ -145,7 +100,7 @@ class Database:
         """
         async with self._opening:
             if self._state == "closed":
-                loop = asyncio.get_running_loop()
+                loop = self._loop = asyncio.get_running_loop()
                 self._connection = await loop.run_in_executor(None, self._open_file)
                 self._reader_pool = ThreadPoolExecutor(self._reader_count, thread_name_prefix="broker-db-reader")
                 self._stopped = loop.create_future()
@@ -157,9 +112,9 @@ class Database:
                     on_stopped=self._writer_stopped,
                 )
                 self._state = "open"
-            elif self._migrated != set(self._migrations):
-                await self.write(self._migrate)
-            self._migrated = set(self._migrations)
+            elif not self._schema.is_current:
+                await self.write(self._schema.migrate)
+                self._schema.migrated()
 
     async def close(self) -> None:
         """Finish what is pending, fold the WAL into the file, release the lock. Does nothing when closed."""
@@ -177,95 +132,30 @@ class Database:
             self._state = "closed"
 
     def _open_file(self) -> sqlite3.Connection:
-        check_ours(self.path)
-        self._lock.acquire()
         connection: sqlite3.Connection | None = None
+        # The lock first: merely looking at a file that this process has open elsewhere would drop SQLite's locks on it.
+        check_place(self.path)
+        self._lock.acquire()
         try:
+            check_ours(self.path)
             connection = connect(self.path, busy_timeout_s=self._busy_timeout_s, create=True)
-            self._claim(connection)
+            self._schema.claim(connection)
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
             connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             connection.execute("PRAGMA secure_delete=ON").fetchone()
             # What tells a crash of the machine from one of the process must itself survive it.
             connection.execute("PRAGMA synchronous=FULL")
-            self._in_transaction(connection, self._prepare)
+            self.epoch = self._schema.prepare(connection, self._synchronous)
             connection.execute(f"PRAGMA synchronous={self._synchronous}")
         except BaseException as exc:
             if connection is not None:
                 connection.close()
-            self._lock.release()
+            self._lock.release(remove=isinstance(exc, ForeignDatabase))
             if isinstance(exc, sqlite3.Error):
                 raise store_error(exc, self.path) from exc
             raise
         return connection
-
-    def _claim(self, connection: sqlite3.Connection) -> None:
-        """Mark a new file as ours, before the WAL exists: the mark must be in the file's own header at any moment."""
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        check_format(self.path, version)
-        if version == 0:
-            self._in_transaction(
-                connection,
-                lambda c: [
-                    c.execute(f"PRAGMA application_id={APPLICATION_ID}"),
-                    c.execute(f"PRAGMA user_version={FORMAT_VERSION}"),
-                ],
-            )
-
-    @staticmethod
-    def _in_transaction(connection: sqlite3.Connection, fn: Callable[[sqlite3.Connection], object]) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            fn(connection)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        for statement in _META_TABLES:
-            connection.execute(statement)
-        self._migrate(connection)
-        known: dict[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
-        boot_id = _boot_id()
-        lost_tail = (
-            known.get("in_use") == "1" and known.get("synchronous") == "NORMAL" and known.get("boot_id") != boot_id
-        )
-        if lost_tail:
-            logger.warning(
-                "database %s was not closed before the machine restarted: the last commits may be missing, "
-                "the epoch changes and clients start afresh",
-                self.path,
-            )
-        self.epoch = known.get("epoch", "") if not lost_tail else ""
-        self.epoch = self.epoch or secrets.token_hex(8)
-        connection.executemany(
-            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-            [
-                ("epoch", self.epoch),
-                ("in_use", "1"),
-                ("boot_id", boot_id),
-                ("synchronous", self._synchronous),
-            ],
-        )
-
-    def _migrate(self, connection: sqlite3.Connection) -> None:
-        versions = dict(connection.execute("SELECT name, version FROM room"))
-        for room, statements in self._migrations.items():
-            done = versions.get(room, 0)
-            if done > len(statements):
-                raise NewerDatabase(
-                    f"{self.path}: the tables of {room} have version {done}, this broker knows up to {len(statements)}: "
-                    "nothing was changed; run the newer broker, or name another file",
-                    path=self.path,
-                    room=room,
-                    version=done,
-                )
-            for statement in statements[done:]:
-                connection.execute(statement)
-            connection.execute("INSERT OR REPLACE INTO room VALUES (?, ?)", (room, len(statements)))
 
     def _close_file(self) -> None:
         if self._reader_pool is not None:
@@ -278,15 +168,14 @@ class Database:
         if connection is not None:
             try:
                 connection.execute("PRAGMA synchronous=FULL")
-                self._in_transaction(
-                    connection, lambda c: c.execute("UPDATE meta SET value = '0' WHERE key = 'in_use'")
-                )
+                self._schema.end_use(connection)
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             except sqlite3.Error as exc:
                 # Nothing is lost: the WAL is read again by the next open.
                 logger.warning("%s", store_error(exc, self.path))
             finally:
                 connection.close()
+        self._trace_erasers.close()
         self._lock.release()
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -298,8 +187,21 @@ class Database:
         what it wrote is undone and its exception comes out here; it may then have been called twice. Raises
         StoreUnavailable when the file cannot be written: nothing was. Cancelling does not undo what is queued.
         """
-        result: T = await self.submit(_Call(self._calls, asyncio.get_running_loop().create_future(), fn))
+        result: T = await self.submit(Call(self._calls, self.new_future(), fn))
         return result
+
+    def new_future(self) -> asyncio.Future[Any]:
+        """Return a future for a job. Raises StoreUnavailable when the database is not open."""
+        return self._running_loop().create_future()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        # Kept from open(): asking asyncio costs a system call on Python 3.11, once per publish.
+        if self._loop is None:
+            raise self._not_open()
+        return self._loop
+
+    def _not_open(self) -> StoreUnavailable:
+        return StoreUnavailable(f"database {self.path} is {self._state}: open it first", path=self.path)
 
     def submit(self, job: Job) -> Awaitable[Any]:
         """Queue `job`; await what is returned for its result, once that is durable.
@@ -312,7 +214,7 @@ class Database:
         return job.future
 
     async def _submit_when_possible(self, job: Job) -> Any:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[None] = self.new_future()
         self._waiting.append((turn, job.size_bytes))
         try:
             await turn
@@ -324,12 +226,12 @@ class Database:
 
     def _enqueue(self, job: Job) -> None:
         if self._state != "open":
-            raise StoreUnavailable(f"database {self.path} is {self._state}: open it first", path=self.path)
+            raise self._not_open()
         self._pending_jobs += 1
         self._pending_bytes += job.size_bytes
         # What is published in one turn of the loop goes over in one piece: the writer wakes once, not per job.
         if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._flush_outbox)
+            self._running_loop().call_soon(self._flush_outbox)
         self._outbox.append(job)
 
     def _flush_outbox(self) -> None:
@@ -350,21 +252,13 @@ class Database:
             )
         )
 
-    async def truncate_wal(self) -> None:
-        """Move everything into the database file and empty the WAL, which may hold old copies of erased content.
+    async def erase_traces(self) -> None:
+        """Make sure that nothing deleted so far is left in the database file or its WAL, as old copies of pages.
 
-        Raises StoreUnavailable when readers kept it from happening.
+        Reads the whole file while writers wait: about 0.3 s per GB that the system has in memory. Raises
+        StoreUnavailable when a reader or another process keeps it from happening.
         """
-
-        def truncate(connection: sqlite3.Connection) -> None:
-            busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            if busy:
-                raise StoreUnavailable(
-                    f"database {self.path}: the WAL is held by a reader and could not be emptied; try again",
-                    path=self.path,
-                )
-
-        await self.submit(_Call(self._checkpoints, asyncio.get_running_loop().create_future(), truncate))
+        await self.submit(Job(self._trace_erasers, self.new_future()))
 
     def _is_full(self) -> bool:
         return self._pending_jobs >= MAX_PENDING_JOBS or self._pending_bytes >= MAX_PENDING_BYTES
@@ -418,8 +312,8 @@ class Database:
         interpreter lock per row, which under load costs more than the row. Raises StoreError.
         """
         if self._state != "open" or self._reader_pool is None:
-            raise StoreUnavailable(f"database {self.path} is {self._state}: open it first", path=self.path)
-        return await asyncio.get_running_loop().run_in_executor(self._reader_pool, self._read, fn)
+            raise self._not_open()
+        return await self._running_loop().run_in_executor(self._reader_pool, self._read, fn)
 
     def _read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -441,12 +335,3 @@ class Database:
             self._reader_local.connection = connection
             self._reader_connections.append(connection)
         return connection
-
-
-def _boot_id() -> str:
-    """Return what identifies this run of the machine, or "" where the system does not say."""
-    try:
-        with open(_BOOT_ID_FILE, encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""

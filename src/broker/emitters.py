@@ -1,7 +1,7 @@
 """Emitters: what plugins run for as long as a conversation is open, supervised (I9).
 
 An emitter is one task. It is reported and restarted when it raises, done when it returns, cancelled when the conversation
-closes or its plugin is switched off. A conversation without emitters costs nothing.
+closes or its plugin is switched off. A conversation without emitters has no task.
 """
 
 from __future__ import annotations
@@ -147,41 +147,39 @@ class EmitterSupervisor:
 
     async def _supervise(self, opened: _Open, name: str, place: int, emitter: Any) -> None:
         failures = 0
-        while emitter is not None:
+        while True:
             began_s = self._clock.monotonic_s()
             try:
+                if emitter is None:
+                    emitter = self._make_again(opened, name, place)
+                    if emitter is None:
+                        return
                 await _run(emitter)
                 return
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                if _being_cancelled():
                     raise
                 self._plugins.report(name, HOOK, PluginError("an emitter was cancelled from within"))
             except (Exception, SystemExit) as exc:
                 self._plugins.report(name, HOOK, exc)
-            if self._clock.monotonic_s() - began_s >= self._policy.settled_s:
-                failures = 0
-            emitter = None
-            while emitter is None:
-                failures += 1
-                await asyncio.sleep(self._policy.delay_s(failures, self._random()))
-                try:
-                    emitter = self._make_again(opened, name, place)
-                except Exception as exc:
-                    self._plugins.report(name, HOOK, exc)
-                    continue
-                if emitter is None:
+                if _being_cancelled():  # it failed while it was cleaning up: that is no reason to come back
                     return
+            emitter = None
+            failures = 1 if self._clock.monotonic_s() - began_s >= self._policy.settled_s else failures + 1
+            await asyncio.sleep(self._policy.delay_s(failures, self._random()))
 
     def _make_again(self, opened: _Open, name: str, place: int) -> Any:
-        """Ask a plugin anew for the emitter at `place` of its answer; None if it has none there any more. Raises."""
+        """Ask a plugin anew for the emitter at `place` of its answer; None if it has none there any more.
+
+        Raises what the hook raises, and PluginError while it is in quarantine.
+        """
         for plugin, implementation in self._plugins.implementations(HOOK):
             if plugin == name:
                 made = _emitters(implementation(conversation=opened.conversation, publisher=opened.publisher))
                 wanted = made.pop(place) if place < len(made) else None
                 _drop(made)
                 return wanted
-        return None
+        raise PluginError("cannot be restarted, the hook is in quarantine")
 
     async def _cancel(self, tasks: list[asyncio.Task[None]], conv_id: str) -> None:
         for task in tasks:
@@ -196,6 +194,12 @@ class EmitterSupervisor:
                 self._policy.stop_timeout_s,
                 conv_id,
             )
+
+
+def _being_cancelled() -> bool:
+    """Say whether somebody asked for the end of this task, in contrast to a plugin that lets out a cancellation."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _run(emitter: Any) -> None:

@@ -32,7 +32,7 @@ class Runner(Protocol):
     """
 
     transactional: bool
-    """Whether jobs run inside the batch's transaction. Those that cannot (a checkpoint) run alone."""
+    """Whether jobs run inside the batch's transaction. Where not (a checkpoint), they run without other runners'."""
 
     def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
         """Run `jobs` on the writer thread and set their `result`. May be called again after a rollback."""
@@ -115,14 +115,15 @@ class GroupCommitWriter:
         return True
 
     def _next_batch(self) -> list[Job]:
-        """Take the next jobs that run together; one that cannot be in a transaction is alone."""
+        """Take the next jobs that run together: transactional ones, or neighbours of one runner that is not."""
         batch: list[Job] = []
         size = 0
         while self._backlog and len(batch) < MAX_BATCH_JOBS and size < MAX_BATCH_BYTES:
-            if not self._backlog[0].runner.transactional:
-                return batch or [self._backlog.popleft()]
-            job = self._backlog.popleft()
-            batch.append(job)
+            job = self._backlog[0]
+            alone = not (job.runner.transactional and (not batch or batch[0].runner.transactional))
+            if batch and alone and job.runner is not batch[0].runner:
+                break
+            batch.append(self._backlog.popleft())
             size += job.size_bytes
         return batch
 
@@ -131,7 +132,7 @@ class GroupCommitWriter:
         error = self._attempt(batch, self._run_fused)
         if error is None:
             return
-        if len(batch) > 1 and not concerns_whole_file(error):
+        if len(batch) > 1 and batch[0].runner.transactional and not concerns_whole_file(error):
             error = self._attempt(batch, self._run_each)
             if error is None:
                 return

@@ -30,7 +30,7 @@ class Observers:
 
     def look_again(self) -> None:
         """Find out whether any plugin observes: asked once, not per envelope."""
-        self.wanted = bool(self._plugins.implements("on_published"))
+        self.wanted = self._plugins.has("on_published")
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())

@@ -201,11 +201,14 @@ class HookCalls:
 
     def _call(self, implementation: Implementation, kwargs: dict[str, Any]) -> Any:
         clock, record = self._isolation.clock, implementation.record
+        stalls = record.streak.stalls
         began_s = clock.monotonic_s()
         try:
             result = implementation.function(**{name: kwargs[name] for name in implementation.arguments})
         finally:
             self._isolation.took(record, record.streak, clock.monotonic_s() - began_s)
+        if record.streak.stalls == stalls and not inspect.isawaitable(result):
+            record.streak.stalls = 0
         return result
 
     def _checked(self, implementation: Implementation, result: Any) -> Any:
@@ -225,10 +228,14 @@ class HookCalls:
         return result
 
     async def _acall(self, implementation: Implementation, kwargs: dict[str, Any]) -> Any:
+        streak = implementation.record.streak
+        stalls = streak.stalls
         result = self._call(implementation, kwargs)
         if inspect.isawaitable(result):
             result = await self._settle(implementation, result)
-        implementation.record.streak.failures = 0
+            if streak.stalls == stalls:
+                streak.stalls = 0
+        streak.failures = 0
         return result
 
     async def _settle(self, implementation: Implementation, pending: Awaitable[Any]) -> Any:

@@ -13,6 +13,7 @@ The unit is one hook of one plugin. What fails is taken out; what works of the s
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class HookRecord:
     quarantine: str | None = None
     last_error: str | None = None
     last_error_at_ms: int | None = None
+    last_error_number: int = 0
     logged_at_s: float | None = None
     suppressed: int = 0
     streak: Streak = field(default_factory=Streak)
@@ -98,6 +100,7 @@ class Isolation:
         self.clock = clock
         self._on_quarantine = on_quarantine
         self._records: dict[tuple[str, str], HookRecord] = {}
+        self._error_numbers = itertools.count(1)
 
     def record(self, plugin: str, hook: str) -> HookRecord:
         """Return the record of a plugin's hook, a new one at first."""
@@ -111,15 +114,16 @@ class Isolation:
         return [record for record in self._records.values() if record.plugin == plugin]
 
     def took(self, record: HookRecord, streak: Streak, elapsed_s: float, *, blocked_loop: bool = True) -> None:
-        """Count a call. blocked_loop: the whole time was spent on the event loop, so a long one is a stall."""
+        """Count a call. blocked_loop: the whole time was spent on the event loop, so a long one is a stall.
+
+        The caller ends the streak of stalls when the whole call, what was awaited included, went well.
+        """
         record.calls += 1
         record.total_s += elapsed_s
         if elapsed_s > record.max_s:
             record.max_s = elapsed_s
         if blocked_loop and elapsed_s > self.limits.stall_s:
             self.stalled(record, streak, f"a call took {elapsed_s * 1000:.0f} ms of the event loop")
-        elif streak.stalls:
-            streak.stalls = 0
 
     def stalled(self, record: HookRecord, streak: Streak, what: str) -> None:
         """Count a stall; enough of them in a row lead to quarantine."""
@@ -141,6 +145,7 @@ class Isolation:
         record.errors += 1
         record.last_error = brief(error)
         record.last_error_at_ms = self.clock.wall_ms()
+        record.last_error_number = next(self._error_numbers)  # the wall clock may stand still or jump
         now_s = self.clock.monotonic_s()
         if record.logged_at_s is not None and now_s - record.logged_at_s < self.limits.log_interval_s:
             record.suppressed += 1

@@ -233,7 +233,7 @@ class PluginHost(HookCalls):
     def _describe(self, name: str, plugin: _Plugin) -> dict[str, Any]:
         records = sorted(self._isolation.records(name), key=lambda record: record.hook)
         failed = [record for record in records if record.last_error is not None]
-        last = max(failed, key=lambda record: record.last_error_at_ms or 0, default=None)
+        last = max(failed, key=lambda record: record.last_error_number, default=None)
         return {
             "name": name,
             "version": plugin.found.version,

@@ -20,6 +20,8 @@ from broker.errors import InvalidInput, shown
 PREFIX = "BROKER_"
 PLUGIN_PREFIX = "BROKER_PLUGIN_"
 """Variables of plugins: `BROKER_PLUGIN_<NAME>_…`, read by the plugin's own settings model."""
+COMMAND_PREFIXES = ("BROKER_URL", "BROKER_TOKEN", "BROKER_TAIL_", "BROKER_SEND_", "BROKER_PUBLISH_")
+"""Variables of the commands that talk to a server."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -216,7 +218,7 @@ def misspelled_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     warnings = []
     for name in sorted(os.environ if environ is None else environ):
         upper = name.upper()
-        if not upper.startswith(PREFIX) or upper.startswith(PLUGIN_PREFIX) or upper in known:
+        if not upper.startswith(PREFIX) or upper.startswith((PLUGIN_PREFIX, *COMMAND_PREFIXES)) or upper in known:
             continue
         close = difflib.get_close_matches(upper, known, n=1, cutoff=0.6)
         remedy = f"did you mean {close[0]}?" if close else "see `broker serve --help` for those that exist"

@@ -14,6 +14,7 @@ FORMAT_VERSION = 1  # PRAGMA user_version, bytes 60-63: raised only when older b
 
 _MAGIC = b"SQLite format 3\x00"  # https://www.sqlite.org/fileformat2.html#the_database_header
 _HEADER_BYTES = 100
+_MIN_SQLITE = (3, 38, 0)  # JSON functions built in (3.38), RETURNING (3.35)
 
 # Primary result codes that concern the file and not the statement: the next attempt may work.
 _PASSING = {
@@ -52,11 +53,14 @@ def concerns_whole_file(exc: BaseException) -> bool:
     return code in _PASSING or code in _DAMAGED
 
 
-def check_ours(path: str) -> None:
-    """Look at the file's header without opening it as a database; a file that is not ours stays untouched.
-
-    A missing or empty file is fine. Raises ForeignDatabase, NewerDatabase, StoreUnavailable.
-    """
+def check_place(path: str) -> None:
+    """Raise StoreUnavailable where no file can be: no folder, or a folder of that name."""
+    if sqlite3.sqlite_version_info < _MIN_SQLITE:
+        raise StoreUnavailable(
+            f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, _MIN_SQLITE))} is needed: "
+            "use a newer Python or a newer SQLite library",
+            path=path,
+        )
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise StoreUnavailable(
@@ -64,6 +68,13 @@ def check_ours(path: str) -> None:
         )
     if os.path.isdir(path):
         raise StoreUnavailable(f"database {path} is a folder: name a file in it", path=path)
+
+
+def check_ours(path: str) -> None:
+    """Look at the file's header without opening it as a database; a file that is not ours stays untouched.
+
+    A missing or empty file is fine. Raises ForeignDatabase, NewerDatabase, StoreUnavailable.
+    """
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER_BYTES)
@@ -140,9 +151,11 @@ class ProcessLock:
         self._fd = fd
         self._write_owner(fd)
 
-    def release(self) -> None:
-        """Give the lock back; does nothing when it is not held."""
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock back; does nothing when it is not held. remove: leave no side file next to a foreign file."""
         if self._fd is not None:
+            if remove:
+                os.unlink(self._path + "-lock")
             os.close(self._fd)
             self._fd = None
 

@@ -10,10 +10,10 @@ from broker.eventlog.base import EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.plugins import PluginHost
-from broker.runs.memory import MemoryRunStore
+from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
 from broker.runs.store import RunStore
-from broker.runs.turns import MemoryTurnStore, TurnStore
+from broker.runs.turns import TurnStore
 from broker.settings import Settings
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore

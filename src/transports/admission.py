@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 RESERVED_DESCRIPTORS = 128
 """For the database and its readers, log files, requests of engines, and connections that are being refused."""
 
+HTTP_HEADROOM = 256
+"""Connections beyond `max_connections`, which counts followers only: plain requests (health checks, an operator's look
+at what is going on) still get through when it is reached."""
+
 _RETRY_AFTER_S = 5
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,8 +25,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import broker as package
 from broker.broker import ConversationWSBroker
+from broker.plugins import PluginHost
 from broker.settings import Settings, load_settings
 from transports.http import problems
 from transports.http.actions import actions_router
@@ -69,7 +70,7 @@ def create_broker(settings: Settings | None = None, *, plugins: Sequence[object]
     """
     settings = settings or load_settings()
     pool = ConnectionPool(write_timeout_s=settings.write_timeout_s)
-    broker = ConversationWSBroker(settings, plugins=plugins, pool=pool)
+    broker = ConversationWSBroker(settings, pool=pool, plugins=PluginHost.load(settings, plugins))
     _POOLS[broker] = pool
     return broker
 
@@ -107,7 +108,7 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
         raise TypeError("create_api needs a broker made by transports.app.create_broker: it comes with its pool")
     app = FastAPI(
         title="Conversation broker",
-        version=package.__version__,
+        version=version("conversation-broker"),
         lifespan=lifespan_of(broker),
         docs_url=None,  # the pages load their scripts from other people's servers
         redoc_url=None,

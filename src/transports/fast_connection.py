@@ -35,9 +35,7 @@ LINGER_S = 1.0  # how long a peer that broke the rules may take to read why, bef
 # A read of 256 KiB holds up to 43,000 empty frames: handling them all at once would stop everybody else.
 _FRAMES_PER_TURN = 128
 
-_OPEN, _CLOSING, _ENDING, _LOST = range(
-    4
-)  # _CLOSING: we sent a close frame; _ENDING: all input is thrown away
+_OPEN, _CLOSING, _ENDING, _LOST = range(4)  # _CLOSING: we sent a close frame; _ENDING: all input is thrown away
 _STARTING, _APP_PAUSED, _BUDGET_SPENT = 1, 2, 4  # why reading is on hold, a bit mask
 
 
@@ -279,9 +277,7 @@ class FastConnection(asyncio.Protocol):
         except FrameError as error:
             self._fail(error.code, error.reason)
         except Exception as error:
-            self._server.failures.log(
-                logging.ERROR, "WebSocket handler failed; connection closed", exc_info=error
-            )
+            self._server.failures.log(logging.ERROR, "WebSocket handler failed; connection closed", exc_info=error)
             self._fail(1011, "internal error")
 
     def _handle(self, event: Event) -> None:

@@ -29,23 +29,20 @@ class KeptAlive(Protocol):
 
 
 class PingWheel:
-    """Pings each added connection every `interval_s` seconds and ends it when `timeout_s` seconds pass in
-    silence.
+    """Pings each added connection every `interval_s` seconds and ends it when `timeout_s` seconds pass in silence.
 
-    interval_s: None or 0 turns keep-alive off. The first ping comes within one interval, not exactly after
-    one. timeout_s: None pings without ever ending a connection. Precision is one tick, the interval or
-    timeout (whichever is shorter) divided by 64. No timer runs while there is no connection.
+    interval_s: None or 0 turns keep-alive off. The first ping comes within one interval, not exactly after one.
+    timeout_s: None pings without ever ending a connection. Precision is one tick: the shorter of both times divided
+    by 64, but not less than the interval divided by 1,024. No timer runs while there is no connection.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, interval_s: float | None, timeout_s: float | None
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval_s: float | None, timeout_s: float | None) -> None:
         self._loop = loop
         self._slots: list[set[KeptAlive]] = []
         self._timeout_ticks: int | None = None
         self._tick_s = 0.0
         if interval_s:
-            # At most 16 turns' worth of slots, or a long interval with a short timeout would need thousands.
+            # Bounded, or a long interval with a short timeout would need many thousands of slots.
             fine = min(interval_s, timeout_s or interval_s) / _SLOTS
             count = min(math.ceil(interval_s / fine), 16 * _SLOTS)
             self._tick_s = interval_s / count

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.settings import Settings, misspelled_variables
 from broker.telemetry import configure_logging
-from transports.admission import connection_limit, limited_http_protocol
+from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_protocol
 from transports.app import create_app
 
 logger = logging.getLogger("broker.server")
@@ -138,7 +138,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",  # entered by BrokerServer itself: its errors are shown as what they are
-        http=limited_http_protocol(connection_limit(settings.max_connections)),
+        http=limited_http_protocol(connection_limit(settings.max_connections + HTTP_HEADROOM)),
         ws=_FAST_PATH if fast else "websockets-sansio",
         ws_max_size=settings.max_client_message_bytes,
         ws_ping_interval=settings.ping_interval_s or None,

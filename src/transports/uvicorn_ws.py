@@ -95,9 +95,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         that fails closes it with 1011. Raises RuntimeError before the accept and when called again.
         """
         if self._taken is not None:
-            raise RuntimeError(
-                "this WebSocket was taken over already: use the FastConnection of the first call"
-            )
+            raise RuntimeError("this WebSocket was taken over already: use the FastConnection of the first call")
         if not self._accepted:
             raise RuntimeError("a WebSocket can be taken over after 'websocket.accept' only: accept it first")
         self.stop_keepalive()
@@ -167,15 +165,11 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         elif message["type"] == "websocket.close":
             self._taken.close(message.get("code", 1000) or 1000, message.get("reason") or "")
         else:
-            raise RuntimeError(
-                f"{message['type']!r} after the WebSocket was taken over: use the FastConnection"
-            )
+            raise RuntimeError(f"{message['type']!r} after the WebSocket was taken over: use the FastConnection")
 
     async def receive(self) -> ASGIReceiveEvent:
         if self._taken is not None:
-            raise RuntimeError(
-                "receive after the WebSocket was taken over: messages go to the ConnectionHandler"
-            )
+            raise RuntimeError("receive after the WebSocket was taken over: messages go to the ConnectionHandler")
         return await super().receive()
 
     # The transport's calls, before a takeover

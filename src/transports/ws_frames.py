@@ -112,8 +112,7 @@ def encode_close_frame(code: int, reason: str = "") -> bytes:
         return encode_frame(Opcode.CLOSE, b"")
     if not is_close_code(code):
         raise ValueError(
-            f"close code {code} may not be sent: use 1000-1003, 1007-1014 or 3000-4999 "
-            "(1005: a frame without a code)"
+            f"close code {code} may not be sent: use 1000-1003, 1007-1014 or 3000-4999 (1005: a frame without a code)"
         )
     text = reason.encode(errors="replace")[:_MAX_REASON_BYTES].decode(errors="ignore").encode()
     return encode_frame(Opcode.CLOSE, code.to_bytes(2, "big") + text)

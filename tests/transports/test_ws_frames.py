@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.support.live_server import client_frame, close_payload
+
 from transports.ws_frames import (
     Close,
     Event,
@@ -111,8 +111,7 @@ def test_close_between_fragments_is_a_close() -> None:
 
 @pytest.mark.parametrize(
     ("payload", "expected"),
-    [(b"", Close(1005, "")), (close_payload(1000), Close(1000, "")), (close_payload(4999, "ö"), Close(4999,
-    "ö"))],
+    [(b"", Close(1005, "")), (close_payload(1000), Close(1000, "")), (close_payload(4999, "ö"), Close(4999, "ö"))],
 )
 def test_close_says_code_and_reason(payload: bytes, expected: Close) -> None:
     assert read(client_frame(CLOSE, payload)) == [expected]

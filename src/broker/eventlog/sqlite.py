@@ -7,7 +7,6 @@ integer (`conv`) in there; their ids are in `conversation` alone.
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Sequence
 
@@ -63,7 +62,7 @@ class SqliteEventLog:
             return []
         mine = list(envelopes)
         size_bytes = sum([len(envelope.data_json) for envelope in mine])
-        append = Append(self._appends, asyncio.get_running_loop().create_future(), conv_id, mine, size_bytes)
+        append = Append(self._appends, self._database.new_future(), conv_id, mine, size_bytes)
         try:
             await self._database.submit(append)
         except Exception:
@@ -187,7 +186,7 @@ class SqliteEventLog:
 
         await self._database.write(erase_rest)
         # Also when nothing was there: an erase that was cut off after its commit is completed by repeating it.
-        await self._database.truncate_wal()
+        await self._database.erase_traces()
 
     async def ping(self) -> None:
         await self._database.ping()

@@ -1,8 +1,8 @@
 """One step's answer: folds the engine's events into drafts and into what the next step needs. Pure: no I/O.
 
-    reasoning   thinking entities `<message id>-thinking`, `…-thinking-2` where the model goes back to thinking
-    text        one message entity per choice: `<message id>`, `<message id>-choice1`, …
-    tool calls  one tool_call entity per call
+reasoning   thinking entities `<message id>-thinking`, `…-thinking-2` where the model goes back to thinking
+text        one message entity per choice: `<message id>`, `<message id>-choice1`, …
+tool calls  one tool_call entity per call
 """
 
 from __future__ import annotations

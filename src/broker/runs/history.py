@@ -30,11 +30,7 @@ def messages_for(
     they were worked on, and further choices of an answer. Answers that were cut are in it as far as they came. others:
     the conversation's runs, in which each waiting prompt is found.
     """
-    unheard = {
-        other.message_id
-        for other in others
-        if other.run_id != run.run_id and other.started_at_ms is None
-    }
+    unheard = {other.message_id for other in others if other.run_id != run.run_id and other.started_at_ms is None}
     messages = [ChatMessage("system", system_prompt)] if system_prompt else []
     pending_tools: list[ChatMessage] = []
     for entity in _in_order(entities, run, others):
@@ -87,9 +83,7 @@ def _add_call(messages: list[ChatMessage], results: list[ChatMessage], entity: E
     call = ToolCall(entity.id, str(props.get("name", "")), call_input if isinstance(call_input, Mapping) else {})
     if messages and messages[-1].role == "assistant":
         last = messages.pop()
-        messages.append(
-            ChatMessage(last.role, last.content, (*last.tool_calls, call), opaque=last.opaque)
-        )
+        messages.append(ChatMessage(last.role, last.content, (*last.tool_calls, call), opaque=last.opaque))
     else:
         messages.append(ChatMessage("assistant", "", (call,)))
     results.append(ChatMessage("tool", result_text(props), tool_call_id=entity.id, name=call.name))

@@ -78,7 +78,12 @@ class MemoryRunStore:
         return new
 
     async def decide(
-        self, run_id: str, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str, now_ms: int
+        self,
+        run_id: str,
+        call_ids: frozenset[str] | None,
+        decision: Literal["approved", "denied"],
+        by: str,
+        now_ms: int,
     ) -> tuple[Run | None, dict[str, str]]:
         run = self._runs.get(run_id)
         if run is None or run.status != "awaiting_tool_approval":

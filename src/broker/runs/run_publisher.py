@@ -36,7 +36,8 @@ class RunPublisher:
         if self._ended:
             self.refused += len(drafts)
             raise RunEnded(
-                f"run {self.run_id} has ended: {drafts[0].type if drafts else 'nothing'} comes too late", run_id=self.run_id
+                f"run {self.run_id} has ended: {drafts[0].type if drafts else 'nothing'} comes too late",
+                run_id=self.run_id,
             )
         self._raise_failure()
         self._pending.extend(drafts)

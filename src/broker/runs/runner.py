@@ -1,7 +1,7 @@
 """One run at work: from the claim to its terminal event.
 
-    run.started → per step: request → engine stream → final texts → tools (approval) → … → run.finished
-    a stop, a limit or an error anywhere → open texts closed as partial → one terminal event
+run.started → per step: request → engine stream → final texts → tools (approval) → … → run.finished
+a stop, a limit or an error anywhere → open texts closed as partial → one terminal event
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, TypeVar
 
 from broker.envelope import SEM, Draft
-from broker.errors import BrokerError, EngineError, RunEnded
+from broker.errors import BrokerError, EngineError, LimitExceeded
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
 from broker.runs.engine import ChatMessage, EngineProfile, EngineRequest
@@ -24,13 +24,14 @@ from broker.runs.plan import make_plan, masked, plan_changes
 from broker.runs.run_publisher import RunPublisher
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run, RunStatus
-from broker.runs.tool_round import RoundCall, ToolRound
+from broker.runs.tool_round import RoundCall, ToolRound, ignore
 from broker.runs.turn_recorder import TurnRecorder
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-StopReason = Literal["cancelled", "interrupted", "timeout"]
+StopReason = Literal["cancelled", "interrupted", "timeout", "detached"]
+"""`detached`: the process goes down, and the run goes on awaiting approval after the next start."""
 
 
 class RunStopped(Exception):
@@ -99,6 +100,9 @@ class RunTask:
             await self._begin()
             await self._steps()
         except RunStopped as stop:
+            if stop.reason == "detached":
+                await self._detach()
+                return None
             status, error = self._stopped(stop.reason)
         except BrokerError as exc:
             status, error = "failed", describe(exc)
@@ -107,8 +111,7 @@ class RunTask:
             status, error = "failed", describe(exc)
         return await self._end(status, error)
 
-    async def detach(self) -> None:
-        """Let go of a parked run without ending it: it goes on awaiting approval after the next start."""
+    async def _detach(self) -> None:
         self._stop_timer()
         await self._published.end()
         self._release()
@@ -118,14 +121,22 @@ class RunTask:
             limit = self._limits.run_timeout_s
             return "failed", {"code": "run-timeout", "message": f"the run took longer than its limit of {limit:g} s"}
         if reason == "interrupted":
-            return "interrupted", {"code": "interrupted", "message": "the server was stopped while this run was going on"}
+            return "interrupted", {
+                "code": "interrupted",
+                "message": "the server was stopped while this run was going on",
+            }
         return "cancelled", None
 
     async def _end(self, status: RunStatus, error: dict[str, Any] | None) -> Run | None:
         self._stop_timer()
         await self._published.end()
         self._recorder.record("final", {"status": status, "error": error, "usage": self._usage})
-        changes: dict[str, Any] = {"error": error, "usage": self._usage, "step": self.run.step, "attempt": self.run.attempt}
+        changes: dict[str, Any] = {
+            "error": error,
+            "usage": self._usage,
+            "step": self.run.step,
+            "attempt": self.run.attempt,
+        }
         ended = await self._runtime.settle(self.run, status, changes)
         self._release()
         return ended
@@ -157,7 +168,11 @@ class RunTask:
         if known is not None and known.signature != plan.signature:
             shown = masked(plan, self._profile)
             if known.plan is not None:
-                data = {"engineProfile": plan.engine_profile, "changes": plan_changes(known.plan, shown), "runId": run.run_id}
+                data = {
+                    "engineProfile": plan.engine_profile,
+                    "changes": plan_changes(known.plan, shown),
+                    "runId": run.run_id,
+                }
                 await self._published.put([Draft("engine.changed", data, channel=SEM)])
             # Read again: a prompt that was accepted meanwhile may have chosen another profile for the next runs.
             newest = await store.conversation(run.conv_id) or known
@@ -192,10 +207,10 @@ class RunTask:
                 await self._published.flush()
                 return
             if self.run.step >= self._limits.max_tool_steps:
-                raise EngineError(
+                raise LimitExceeded(
                     f"the run made {self.run.step} rounds of tool calls and asks for more, which is the limit: "
                     "raise max_tool_steps, or ask for less at once",
-                    kind="config",
+                    limit=self._limits.max_tool_steps,
                 )
             main = answer.main
             await self._published.put(answer.close_alternatives())
@@ -277,7 +292,7 @@ class RunTask:
             raise EngineError(
                 f"engine {self._lease.plan.engine!r} sent nothing for {idle_s:g} s", kind="timeout", retryable=True
             ) from exc
-        except (BrokerError, RunEnded):
+        except BrokerError:
             raise
         except Exception as exc:
             self._runtime.plugins.report(self._lease.plan.engine, "build_engine", exc)
@@ -320,7 +335,7 @@ class RunTask:
         self._round = ToolRound(self.run, calls, self._runtime, self._published, list(self._profile.tools))
         try:
             await self._round.start()
-            if self._round.awaiting:
+            if self._round.awaiting or self.run.status == "awaiting_tool_approval":
                 self._stop_timer()  # a person may take hours: that is not the run's time
                 await self._until_stopped(self._round.approvals())
                 self._start_timer()
@@ -335,7 +350,7 @@ class RunTask:
         """Take up the round in which the run awaited approval when the process ended."""
         done = await self._runtime.timeline.get(self.run.conv_id, [call.id for call in self.run.calls])
         await self._run_round([RoundCall.resumed(call, done.get(call.id)) for call in self.run.calls])
-        self.run = replace(self.run, step=self.run.step + 1)
+        self.run = replace(self.run, status="running", calls=(), step=self.run.step + 1)
 
     # -- waiting ----------------------------------------------------------------------------------------------------
 
@@ -346,7 +361,8 @@ class RunTask:
         """
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({task, self._stop}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {task, self._stop}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not task.done():
                 task.cancel()
@@ -354,10 +370,10 @@ class RunTask:
             _, stuck = await asyncio.wait({task}, timeout=self._limits.stop_grace_s)
             if stuck:
                 log.error("run %s: the engine did not end when cancelled; going on without it", self.run.run_id)
-                task.add_done_callback(_ignore)
+                task.add_done_callback(ignore)
         if self._stop.done():
             if task.done():
-                _ignore(task)
+                ignore(task)
             raise RunStopped(self._stop.result())
         return task.result()
 
@@ -370,9 +386,3 @@ class RunTask:
             self._deadline.cancel()
             self._deadline = None
             self._left_s = self._due - self._loop.time()
-
-
-def _ignore(task: asyncio.Future[Any]) -> None:
-    """Take the result of a task that nobody waits for, so that it is not reported as lost."""
-    if not task.cancelled():
-        task.exception()

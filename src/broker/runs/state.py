@@ -1,8 +1,8 @@
 """The run state machine: statuses, legal transitions, and the record of one run. Pure: no I/O in here.
 
-    queued ──claim──► running ◄──────────► awaiting_tool_approval
-      │                  │                          │
-      └─► cancelled      └─► finished, failed, cancelled, interrupted
+queued ──claim──► running ◄──────────► awaiting_tool_approval
+  │                  │                          │
+  └─► cancelled      └─► finished, failed, cancelled, interrupted
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any, Literal, get_args
 
 from broker.errors import InvalidInput, shown
 
-RunStatus = Literal[
-    "queued", "running", "awaiting_tool_approval", "finished", "failed", "cancelled", "interrupted"
-]
+RunStatus = Literal["queued", "running", "awaiting_tool_approval", "finished", "failed", "cancelled", "interrupted"]
 Decision = Literal["auto", "pending", "approved", "denied"]
 
 STATUSES: frozenset[RunStatus] = frozenset(get_args(RunStatus))
@@ -24,8 +22,8 @@ ACTIVE: frozenset[RunStatus] = frozenset({"running", "awaiting_tool_approval"})
 
 TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
     "queued": frozenset({"running", "cancelled"}),
-    "running": frozenset({"awaiting_tool_approval"}) | TERMINAL,
-    "awaiting_tool_approval": frozenset({"running"}) | TERMINAL,
+    "running": TERMINAL.union({"awaiting_tool_approval"}),
+    "awaiting_tool_approval": TERMINAL.union({"running"}),
     "finished": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),

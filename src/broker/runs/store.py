@@ -119,7 +119,12 @@ class RunStore(Protocol):
         ...
 
     async def decide(
-        self, run_id: str, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str, now_ms: int
+        self,
+        run_id: str,
+        call_ids: frozenset[str] | None,
+        decision: Literal["approved", "denied"],
+        by: str,
+        now_ms: int,
     ) -> tuple[Run | None, dict[str, str]]:
         """Decide tool calls of a run that awaits approval (see `state.decided`); (None, {}) for any other run."""
         ...

@@ -18,6 +18,12 @@ from broker.runs.tools import ToolContext
 from broker.timeline.entity import Entity
 
 
+def ignore(task: asyncio.Future[Any]) -> None:
+    """Take the result of a task that perhaps nobody waits for, so that it is not reported as lost."""
+    if not task.cancelled():
+        task.exception()
+
+
 def decision_draft(run: Run, call: PendingCall) -> Draft:
     """Return the event of a person's decision; the log takes it once, however often it is published."""
     data = {"id": call.id, "by": call.by, "runId": run.run_id}
@@ -41,20 +47,18 @@ class RoundCall:
 
     @classmethod
     def resumed(cls, call: PendingCall, entity: Entity | None) -> RoundCall:
-        """Return a call of a round that a restart cut. One that may have been carried out is not carried out again."""
+        """Return a call of a round that a restart cut. One that may have been carried out is not carried out again.
+
+        That is every call without a result that needed no decision, or was approved before the restart: the recovery
+        turns the latter into the former.
+        """
         found = cls(ToolCall(call.id, call.name, call.input))
         if entity is not None and "result" in entity.props:
             found.outcome = ToolOutcome(entity.props["result"], entity.props.get("error"))
         elif call.decision == "auto":
             found.error = INTERRUPTED_CALL
         else:
-            # Decided or not: nothing was published of its result. An approved one may have been started; it must not
-            # run twice, so only what was decided after the restart is carried out.
-            found.pending = call.decision == "pending"
-            if call.decision == "approved":
-                found.error = INTERRUPTED_CALL
-            elif call.decision == "denied":
-                found.pending = True
+            found.pending = True
         return found
 
 
@@ -171,6 +175,7 @@ class ToolRound:
 
     def _spawn(self, item: RoundCall) -> None:
         task = asyncio.create_task(self._carry_out(item))
+        task.add_done_callback(ignore)  # `results` raises what one raised; a run that was stopped asks no more
         self._tasks.add(task)
 
     async def _carry_out(self, item: RoundCall) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class ToolRunner:
             async with entry.slots:
                 return await call(tool_input, context)  # type: ignore[no-any-return]
         held = [slots for slots in (entry.slots, self._threads) if slots is not None]
-        value = await _in_thread(held, lambda: call(tool_input, context))
+        value: ToolResult | Awaitable[ToolResult] = await _in_thread(held, lambda: call(tool_input, context))
         # A plain function may hand back an awaitable (a partial, a callable object).
         return await value if inspect.isawaitable(value) else value
 
@@ -152,7 +152,8 @@ async def _in_thread(slots: list[asyncio.Semaphore], fn: Any) -> Any:
             future.set_exception(error) if error is not None else future.set_result(value)
 
     def work() -> None:
-        value, error = None, None
+        value: Any = None
+        error: Exception | None = None
         try:
             value = fn()
         except StopIteration as exc:  # a future refuses it

@@ -30,7 +30,13 @@ class TurnRecorder:
         """Record a phase; returns at once. content: JSON object that nobody changes any more."""
         run = self._run
         turn = Turn(
-            f"turn-{secrets.token_hex(8)}", run.conv_id, run.session_id, run.run_id, phase, self._clock.wall_ms(), content
+            f"turn-{secrets.token_hex(8)}",
+            run.conv_id,
+            run.session_id,
+            run.run_id,
+            phase,
+            self._clock.wall_ms(),
+            content,
         )
         self._waiting.append(turn)
         if self._task is None:

@@ -24,6 +24,8 @@ BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
+REFOLD_MAX = 2000
+"""Envelopes folded before the cursor is saved even though no entity changed: what opening has to fold again at most."""
 
 
 class _Budget:
@@ -53,8 +55,10 @@ class ConversationTimeline:
     __slots__ = (
         "_absent",
         "_cache_floor",
+        "_cursor",
         "_dead",
         "_entities",
+        "_folded",
         "_handlers",
         "_shown",
         "_unsaved",
@@ -67,10 +71,10 @@ class ConversationTimeline:
         "readers",
     )
 
-    def __init__(self, conv_id: str, handlers: Mapping[str, TimelineHandler], *, position: int, complete: bool) -> None:
+    def __init__(self, conv_id: str, handlers: Mapping[str, TimelineHandler]) -> None:
         self.conv_id = conv_id
-        self.position = position
-        self.complete = complete  # every entity that exists is in memory: nothing needs to be looked up
+        self.position = 0
+        self.complete = False  # every entity that exists is in memory: nothing needs to be looked up
         self.late = 0
         self.dead_letters = 0
         self.pending: set[str] = set()  # changed, but not shown yet
@@ -81,7 +85,13 @@ class ConversationTimeline:
         self._unsaved: dict[str, _Unsaved] = {}
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
         self._dead: list[DeadLetter] = []
+        self._cursor = 0  # what the store has
+        self._folded = 0  # envelopes since then
         self._cache_floor = 0  # newest version that memory no longer has
+
+    def begin(self, cursor: int) -> None:
+        """Start where the store stands."""
+        self.position = self._cursor = cursor
 
     # -- folding --------------------------------------------------------------------------------------------------
 
@@ -116,6 +126,7 @@ class ConversationTimeline:
                 for id in self._fold_one(handler, envelope):
                     touched[id] = None
             self.position = envelope.seq
+        self._folded += len(envelopes)
         show: list[Entity] = []
         for id in touched:
             entity = self._entities[id]
@@ -210,7 +221,7 @@ class ConversationTimeline:
 
     @property
     def dirty(self) -> bool:
-        return bool(self._dead) or any(unsaved.first_seq for unsaved in self._unsaved.values())
+        return bool(self._dead) or self._folded >= REFOLD_MAX or any(unsaved.first_seq for unsaved in self._unsaved.values())
 
     def take_save(self, *, everything: bool = False) -> TimelineSave | None:
         """Return what should be saved now, None if nothing. Confirm with `saved` once it is durable.
@@ -230,9 +241,10 @@ class ConversationTimeline:
                 entities.append(entity)
             else:
                 waiting.append(unsaved.first_seq)
-        if not entities and not self._dead:
+        cursor = max(min(waiting) - 1 if waiting else self.position, self._cursor)
+        overdue = self._folded >= REFOLD_MAX or (everything and self._folded)
+        if not entities and not self._dead and not (overdue and cursor > self._cursor):
             return None
-        cursor = min(waiting) - 1 if waiting else self.position
         return TimelineSave(self.conv_id, entities, cursor, tuple(self._dead))
 
     def saved(self, save: TimelineSave) -> None:
@@ -251,6 +263,8 @@ class ConversationTimeline:
             else:
                 del self._unsaved[entity.id]
         del self._dead[: len(save.dead_letters)]
+        self._cursor = max(self._cursor, save.cursor)
+        self._folded = 0
         self._shrink()
 
     def _shrink(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from broker.conversations import Conversation, ConversationManager
@@ -91,7 +92,7 @@ class TimelineReader:
                 return found
             after = page.entities[-1].position
 
-    async def get(self, conv_id: str, ids: list[str]) -> dict[str, Entity]:
+    async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         """Return those of the entities `ids` that exist, in their newest state."""
         conversation = await self._conversations.open(conv_id)
         live = conversation.timeline.live()

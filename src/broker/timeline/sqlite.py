@@ -115,7 +115,7 @@ class SqliteTimelineStore:
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
             parts.append((save.conv_id, save.cursor, rows, letters))
         if parts:
-            await self._database.submit(_Save(self._saves, asyncio.get_running_loop().create_future(), parts, size))
+            await self._database.submit(_Save(self._saves, self._database.new_future(), parts, size))
 
     async def cursor(self, conv_id: str) -> int:
         def cursor(connection: sqlite3.Connection) -> int:
@@ -162,7 +162,7 @@ class SqliteTimelineStore:
                     connection.execute(f"DELETE FROM {table} WHERE timeline = ?", row)
 
         await self._database.write(erase)
-        await self._database.truncate_wal()
+        await self._database.erase_traces()
 
 
 def _row(entity: Entity) -> tuple[Any, ...]:

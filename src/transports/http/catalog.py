@@ -33,7 +33,7 @@ def catalog_router(api: Api) -> APIRouter:
     async def engine_profiles(request: Request) -> Response:
         """Return the engine profiles, the default first; secret values are masked."""
         await api.caller(request)
-        return with_etag(request, {"engineProfiles": api.broker.runs.describe_engine_profiles()})
+        return with_etag(request, {"engineProfiles": api.broker.runs.engine_profiles()})
 
     @router.get("/api/plugins")
     async def plugins(request: Request) -> Response:

@@ -232,7 +232,10 @@ export class ConversationClient {
     const data = event.data ?? {};
     switch (event.type) {
       case "ws.hello": this.#hello(data); break;
-      case "ws.through": this.#cursor.through(parseSeq(data.seq)); break;
+      case "ws.through":
+      case "ws.dropped": // the profile's own policy for slow clients: skipped on purpose, and said so
+        this.#cursor.through(parseSeq(data.seq));
+        break;
       case "ws.caught_up": this.#caughtUp(data); break;
       case "ws.reset": this.#reset(data); break;
       case "ws.profile": this.#profileChanged(data); break;
@@ -252,25 +255,25 @@ export class ConversationClient {
   }
 
   #caughtUp(data) {
-    const rebuilt = this.#cursor.rebased;
     this.#cursor.caughtUp(parseSeq(data.seq));
-    if (rebuilt) this.origin = this.#cursor.last;
     this.#attempt = 0;
     this.#status("live");
   }
 
   #reset(data) {
     this.epoch = data.epoch ?? this.epoch;
-    this.#cursor.rebase();
+    if (data.from === undefined) this.#cursor.unlink();
+    else this.#cursor.moveTo(parseSeq(data.from));
+    this.origin = this.#cursor.last;
     this.#on.onReset();
     this.#status("catching_up");
   }
 
-  // The newly visible part of the past follows, each envelope once: it is older than what we hold and links to nothing.
+  // What the new view shows of the past since `origin`, and the old one did not, follows: `from` is before `last`.
   #profileChanged(data) {
     this.profile = data.profile ?? this.#askedProfile ?? this.profile;
-    if (this.#askedProfile !== null) this.#cursor.expectReplay(this.origin);
     this.#askedProfile = null;
+    if (data.from !== undefined) this.#cursor.moveTo(parseSeq(data.from));
     this.#on.onProfile(this.profile);
   }
 

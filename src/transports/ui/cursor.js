@@ -15,53 +15,37 @@ export function parseSeq(value) {
 export class Cursor {
   /** The seq of the last event frame taken, or of the snapshot that the client started from. */
   last = 0n;
-  /** The state is being sent anew, until `caughtUp`. */
-  rebased = false;
-  // Set while the server rebuilds or replays for us: then it has told us itself that `prev` does not link to `last`.
-  #replayAfter = null;
+  // The server rebuilds the state without having said from where: until it has, nothing links to `last`.
+  #unlinked = false;
 
-  /** Start (again) after `seq`. */
+  /** Go to `seq`, forwards or back: the server, or a snapshot, says that what follows links to it. */
   moveTo(seq) {
     this.last = seq;
-    this.rebased = false;
-    this.#replayAfter = null;
+    this.#unlinked = false;
   }
 
-  /** The state was dropped, the server sends everything anew: nothing we hold is comparable any more. */
-  rebase() {
+  /** What we hold is void and the place to go on from unknown, until `caughtUp`. */
+  unlink() {
     this.last = 0n;
-    this.rebased = true;
-    this.#replayAfter = 0n;
-  }
-
-  /** The view grew and its newly visible past after `seq` follows, older than `last`. */
-  expectReplay(seq) {
-    this.#replayAfter = seq;
+    this.#unlinked = true;
   }
 
   /** Judge an event frame and, if it is taken, move on: "take", "duplicate" or "gap". */
   judge(seq, prev) {
-    if (this.#replayAfter !== null) {
-      if (seq <= this.#replayAfter) return "duplicate";
-      this.#replayAfter = seq;
-      if (seq > this.last) this.last = seq;
-      return "take";
-    }
     if (seq <= this.last) return "duplicate";
-    if (prev > this.last) return "gap";
+    if (prev > this.last && !this.#unlinked) return "gap";
     this.last = seq;
     return "take";
   }
 
-  /** Everything up to `seq` is decided for this connection (`ws.through`). */
+  /** Everything up to `seq` is decided for this connection: delivered, or hidden by its view. */
   through(seq) {
     if (seq > this.last) this.last = seq;
   }
 
-  /** The backlog is delivered (`ws.caught_up`): from here on frames link to each other again. */
+  /** The backlog is delivered, live from `seq`. */
   caughtUp(seq) {
-    this.#replayAfter = null;
-    this.rebased = false;
+    this.#unlinked = false;
     this.through(seq);
   }
 }

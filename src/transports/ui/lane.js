@@ -4,11 +4,12 @@ import { h, setText, showValue } from "./dom.js";
 
 const MAX_ROWS = 400;
 const SHOWN_CHARS = 4000;
+const REPEATING = /\.delta$|^ws\.through$|^ws\.pong$|^timeline\.upsert$/;
 
 export class EventLane {
   #list;
   #count;
-  #last = null;
+  #recent = []; // the two last rows: an event and the state that follows from it come in turns
   #pending = [];
   #frame = 0;
   #total = 0;
@@ -33,7 +34,7 @@ export class EventLane {
     this.#frame = 0;
     this.#pending = [];
     this.#total = 0;
-    this.#last = null;
+    this.#recent = [];
     this.#list.replaceChildren();
     setText(this.#count, "");
   }
@@ -50,11 +51,11 @@ export class EventLane {
   }
 
   #row(event) {
-    const same = this.#last !== null && this.#last.type === event.type && this.#last.id === event.id;
-    if (same && /\.delta$|^ws\.through$|^ws\.pong$|^timeline\.upsert$/.test(event.type)) {
-      this.#last.times += 1;
-      setText(this.#last.counter, `×${this.#last.times}`);
-      setText(this.#last.body, preview(event));
+    const same = this.#recent.find((row) => row.type === event.type && row.id === event.id);
+    if (same !== undefined && REPEATING.test(event.type)) {
+      same.times += 1;
+      setText(same.counter, `×${same.times}`);
+      setText(same.body, preview(event));
       return;
     }
     const counter = h("span", { class: "times" });
@@ -68,7 +69,7 @@ export class EventLane {
       h("span", { class: "event-line", dir: "auto", text: line.slice(0, 200) }));
     const row = h("li", { dataset: { level, channel: event.channel ?? "" } }, h("details", {}, head, h("pre", {}, body)));
     this.#list.append(row);
-    this.#last = { type: event.type, id: event.id, times: 1, counter, body };
+    this.#recent = [...this.#recent.slice(-1), { type: event.type, id: event.id, times: 1, counter, body }];
   }
 }
 

@@ -105,8 +105,7 @@ export class EntityStore {
 
   /** Show a message that is on its way. Everything that comes after it gets a higher seq than what is known now. */
   addEcho(key, text) {
-    const last = this.#order.at(-1);
-    const position = last === undefined ? 0n : last.local ? last.position : last.position + 1n;
+    const position = this.#newest() + 1n;
     const entity = makeEntity({ id: `echo-${key}`, kind: "message", position, atMs: this.#now(), local: true });
     entity.props = { role: "user", idempotencyKey: key, delivery: "sending" };
     entity.text.append(text);
@@ -168,7 +167,24 @@ export class EntityStore {
     return false;
   }
 
+  /** A run stands still until a person decides on a tool call. */
+  isWaitingForPerson() {
+    return this.#order.some(
+      (entity) => entity.props.status === "awaiting_approval" && !ENDED.has(this.runOf(entity)?.props.status),
+    );
+  }
+
   // -- inside -------------------------------------------------------------------------------------------------------
+
+  /** The highest seq that any entity knows of: whatever is created from now on gets a higher one. */
+  #newest() {
+    let newest = 0n;
+    for (const { version, position } of this.#order) {
+      if (version > newest) newest = version;
+      if (position > newest) newest = position;
+    }
+    return newest;
+  }
 
   #replaceProps(entity, wire) {
     const { ...props } = wire.props ?? {};

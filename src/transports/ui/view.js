@@ -74,13 +74,18 @@ export class TimelineView {
       if (entity !== undefined) this.#drawEntity(entity);
     }
     this.#dirty.clear();
-    const last = this.#store.list().at(-1);
     const busy = this.#store.isBusy();
-    // While text grows, that is sign enough of life.
-    this.#activity.hidden = !busy || (last !== undefined && last.kind === "message" && this.#store.isOpen(last) && last.text.length > 0);
+    this.#activity.hidden = !busy || this.#showsLife();
     const nothing = ![...this.#cards.values()].some((card) => !card.element.hidden);
     this.#empty.hidden = !nothing || busy;
     this.#afterDraw();
+  }
+
+  /** The last thing on the page says itself that something is going on: a growing text, a question to the reader. */
+  #showsLife() {
+    const last = this.#store.list().at(-1);
+    const growing = last?.kind === "message" && this.#store.isOpen(last) && last.text.length > 0;
+    return growing || this.#store.isWaitingForPerson();
   }
 
   #startOver() {

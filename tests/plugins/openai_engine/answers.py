@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,3 +105,23 @@ async def ask(base_url: str, request: EngineRequest = HELLO, **config: Any) -> A
         except EngineError as error:
             answer.error = error
     return answer
+
+
+@asynccontextmanager
+async def tcp_server(handler: Callable[[StreamReader, StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
+    """A server that does what `handler` does to each request whose head was read; yields its base URL."""
+    tasks = []
+
+    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
+        tasks.append(asyncio.current_task())
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            await handler(reader, writer)
+            writer.close()
+            await writer.wait_closed()
+        except ConnectionError:
+            pass
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)

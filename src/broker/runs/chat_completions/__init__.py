@@ -9,7 +9,7 @@
     for event in reader.end():                 # what was held back until the end is known to be a good one
         ...
 
-Errors are `EngineError`: of kind `stream` where the provider reports one, `cut` where the stream ends before the answer.
+Errors are `EngineError`: of kind `stream` where the provider reports one, `cut` where the stream ends too early.
 """
 
 from broker.runs.chat_completions.answer import DONE, AnswerReader

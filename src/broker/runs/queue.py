@@ -1,0 +1,127 @@
+"""The line of prompts of each conversation, as one process works on it: one run at a time, in order (I10).
+
+What waits is in the store; what is here exists only while something goes on: a conversation at rest has no line, no
+lock and no task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from broker.errors import StoreError
+from broker.runs.ports import Hold
+from broker.runs.runner import RunTask
+from broker.runs.runtime import Runtime
+from broker.runs.state import Run
+
+log = logging.getLogger(__name__)
+
+CLAIM_RETRY_S = 0.5
+
+Ended = Callable[[Run], Awaitable[None]]
+
+
+class Line:
+    """A conversation's line. users: how many are about to change it. task: the run at work. held: holds taken (I11)."""
+
+    __slots__ = ("conv_id", "held", "lock", "retry", "task", "users", "work")
+
+    def __init__(self, conv_id: str) -> None:
+        self.conv_id = conv_id
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.task: RunTask | None = None
+        self.work: asyncio.Task[None] | None = None
+        self.retry: asyncio.Task[None] | None = None
+        self.held = False
+
+
+class Lines:
+    """All lines of this process."""
+
+    def __init__(self, runtime: Runtime, *, hold: Hold, release: Hold, on_ended: Ended) -> None:
+        self._runtime = runtime
+        self._hold = hold
+        self._release = release
+        self._on_ended = on_ended
+        self._lines: dict[str, Line] = {}
+        self.refused = 0
+
+    @property
+    def working(self) -> list[Line]:
+        """Lines with a run at work."""
+        return [line for line in self._lines.values() if line.task is not None]
+
+    def get(self, conv_id: str) -> Line | None:
+        """Return the conversation's line if something goes on there."""
+        return self._lines.get(conv_id)
+
+    @asynccontextmanager
+    async def enter(self, conv_id: str) -> AsyncIterator[Line]:
+        """Give exclusive access to a conversation's line: what changes queue or claims goes through here."""
+        line = self._lines.setdefault(conv_id, Line(conv_id))
+        line.users += 1
+        try:
+            async with line.lock:
+                yield line
+        finally:
+            line.users -= 1
+            self._tidy(line)
+
+    def hold(self, line: Line) -> None:
+        """Keep the conversation in memory until its line is empty (I11)."""
+        if not line.held:
+            line.held = True
+            self._hold(line.conv_id)
+
+    async def advance(self, line: Line) -> None:
+        """Claim the next run if none is active, and put it to work. To be called inside `enter`. Never raises.
+
+        While the store is unavailable this is tried again in the background.
+        """
+        if self._runtime.closing or line.task is not None:
+            return
+        try:
+            run = await self._runtime.store.claim(line.conv_id, self._runtime.clock.wall_ms())
+            if run is not None:
+                self.work_on(line, run)
+            elif await self._runtime.store.active(line.conv_id) is None and line.held:
+                line.held = False
+                self._release(line.conv_id)
+        except StoreError as exc:
+            log.warning("the next prompt of %s cannot be claimed, trying again: %s", line.conv_id, exc)
+            if line.retry is None:
+                line.retry = asyncio.create_task(self._advance_later(line))
+
+    def work_on(self, line: Line, run: Run) -> None:
+        """Put a claimed run to work, or one that awaited approval when the process was started."""
+        line.task = RunTask(run, self._runtime)
+        line.work = asyncio.create_task(self._work(line, line.task), name=f"run {run.run_id}")
+
+    async def _work(self, line: Line, task: RunTask) -> None:
+        ended: Run | None = None
+        try:
+            ended = await task.work()
+        finally:
+            line.task = None
+            line.work = None
+            self.refused += task.refused
+        async with self.enter(line.conv_id) as line:
+            await self.advance(line)
+        await task.finish_recording()
+        if ended is not None:
+            await self._on_ended(ended)
+
+    async def _advance_later(self, line: Line) -> None:
+        await asyncio.sleep(CLAIM_RETRY_S)
+        async with self.enter(line.conv_id) as line:
+            line.retry = None
+            await self.advance(line)
+
+    def _tidy(self, line: Line) -> None:
+        at_rest = not line.users and line.task is None and line.retry is None and not line.held
+        if at_rest and self._lines.get(line.conv_id) is line:
+            del self._lines[line.conv_id]

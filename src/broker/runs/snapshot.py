@@ -1,0 +1,81 @@
+"""The state of a conversation's runs as clients get it: everything a client needs to act, nothing that only ticks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from broker.runs.plan import MASK, digest
+from broker.runs.state import Run
+from broker.runs.store import ConversationState, RunStore
+
+RECENT_RUNS = 20
+
+
+async def snapshot(
+    store: RunStore, conv_id: str, *, head: int, secret_keys: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Return the conversation's state, `status` first: idle, running, awaiting_tool_approval or failed.
+
+    A conversation that nobody knows is idle and empty. head: seq of its newest envelope, 0 if unknown.
+    """
+    conversation = await store.conversation(conv_id) or ConversationState(conv_id, "")
+    active = await store.active(conv_id)
+    queued = await store.queued(conv_id)
+    recent = await store.runs(conv_id, limit=RECENT_RUNS)
+    return {
+        "status": status_of(active, queued, recent),
+        "convId": conv_id,
+        "engineProfile": conversation.engine_profile,
+        "title": conversation.title,
+        "head": str(head),
+        "run": _run(active) if active else None,
+        "queue": [
+            {
+                "runId": run.run_id,
+                "messageId": run.message_id,
+                "position": place,
+                "prompt": run.prompt,
+                "engineProfile": run.engine_profile,
+                "overrides": {k: MASK if k in secret_keys else v for k, v in run.overrides.items()},
+                "createdAtMs": run.created_at_ms,
+            }
+            for place, run in enumerate(queued, 1)
+        ],
+        "pendingApprovals": [
+            {"id": call.id, "name": call.name, "input": dict(call.input)}
+            for call in (active.pending_calls if active else ())
+        ],
+        "runs": [_run(run) for run in recent],
+    }
+
+
+def status_of(active: Run | None, queued: Sequence[Run], recent: Sequence[Run]) -> str:
+    """Return the conversation's status. `failed`: the newest run that ended did, and nothing goes on."""
+    if active is not None:
+        return active.status
+    if queued:
+        return "running"  # between two runs: the next one is being claimed
+    ended = [run for run in recent if run.ended]
+    newest = max(ended, key=lambda run: run.ended_at_ms or 0, default=None)
+    return "failed" if newest is not None and newest.status == "failed" else "idle"
+
+
+def state_etag(state: dict[str, Any]) -> str:
+    """Return the strong entity tag of a state: equal states have equal tags, on every node and after a restart."""
+    return f'"{digest(state)[:32]}"'
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "runId": run.run_id,
+        "messageId": run.message_id,
+        "status": run.status,
+        "engineProfile": run.engine_profile,
+        "idempotencyKey": run.idempotency_key,
+        "createdAtMs": run.created_at_ms,
+        "startedAtMs": run.started_at_ms,
+        "endedAtMs": run.ended_at_ms,
+        "error": run.error,
+        "usage": run.usage,
+    }

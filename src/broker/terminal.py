@@ -1,0 +1,71 @@
+"""How events look in a terminal: one line each, and nothing in them can drive the terminal."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from broker.sequence import PER_MS
+from broker.telemetry import escape_controls
+
+MAX_DETAIL_CHARS = 2000
+_TYPE_COLUMN = 22
+_RESET = "\x1b[0m"
+_COLOURS = (
+    ("run.failed", "\x1b[31m"),
+    ("ws.", "\x1b[2m"),
+    ("timeline.", "\x1b[2m"),
+    ("debug.", "\x1b[2m"),
+    ("user.", "\x1b[36m"),
+    ("llm.thinking", "\x1b[35m"),
+    ("llm.", "\x1b[32m"),
+    ("tool.", "\x1b[33m"),
+    ("run.", "\x1b[34m"),
+)
+
+
+def line_of(event: Mapping[str, Any], *, colour: bool = False) -> str:
+    """Return one event as a line: time, type, id, what it says. Control characters are escaped.
+
+    colour: put ANSI colours around the type; only for terminals.
+    """
+    kind = escape_controls(str(event.get("type", "?")))
+    detail = escape_controls(_detail(kind, event.get("data") or {}))
+    if len(detail) > MAX_DETAIL_CHARS:
+        detail = f"{detail[:MAX_DETAIL_CHARS]}… ({len(detail)} characters)"
+    shown_kind = kind.ljust(_TYPE_COLUMN)
+    start = next((code for prefix, code in _COLOURS if kind.startswith(prefix)), "") if colour else ""
+    if start:
+        shown_kind = f"{start}{shown_kind}{_RESET}"
+    name = escape_controls(str(event.get("id", "")))
+    return " ".join(part for part in (_time_of(event), shown_kind, name, detail) if part).rstrip()
+
+
+def _time_of(event: Mapping[str, Any]) -> str:
+    """Return the local time that a seq says; frames without one (hello, pong) have none."""
+    seq = event.get("seq")
+    if not isinstance(seq, str) or not seq.isdigit():
+        return "--:--:--.---"
+    at = datetime.datetime.fromtimestamp(int(seq) // PER_MS / 1000).astimezone()
+    return f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}"
+
+
+def _detail(kind: str, data: Mapping[str, Any]) -> str:
+    if kind == "timeline.upsert":
+        entity = data.get("entity", {})
+        return f"{entity.get('kind')} {entity.get('id')} {_json(entity.get('props', {}))}"
+    if kind == "log":
+        return f"{data.get('level', '')}: {data.get('message', '')}"
+    for key in ("delta", "text"):
+        if isinstance(data.get(key), str):
+            return str(data[key])
+    if error := data.get("error"):
+        return f"error: {error if isinstance(error, str) else _json(error)}"
+    return _json({key: value for key, value in data.items() if key != "runId"}) if data else ""
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS, default=str).decode()

@@ -1,0 +1,159 @@
+"""What clients do with a conversation: act on its runs, read its state, erase it.
+
+Every action answers with the whole state, so that a client never has to work out what its action led to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from pydantic import Field, TypeAdapter
+from starlette.responses import Response
+
+from broker.envelope import check_conv_id
+from broker.errors import LimitExceeded
+from broker.runs.service import ActionResult
+from broker.security import Principal
+from transports.http.answers import json_response
+from transports.http.body import Body, json_body
+from transports.http.caller import PROBLEMS, Api, idempotency_key
+from transports.http.chat import may_send, send_answer
+
+STATE_BURST = 20
+_MAX_CALLERS = 10_000
+
+
+class SendMessage(Body):
+    """A prompt to the conversation of the path."""
+
+    prompt: str
+    engine_profile: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    idempotency_key: str | None = None
+
+
+class Decision(Body):
+    """Which tool calls are decided; left out: all that wait."""
+
+    call_ids: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+
+
+class Cancel(Body):
+    """Which run is stopped or withdrawn; left out: the active one."""
+
+    run_id: str | None = None
+
+
+_SEND: TypeAdapter[SendMessage] = TypeAdapter(SendMessage)
+_DECISION: TypeAdapter[Decision] = TypeAdapter(Decision)
+_CANCEL: TypeAdapter[Cancel] = TypeAdapter(Cancel)
+
+ConvId = Annotated[str, Path(description="the conversation")]
+
+
+class PollLimit:
+    """How often one caller may ask for one conversation's state: a burst, then one request per `interval_s`."""
+
+    def __init__(self, interval_s: float, *, burst: int = STATE_BURST, now: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = interval_s
+        self._burst = burst
+        self._now = now
+        self._callers: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+
+    def take(self, subject: str, conv_id: str) -> None:
+        """Count one request. Raises LimitExceeded when they come too fast."""
+        if not self._interval_s:
+            return
+        now = self._now()
+        left, seen_s = self._callers.pop((subject, conv_id), (float(self._burst), now))
+        left = min(self._burst, left + (now - seen_s) / self._interval_s)
+        self._callers[subject, conv_id] = (max(left - 1.0, 0.0) if left >= 1.0 else left, now)
+        if len(self._callers) > _MAX_CALLERS:
+            self._callers.popitem(last=False)
+        if left < 1.0:
+            raise LimitExceeded(
+                f"the state of {conv_id} is asked for more often than every {self._interval_s} s: ask less often, or "
+                "follow the conversation over /ws or /sse and be told",
+                retry_after_ms=1000,
+            )
+
+
+def actions_router(api: Api) -> APIRouter:
+    """Return the routes below `/api/conversations/{conv_id}`."""
+    router = APIRouter(prefix="/api/conversations/{conv_id}", tags=["actions"], responses=PROBLEMS)
+    runs = api.broker.runs
+    polls = PollLimit(api.settings.state_poll_interval_s)
+
+    async def actor(request: Request, conv_id: str) -> Principal:
+        return await api.permitted(request, "act", check_conv_id(conv_id))
+
+    @router.post("/actions/send_message", openapi_extra=json_body(_SEND), responses={202: {"description": "queued"}})
+    async def send_message(request: Request, conv_id: ConvId) -> Response:
+        """Send a prompt, as `POST /chat` does; the answer holds the whole state beside."""
+        principal = await api.caller(request)
+        asked = await api.body(request, _SEND)
+        await may_send(api, principal, conv_id)
+        result = await runs.send(
+            principal,
+            conv_id,
+            asked.prompt,
+            engine_profile=asked.engine_profile,
+            overrides=asked.overrides,
+            idempotency_key=idempotency_key(request, asked.idempotency_key),
+        )
+        answer = {**send_answer(result), "state": await runs.state(result.conv_id)}
+        return json_response(answer, 202 if result.status == "queued" else 200)
+
+    @router.post("/actions/approve_tools", openapi_extra=json_body(_DECISION))
+    async def approve_tools(request: Request, conv_id: ConvId) -> Response:
+        """Approve tool calls that wait. Approving twice, or a call of the past, is harmless and says so."""
+        principal = await actor(request, conv_id)
+        asked = await api.body(request, _DECISION)
+        return _answer(await runs.approve_tools(conv_id, asked.call_ids, principal.subject))
+
+    @router.post("/actions/deny_tools", openapi_extra=json_body(_DECISION))
+    async def deny_tools(request: Request, conv_id: ConvId) -> Response:
+        """Deny tool calls that wait; the model is told, and the run goes on."""
+        principal = await actor(request, conv_id)
+        asked = await api.body(request, _DECISION)
+        return _answer(await runs.deny_tools(conv_id, asked.call_ids, principal.subject))
+
+    @router.post("/actions/cancel", openapi_extra=json_body(_CANCEL))
+    async def cancel(request: Request, conv_id: ConvId) -> Response:
+        """Stop a run or withdraw a waiting prompt; what has ended already stays as it is."""
+        await actor(request, conv_id)
+        asked = await api.body(request, _CANCEL)
+        return _answer(await runs.cancel(conv_id, asked.run_id))
+
+    @router.get("/state", responses={304: {"description": "nothing changed"}})
+    async def state(request: Request, conv_id: ConvId) -> Response:
+        """Return status, queue, runs and timeline head; 304 where `If-None-Match` has the present ETag."""
+        principal = await api.permitted(request, "read", check_conv_id(conv_id))
+        polls.take(principal.subject, conv_id)
+        found = await runs.state(conv_id)
+        etag = runs.state_etag(found)
+        headers = {"etag": etag, "cache-control": "private, no-cache"}
+        offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+        if etag in offered or "*" in offered:
+            return Response(status_code=304, headers=headers)
+        return json_response(found, headers=headers)
+
+    @router.delete("", status_code=204)
+    async def erase(request: Request, conv_id: ConvId) -> Response:
+        """Erase a conversation everywhere: log, timeline, turns, queue. Erasing what does not exist is no error."""
+        await api.permitted(request, "erase", check_conv_id(conv_id))
+        await api.broker.erase(conv_id)
+        return Response(status_code=204)
+
+    return router
+
+
+def _answer(result: ActionResult) -> Response:
+    answer: dict[str, Any] = {"status": result.status, "state": result.state}
+    if result.calls:
+        answer["calls"] = dict(result.calls)
+    return json_response(answer)

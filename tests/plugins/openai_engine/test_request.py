@@ -1,0 +1,154 @@
+"""What is sent to the provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from broker.errors import EngineError
+from broker.runs.engine import ChatMessage, EngineRequest, ToolCall, ToolSpec
+from plugins.openai_engine.request import UNANSWERED, chat_messages, request_body
+from plugins.openai_engine.settings import EngineConfig
+
+USER = ChatMessage("user", "Hello")
+CALL = ToolCall("call_1", "calculator", {"expression": "1+1"})
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression":"1+1"}'}}
+    ],
+}  # fmt: skip
+
+
+def body(request: EngineRequest | None = None, **config: Any) -> Any:
+    request = request or EngineRequest("c1", "r1", [USER])
+    return orjson.loads(request_body(EngineConfig(**{"model": "m", **config}), request))
+
+
+def messages(*given: ChatMessage) -> list[dict[str, Any]]:
+    return list(chat_messages(given, "m"))
+
+
+def test_the_smallest_request() -> None:
+    assert body() == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_usage_is_not_asked_for_where_that_is_refused() -> None:
+    assert "stream_options" not in body(include_usage=False)
+
+
+def test_sampling_options_are_sent_only_when_set() -> None:
+    found = body(temperature=0.0, top_p=0.5, seed=7, reasoning_effort="low")
+    assert {key: found[key] for key in ("temperature", "top_p", "seed", "reasoning_effort")} == {
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "seed": 7,
+        "reasoning_effort": "low",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"base_url": "https://api.openai.com/v1"}, "max_completion_tokens"),
+        ({"base_url": "http://127.0.0.1:11434/v1"}, "max_tokens"),
+        ({"base_url": "http://127.0.0.1:11434/v1", "max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
+    ],
+)
+def test_the_token_limit_goes_by_the_name_that_the_provider_knows(config: dict[str, Any], name: str) -> None:
+    found = body(max_tokens=5, **config)
+    assert found[name] == 5
+    assert len({"max_tokens", "max_completion_tokens"} & set(found)) == 1
+
+
+def test_extra_body_is_added_last() -> None:
+    found = body(temperature=1, extra_body={"temperature": 0.5, "reasoning": {"effort": "low"}})
+    assert (found["temperature"], found["reasoning"]) == (0.5, {"effort": "low"})
+
+
+def test_tools_are_offered_as_functions() -> None:
+    parameters = {"type": "object", "properties": {"expression": {"type": "string"}}}
+    request = EngineRequest("c1", "r1", [USER], [ToolSpec("calculator", "Reckon.", parameters)])
+    assert body(request)["tools"] == [
+        {
+            "type": "function",
+            "function": {"name": "calculator", "description": "Reckon.", "parameters": parameters},
+        }
+    ]
+
+
+def test_a_round_of_tools() -> None:
+    assert messages(
+        ChatMessage("system", "Be brief."),
+        USER,
+        ChatMessage("assistant", "", tool_calls=[CALL]),
+        ChatMessage("tool", "2", tool_call_id="call_1", name="calculator"),
+        ChatMessage("assistant", "It is 2."),
+    ) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        CALLED,
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+
+
+@pytest.mark.parametrize("after", [[], [USER]])
+def test_a_call_without_answer_gets_one(after: list[ChatMessage]) -> None:
+    """Providers refuse a history in which a call is left open, as a cancelled run leaves it."""
+    two = ChatMessage("assistant", "", tool_calls=[CALL, ToolCall("call_2", "clock", {})])
+    answered = ChatMessage("tool", "2", tool_call_id="call_1")
+    assert messages(USER, two, answered, *after)[2:4] == [
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+        {"role": "tool", "tool_call_id": "call_2", "content": UNANSWERED},
+    ]
+
+
+def test_an_answer_without_call_is_left_out() -> None:
+    stray = ChatMessage("tool", "2", tool_call_id="call_1")
+    assert messages(USER, stray) == [{"role": "user", "content": "Hello"}]
+    twice = messages(ChatMessage("assistant", "", tool_calls=[CALL]), stray, stray)
+    assert len(twice) == 2
+
+
+def test_an_empty_assistant_message_is_left_out() -> None:
+    """A run that failed before its first word leaves one; some providers refuse it."""
+    assert messages(USER, ChatMessage("assistant", ""), USER) == [{"role": "user", "content": "Hello"}] * 2
+
+
+def test_a_name_is_kept() -> None:
+    assert messages(ChatMessage("user", "Hello", name="Ann")) == [{"role": "user", "content": "Hello", "name": "Ann"}]
+
+
+def test_opaque_data_goes_back_to_the_model_that_made_it() -> None:
+    details = [{"type": "reasoning.encrypted", "data": "x"}]
+    opaque = {"model": "m", "reasoning_details": details, "reasoning_content": "r", "other": 1}
+    message = ChatMessage("assistant", "Hi", opaque=[opaque])
+    assert messages(message) == [
+        {"role": "assistant", "content": "Hi", "reasoning_details": details, "reasoning_content": "r"}
+    ]
+    assert list(chat_messages([message], "another")) == [{"role": "assistant", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("text", ["Grüße 👩‍👩‍👧‍👦", "\0", "a\nb", "שלום"])
+def test_text_is_sent_as_it_is(text: str) -> None:
+    request = EngineRequest("c1", "r1", [ChatMessage("user", text)])
+    assert body(request)["messages"][0]["content"] == text
+
+
+def test_what_is_no_json_is_named() -> None:
+    request = EngineRequest("c1", "r1", [ChatMessage("user", "\ud800")])
+    with pytest.raises(EngineError, match="cannot be written as JSON") as caught:
+        request_body(EngineConfig(model="m"), request)
+    assert caught.value.kind == "config"
+    broken = ChatMessage("assistant", "", tool_calls=[ToolCall("1", "t", {"a": object()})])
+    with pytest.raises(EngineError, match="input of an earlier tool call"):
+        request_body(EngineConfig(model="m"), EngineRequest("c1", "r1", [broken]))

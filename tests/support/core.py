@@ -1,0 +1,74 @@
+"""A broker for tests of the core: real stores, real pool, peers instead of sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from broker.broker import ConversationWSBroker
+from broker.clock import Clock
+from broker.security import Principal
+from broker.settings import Settings
+from broker.subscription import SubscribeRequest, Subscription
+from tests.support.wire import Client, Peer
+from transports.pool import ConnectionPool
+
+CALLER = Principal("tester", frozenset({"debug"}))
+
+
+class Core:
+    """A broker, its pool, and peers that subscribe to it."""
+
+    def __init__(
+        self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
+    ) -> None:
+        self.settings = Settings(
+            db=db, plugins_dir="no-such-folder", debug_channels=("debug.trace",)
+        ).model_copy(update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings})
+        self.pool = ConnectionPool()
+        self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=plugins, clock=clock)
+
+    async def __aenter__(self) -> Core:
+        await self.broker.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.broker.stop(drain_s=0)
+
+    async def connect(
+        self, conv_id: str, *, client: Client | None = None, buffer_bytes: int = 2000, **request: object
+    ) -> tuple[Peer, Subscription]:
+        """Subscribe a new peer for `client` (None: a new one)."""
+        if client is None:
+            since = request.get("since")
+            client = Client(since=since if isinstance(since, int) else None)
+        peer = Peer(self.pool, client, buffer_bytes=buffer_bytes)
+        asked = SubscribeRequest(conv_id, **request)  # type: ignore[arg-type]
+        return peer, await self.broker.subscribe(peer.id, asked, CALLER)
+
+    async def disconnect(self, peer: Peer) -> None:
+        """Drop a peer as a lost connection is dropped."""
+        subscription = self.broker.subscriptions.get(peer.id)
+        peer.closed = (1006, "gone")
+        self.pool.remove(peer.id)
+        if subscription is not None:
+            await self.broker.unsubscribe(subscription, "gone")
+
+    async def say(self, conv_id: str, text: str, *, type: str = "note.said", **extra: object) -> int:  # noqa: A002
+        """Publish one event and return its seq."""
+        return await self.broker.publisher(conv_id).publish(type, {"text": text, **extra})
+
+
+async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+    """Wait until `condition()` holds. Fails after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.002)
+
+
+def database(tmp_path: Path, store: str) -> str:
+    """Return the `db` setting for a store's name."""
+    return ":memory:" if store == "memory" else str(tmp_path / "broker.db")
