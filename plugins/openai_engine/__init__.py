@@ -79,6 +79,4 @@ def build_engine(plan: EnginePlan) -> Engine | None:
 
 def _problems(error: ValidationError) -> str:
     """Return what is wrong, by field, without the values: one of them is the key."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)
-    )
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False))

@@ -67,9 +67,7 @@ class AnswerReader:
     @property
     def finished(self) -> bool:
         """Whether every choice has its `finish_reason`; only usage and `[DONE]` may still come."""
-        return len(self._choices) >= self._expected and all(
-            choice.finish_reason for choice in self._choices.values()
-        )
+        return len(self._choices) >= self._expected and all(choice.finish_reason for choice in self._choices.values())
 
     @property
     def complete(self) -> bool:
@@ -102,9 +100,7 @@ class AnswerReader:
     def take_chunk(self, chunk: object) -> Iterator[EngineEvent]:
         """Yield what one decoded chunk adds; also takes a whole, unstreamed completion."""
         if not isinstance(chunk, dict):
-            raise EngineError(
-                f"the provider sent a frame that is not a JSON object: {shown(chunk)}", kind="stream"
-            )
+            raise EngineError(f"the provider sent a frame that is not a JSON object: {shown(chunk)}", kind="stream")
         usage = chunk.get("usage")
         if isinstance(usage, dict) and usage:
             self._usage = usage
@@ -191,8 +187,6 @@ class AnswerReader:
             )
 
 
-def _spoken(
-    pieces: Iterator[tuple[bool, str]] | list[tuple[bool, str]], choice: int
-) -> Iterator[EngineEvent]:
+def _spoken(pieces: Iterator[tuple[bool, str]] | list[tuple[bool, str]], choice: int) -> Iterator[EngineEvent]:
     for is_reasoning, text in pieces:
         yield ReasoningDelta(text, choice) if is_reasoning else TextDelta(text, choice)

@@ -24,7 +24,8 @@ from .settings import EngineConfig
 _MAX_ERROR_BODY = 64 * 1024
 # Once the answer has its finish_reason only usage and [DONE] are missing: not worth an idle timeout.
 _AFTERMATH_S = 5.0
-# What a new connection costs (TCP and TLS, far away); to wait longer for an old one to end would gain nothing.
+# What a new connection costs (TCP and TLS, far away); to wait longer for an old one to end would gain
+# nothing.
 _TAIL_S = 0.25
 
 
@@ -40,9 +41,7 @@ def _tls_context() -> ssl.SSLContext:
 def _client(config: EngineConfig, headers: Mapping[str, str]) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         headers=headers,
-        timeout=httpx.Timeout(
-            config.idle_timeout_s, connect=config.connect_timeout_s, pool=config.connect_timeout_s
-        ),
+        timeout=httpx.Timeout(config.idle_timeout_s, connect=config.connect_timeout_s, pool=config.connect_timeout_s),
         limits=httpx.Limits(
             max_connections=config.max_connections, max_keepalive_connections=20, keepalive_expiry=30.0
         ),
@@ -78,7 +77,8 @@ class OpenAIEngine:
     async def stream(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
         """Yield the answer to `request` as it arrives.
 
-        Raises EngineError, with the fields that provider_errors.py lists; what was yielded stays valid. Cancel the iterating task, or close the iterator, and the request is closed at once.
+        Raises EngineError, with the fields that provider_errors.py lists; what was yielded stays valid.
+        Cancel the iterating task, or close the iterator, and the request is closed at once.
         """
         body = request_body(self._config, request)
         reader = AnswerReader(
@@ -108,9 +108,7 @@ class OpenAIEngine:
         """Close the client and its connections."""
         await self._client.aclose()
 
-    async def _read(
-        self, response: httpx.Response, reader: AnswerReader
-    ) -> AsyncGenerator[EngineEvent, None]:
+    async def _read(self, response: httpx.Response, reader: AnswerReader) -> AsyncGenerator[EngineEvent, None]:
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("text/html", "application/xhtml+xml"):
             start = (await _start_of_body(response))[:200].decode("utf-8", "replace")
@@ -133,9 +131,7 @@ class OpenAIEngine:
                     for event in reader.take_event(sent):
                         yield event
             except EventTooLarge as error:
-                raise EngineError(
-                    f"{self._url}: {error}", kind="stream", limit_bytes=error.limit_bytes
-                ) from error
+                raise EngineError(f"{self._url}: {error}", kind="stream", limit_bytes=error.limit_bytes) from error
             if reader.done:
                 await _read_to_end(pieces)
                 return
@@ -145,9 +141,7 @@ class OpenAIEngine:
 
     async def _next(self, pieces: AsyncIterator[bytes], reader: AnswerReader) -> bytes | None:
         """Return the next bytes, None at the end of the body."""
-        wait_s = (
-            min(_AFTERMATH_S, self._config.idle_timeout_s) if reader.finished else self._config.idle_timeout_s
-        )
+        wait_s = min(_AFTERMATH_S, self._config.idle_timeout_s) if reader.finished else self._config.idle_timeout_s
         try:
             async with asyncio.timeout(wait_s):
                 return await anext(pieces, None)
@@ -200,7 +194,10 @@ class OpenAIEngine:
 
 
 async def _read_to_end(pieces: AsyncIterator[bytes]) -> None:
-    """Take in what follows [DONE], usually the end of the body: only then can the connection be used again."""
+    """Take in what follows [DONE], usually the end of the body.
+
+    Only then can the connection be used again.
+    """
     try:
         async with asyncio.timeout(_TAIL_S):
             async for piece in pieces:

@@ -20,9 +20,7 @@ from broker.errors import EngineError, shown
 
 _MAX_MESSAGE = 2000
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_RETRYABLE_TYPES = frozenset(
-    {"server_error", "overloaded_error", "rate_limit_error", "rate_limit_exceeded", "timeout"}
-)
+_RETRYABLE_TYPES = frozenset({"server_error", "overloaded_error", "rate_limit_error", "rate_limit_exceeded", "timeout"})
 _MAX_RETRY_AFTER_MS = 24 * 3600 * 1000
 
 
@@ -105,9 +103,7 @@ def connection_error(error: httpx.HTTPError | httpx.InvalidURL, url: str, *, ans
     if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError)):
         # LocalProtocolError may quote a header, and so the key: the reason stays out of the text.
         detail = "" if isinstance(error, httpx.LocalProtocolError) else f" ({reason})"
-        return EngineError(
-            f"no valid request can be made to {url}{detail}; check OPENAI_BASE_URL", kind="config"
-        )
+        return EngineError(f"no valid request can be made to {url}{detail}; check OPENAI_BASE_URL", kind="config")
     if answering:
         return EngineError(
             f"the connection to {url} broke in the middle of the answer: {reason}", kind="cut", retryable=True
@@ -170,9 +166,7 @@ def _provider_fields(error: Mapping[str, Any]) -> dict[str, Any]:
 def _numeric(code: object) -> int | None:
     if isinstance(code, int):
         return code
-    return (
-        int(code) if isinstance(code, str) and code.isascii() and code.isdigit() and len(code) < 6 else None
-    )
+    return int(code) if isinstance(code, str) and code.isascii() and code.isdigit() and len(code) < 6 else None
 
 
 def _is_retryable(status: int | None, error: Mapping[str, Any]) -> bool:

@@ -107,12 +107,7 @@ class ReasoningKeeper:
         """Add a fragment to the entry it continues: text entries come in many, encrypted ones whole."""
         key = _TEXT_KEYS.get(str(detail.get("type")))
         last = self._details[-1] if self._details else None
-        if (
-            key
-            and last
-            and last.get("type") == detail.get("type")
-            and last.get("index") == detail.get("index")
-        ):
+        if key and last and last.get("type") == detail.get("type") and last.get("index") == detail.get("index"):
             last[key].append(_detail_text(detail))
             last.update({name: value for name, value in detail.items() if name != key and value is not None})
         else:

@@ -26,9 +26,7 @@ OVERRIDABLE: dict[str, dict[str, Any]] = {
 class _Options(BaseModel):
     """What a provider is asked for, and the limits under which. Frozen; unknown keys are refused."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
 
     model: str = Field(default="gpt-4o-mini", min_length=1)
     """Name of the model, as the provider spells it."""

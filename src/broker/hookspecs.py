@@ -498,8 +498,8 @@ async def resolve_request(request: RunRequest) -> ResolvedRequest | None:
     When: once per prompt; a repeated idempotency key gets the first answer without asking again.
     Blocking: wait with `await`; the prompt's HTTP request waits for the answer.
     Arguments:
-        request: principal, conv_id (None asks for a new conversation), prompt, engine_profile (None leaves the
-            choice to you), overrides, current_profile (the engine profile that the conversation has) and
+        request: principal, conv_id (None asks for a new conversation), prompt, engine_profile (None leaves
+            the choice to you), overrides, current_profile (the engine profile that the conversation has) and
             default_profile (the server's); frozen.
     Returns: what to run; the first answer is taken. None: not mine; without any answer the request is taken
         as it came.

@@ -50,7 +50,7 @@ class Stores:
 
 def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stores:
     """Return the stores for these settings. Nothing is opened yet."""
-    log = plugins.call_first("build_event_log", settings=settings)
+    log: EventLog | None = plugins.call_first("build_event_log", settings=settings)
     timeline = plugins.call_first("build_timeline_store", settings=settings)
     runs = plugins.call_first("build_run_store", settings=settings)
     if settings.db == ":memory:":

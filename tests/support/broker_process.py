@@ -24,9 +24,7 @@ def broker_command() -> list[str]:
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """Return this process's environment without settings that would reach the broker, with `variables`."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "OPENAI_", "PYTEST_"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "OPENAI_", "PYTEST_"))}
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
 

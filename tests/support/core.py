@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.wire import Client, Peer
+
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
 from broker.security import Principal
 from broker.settings import Settings
 from broker.subscription import SubscribeRequest, Subscription
-from tests.support.wire import Client, Peer
 from transports.pool import ConnectionPool
 
 CALLER = Principal("tester", frozenset({"debug"}))
@@ -24,9 +25,9 @@ class Core:
     def __init__(
         self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
     ) -> None:
-        self.settings = Settings(
-            db=db, plugins_dir="no-such-folder", debug_channels=("debug.trace",)
-        ).model_copy(update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings})
+        self.settings = Settings(db=db, plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
+            update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings}
+        )
         self.pool = ConnectionPool()
         self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=plugins, clock=clock)
 
@@ -56,7 +57,7 @@ class Core:
         if subscription is not None:
             await self.broker.unsubscribe(subscription, "gone")
 
-    async def say(self, conv_id: str, text: str, *, type: str = "note.said", **extra: object) -> int:  # noqa: A002
+    async def say(self, conv_id: str, text: str, *, type: str = "note.said", **extra: object) -> int:
         """Publish one event and return its seq."""
         return await self.broker.publisher(conv_id).publish(type, {"text": text, **extra})
 

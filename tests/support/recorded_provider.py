@@ -125,11 +125,7 @@ class RecordedProvider:
         """Return what is served under `name`, None for nothing."""
         if name in self._added:
             return self._added[name]
-        paths = (
-            sorted(self._folder.glob(f"{name}*.json"))
-            if self._folder and name.replace("-", "").isalnum()
-            else []
-        )
+        paths = sorted(self._folder.glob(f"{name}*.json")) if self._folder and name.replace("-", "").isalnum() else []
         exact = [path for path in paths if path.stem == name]
         found = exact or paths
         return Exchange.load(found[0]) if len(found) == 1 else None
@@ -157,12 +153,7 @@ class RecordedProvider:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         parts = path.strip("/").split("/")
         exchange = self.exchange(parts[0])
-        if (
-            method != "POST"
-            or parts[2:] != ["chat", "completions"]
-            or parts[1] not in MODES
-            or exchange is None
-        ):
+        if method != "POST" or parts[2:] != ["chat", "completions"] or parts[1] not in MODES or exchange is None:
             text = json.dumps(
                 {"error": {"message": f"no recording or mode for {method} {path}", "code": None}}
             ).encode()

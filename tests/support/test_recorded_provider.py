@@ -9,7 +9,6 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
-
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 

@@ -138,6 +138,14 @@ class MemoryEventLog:
         through = known.seqs[end - 1] if more else max(after, target)
         return Page(known.envelopes[start:end], through, more, known.trimmed_seq)
 
+    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
+        known = self._conversations.get(conv_id)
+        return known.by_dedupe_key.get(dedupe_key) if known is not None else None
+
+    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
+        known = self._conversations.get(conv_id)
+        return known is not None and any(key.startswith(prefix) for key in known.by_dedupe_key)
+
     async def contains(self, conv_id: str, seq: int) -> bool:
         known = self._conversations.get(conv_id)
         if known is None:

@@ -35,6 +35,13 @@ _TABLES = (
     "CREATE TABLE event_log (erasures INTEGER NOT NULL)",
     "INSERT INTO event_log VALUES (0)",
 )
+_FIND = """
+SELECT seq FROM envelope WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key = ?
+"""
+_FIND_RANGE = """
+SELECT 1 FROM envelope
+WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key >= ? AND dedupe_key < ? LIMIT 1
+"""
 _TRIM_ROWS = 500  # per job: a few ms, so that publishers do not wait for a long trim
 
 
@@ -104,6 +111,19 @@ class SqliteEventLog:
             return Page(_envelopes(conv_id, rows), last if more else through, more, state.trimmed_seq)
 
         return await self._database.read(page)
+
+    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
+        return await self._database.read(
+            lambda connection: next((int(row[0]) for row in connection.execute(_FIND, (conv_id, dedupe_key))), None)
+        )
+
+    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
+        # The highest character ends the range of keys that start with the prefix; the index on the key serves it.
+        return await self._database.read(
+            lambda connection: (
+                connection.execute(_FIND_RANGE, (conv_id, prefix, prefix + "\U0010ffff")).fetchone() is not None
+            )
+        )
 
     async def contains(self, conv_id: str, seq: int) -> bool:
         return await self._database.read(
@@ -208,13 +228,14 @@ FROM (SELECT * FROM envelope WHERE conv = ? AND seq > ? AND seq <= ? ORDER BY se
 """
 _HEADS = """
 SELECT json_group_array(json_array(head_seq, conv_id)) FROM (
-    SELECT head_seq, conv_id FROM conversation WHERE head_seq < :before AND head_seq >= coalesce(
-        (SELECT head_seq FROM conversation WHERE head_seq < :before ORDER BY head_seq DESC LIMIT 1 OFFSET :limit - 1), 0)
+    SELECT head_seq, conv_id FROM conversation WHERE head_seq < :before AND head_seq >= coalesce((
+        SELECT head_seq FROM conversation WHERE head_seq < :before ORDER BY head_seq DESC LIMIT 1 OFFSET :limit - 1), 0)
     ORDER BY head_seq DESC, conv_id)
 """
 _NTH = "SELECT seq FROM envelope WHERE conv = ? ORDER BY seq LIMIT 1 OFFSET ?"
 _FIRST_BYTES = """
-SELECT seq FROM (SELECT seq, sum(size) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS total FROM envelope WHERE conv = ?)
+SELECT seq FROM (
+    SELECT seq, sum(size) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS total FROM envelope WHERE conv = ?)
 WHERE total >= ? LIMIT 1
 """
 _FIRST_SINCE = "SELECT seq FROM envelope WHERE conv = ? AND time_ms >= ? ORDER BY seq LIMIT 1"

@@ -48,6 +48,8 @@ class Lines:
         self._release = release
         self._on_ended = on_ended
         self._lines: dict[str, Line] = {}
+        self.works: set[asyncio.Task[None]] = set()
+        """Runs at work, until the last thing after their end is done."""
         self.refused = 0
 
     @property
@@ -100,6 +102,8 @@ class Lines:
         """Put a claimed run to work, or one that awaited approval when the process was started."""
         line.task = RunTask(run, self._runtime)
         line.work = asyncio.create_task(self._work(line, line.task), name=f"run {run.run_id}")
+        self.works.add(line.work)
+        line.work.add_done_callback(self.works.discard)
 
     async def _work(self, line: Line, task: RunTask) -> None:
         ended: Run | None = None
@@ -107,7 +111,6 @@ class Lines:
             ended = await task.work()
         finally:
             line.task = None
-            line.work = None
             self.refused += task.refused
         async with self.enter(line.conv_id) as line:
             await self.advance(line)

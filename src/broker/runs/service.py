@@ -156,8 +156,8 @@ class RunService:
 
     @property
     def active(self) -> int:
-        """Runs at work in this process, and prompts that are being accepted."""
-        return len(self._lines.working) + len(self._tasks)
+        """Runs at work in this process, and prompts that are being accepted. 0: nothing of runs goes on."""
+        return len(self._lines.works) + len(self._tasks)
 
     def engine_profiles(self) -> list[dict[str, Any]]:
         """Return the engine profiles as clients may see them: the default first, secrets masked."""
@@ -500,9 +500,8 @@ class RunService:
         return task
 
     async def _drained(self, timeout_s: float) -> None:
-        works = {line.work for line in self._lines.working if line.work is not None}
-        if works and timeout_s > 0:
-            await asyncio.wait(works, timeout=timeout_s)
+        if self._lines.works and timeout_s > 0:
+            await asyncio.wait(set(self._lines.works), timeout=timeout_s)
 
 
 def _replay(asked: KeyRecord, known: KeyRecord | None, expired_before_ms: int) -> SendResult | None:

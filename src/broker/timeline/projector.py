@@ -213,6 +213,16 @@ class ConversationTimeline:
         found = [entity for entity in self._entities.values() if entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
+    def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:
+        """Return the entities that folding `envelope`, just now, changed."""
+        try:
+            keys = handler.keys(envelope)
+        except Exception:  # it went to the dead letters
+            return []
+        return [
+            self._entities[id] for id in keys if id in self._entities and self._entities[id].version == envelope.seq
+        ]
+
     def live(self) -> dict[str, Entity]:
         """Return the entities in memory by id: with the store's, the whole state at `position`."""
         return dict(self._entities)
@@ -221,7 +231,11 @@ class ConversationTimeline:
 
     @property
     def dirty(self) -> bool:
-        return bool(self._dead) or self._folded >= REFOLD_MAX or any(unsaved.first_seq for unsaved in self._unsaved.values())
+        return (
+            bool(self._dead)
+            or self._folded >= REFOLD_MAX
+            or any(unsaved.first_seq for unsaved in self._unsaved.values())
+        )
 
     def take_save(self, *, everything: bool = False) -> TimelineSave | None:
         """Return what should be saved now, None if nothing. Confirm with `saved` once it is durable.

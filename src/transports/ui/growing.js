@@ -30,6 +30,7 @@ export class GrowingText {
       return;
     }
     this.#pieces = [];
+    this.#joined = null;
     this.length = 0;
     this.generation += 1;
     this.append(text);

@@ -9,6 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from plugins.openai_engine.engine import OpenAIEngine
+from plugins.openai_engine.settings import EngineConfig
+
 from broker.errors import EngineError
 from broker.runs.engine import (
     ChatMessage,
@@ -23,8 +26,6 @@ from broker.runs.engine import (
     ToolCallStart,
     Usage,
 )
-from plugins.openai_engine.engine import OpenAIEngine
-from plugins.openai_engine.settings import EngineConfig
 
 HELLO = EngineRequest("c1", "r1", [ChatMessage("user", "Hello")])
 

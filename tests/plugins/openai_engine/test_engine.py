@@ -8,13 +8,13 @@ import socket
 from contextlib import aclosing
 
 import pytest
-
-from broker.errors import EngineError
-from broker.runs.engine import ChatMessage, EngineRequest, Finish, ReasoningDelta, TextDelta, ToolCall
 from plugins.openai_engine.engine import OpenAIEngine
 from plugins.openai_engine.settings import EngineConfig
 from tests.plugins.openai_engine.answers import HELLO, ask, engine, fold, tcp_server
 from tests.support.recorded_provider import Exchange, RecordedProvider
+
+from broker.errors import EngineError
+from broker.runs.engine import ChatMessage, EngineRequest, Finish, ReasoningDelta, TextDelta, ToolCall
 
 JSON = {"content-type": "application/json"}
 STREAM = {"content-type": "text/event-stream"}
@@ -288,11 +288,13 @@ async def test_many_streams_at_once_do_not_mix(provider: RecordedProvider) -> No
 
 
 async def test_a_full_pool_says_so(provider: RecordedProvider) -> None:
-    async with engine(provider.url("chat-08", "stall"), max_connections=1, connect_timeout_s=0.2) as made:
-        async with aclosing(made.stream(HELLO)) as events:  # type: ignore[type-var]
-            await anext(events)
-            with pytest.raises(EngineError, match="MAX_CONNECTIONS") as caught:
-                [event async for event in made.stream(HELLO)]
+    async with (
+        engine(provider.url("chat-08", "stall"), max_connections=1, connect_timeout_s=0.2) as made,
+        aclosing(made.stream(HELLO)) as events,  # type: ignore[type-var]
+    ):
+        await anext(events)
+        with pytest.raises(EngineError, match="MAX_CONNECTIONS") as caught:
+            [event async for event in made.stream(HELLO)]
     assert caught.value.kind == "timeout"
 
 

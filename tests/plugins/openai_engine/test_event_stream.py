@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from plugins.openai_engine.event_stream import EventStreamDecoder, EventTooLarge, StreamEvent
 
 CASES = [
@@ -37,9 +36,7 @@ CASES = [
 def decode(body: bytes, size: int, limit: int = 65_536) -> tuple[list[StreamEvent], EventStreamDecoder]:
     """Feed `body` in pieces of `size` bytes."""
     decoder = EventStreamDecoder(limit)
-    events = [
-        event for start in range(0, len(body), size) for event in decoder.feed(body[start : start + size])
-    ]
+    events = [event for start in range(0, len(body), size) for event in decoder.feed(body[start : start + size])]
     return events, decoder
 
 

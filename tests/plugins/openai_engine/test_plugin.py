@@ -8,12 +8,12 @@ from typing import Any
 import jsonschema
 import orjson
 import pytest
+from plugins.openai_engine.engine import OpenAIEngine
+from plugins.openai_engine.settings import EngineConfig, OpenAISettings
 
 from broker.errors import EngineError, PluginError
 from broker.runs.engine import EnginePlan, EngineProfile
 from plugins import openai_engine
-from plugins.openai_engine.engine import OpenAIEngine
-from plugins.openai_engine.settings import EngineConfig, OpenAISettings
 
 
 @pytest.fixture(autouse=True)

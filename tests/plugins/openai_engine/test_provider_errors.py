@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-
 from plugins.openai_engine.provider_errors import connection_error, http_error, retry_after
 
 URL = "http://127.0.0.1:9/v1/chat/completions"
@@ -28,7 +27,9 @@ def test_which_refusals_are_worth_another_try(status: int, retryable: bool) -> N
 
 
 def test_an_exhausted_quota_is_not_worth_another_try() -> None:
-    body = b'{"error": {"message": "You exceeded your quota", "type": "insufficient_quota", "code": "insufficient_quota"}}'
+    body = (
+        b'{"error": {"message": "You exceeded your quota", "type": "insufficient_quota", "code": "insufficient_quota"}}'
+    )
     assert not http_error(429, {}, body).retryable
 
 

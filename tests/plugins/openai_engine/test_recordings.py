@@ -2,8 +2,9 @@
 
 Where this engine differs from that oracle on purpose:
 
-- chat-15 has its reasoning between `<think>` tags in the text; the oracle leaves it there, the engine takes it out.
-- chat-11 names its usage in the frame that carries the error; the oracle drops it, the engine reports it.
+- chat-15 has its reasoning between `<think>` tags in the text; the oracle leaves it there, the engine takes
+it out. - chat-11 names its usage in the frame that carries the error; the oracle drops it, the engine reports
+it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from broker.errors import EngineError
-from broker.runs.engine import EngineEvent, Finish, ReasoningDelta, TextDelta, ToolCallDelta
 from plugins.openai_engine.answer import AnswerReader
 from plugins.openai_engine.event_stream import EventStreamDecoder
 from tests.plugins.openai_engine.answers import Answer, ask, fold
 from tests.support.recorded_provider import Exchange, RecordedProvider
+
+from broker.errors import EngineError
+from broker.runs.engine import EngineEvent, Finish, ReasoningDelta, TextDelta, ToolCallDelta
 
 CHATS = [
     "chat-01",
@@ -114,7 +115,10 @@ async def test_http_error_keeps_status_and_message(provider: RecordedProvider, n
 
 
 async def test_silence_is_a_timeout(provider: RecordedProvider) -> None:
-    """A provider that goes silent in the middle is given up after the idle timeout; what came before stays."""
+    """A provider that goes silent in the middle is given up after the idle timeout.
+
+    What came before stays.
+    """
     answer = await ask(provider.url("chat-08", "stall"), idle_timeout_s=0.3)
     assert answer.error is not None
     assert (answer.error.kind, answer.error.retryable) == ("timeout", True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import orjson
 import pytest
+from plugins.openai_engine.request import UNANSWERED, chat_messages, request_body
+from plugins.openai_engine.settings import EngineConfig
 
 from broker.errors import EngineError
 from broker.runs.engine import ChatMessage, EngineRequest, ToolCall, ToolSpec
-from plugins.openai_engine.request import UNANSWERED, chat_messages, request_body
-from plugins.openai_engine.settings import EngineConfig
 
 USER = ChatMessage("user", "Hello")
 CALL = ToolCall("call_1", "calculator", {"expression": "1+1"})
@@ -60,7 +60,10 @@ def test_sampling_options_are_sent_only_when_set() -> None:
     [
         ({"base_url": "https://api.openai.com/v1"}, "max_completion_tokens"),
         ({"base_url": "http://127.0.0.1:11434/v1"}, "max_tokens"),
-        ({"base_url": "http://127.0.0.1:11434/v1", "max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
+        (
+            {"base_url": "http://127.0.0.1:11434/v1", "max_tokens_field": "max_completion_tokens"},
+            "max_completion_tokens",
+        ),
     ],
 )
 def test_the_token_limit_goes_by_the_name_that_the_provider_knows(config: dict[str, Any], name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from plugins.openai_engine.think_tags import ThinkTagSplitter
 
 CASES = [
@@ -28,9 +27,7 @@ CASES = [
 @pytest.mark.parametrize(("text", "reasoning", "answer"), CASES)
 def test_reasoning_and_answer_are_told_apart(text: str, reasoning: str, answer: str, size: int) -> None:
     splitter = ThinkTagSplitter()
-    pieces = [
-        piece for start in range(0, len(text), size) for piece in splitter.feed(text[start : start + size])
-    ]
+    pieces = [piece for start in range(0, len(text), size) for piece in splitter.feed(text[start : start + size])]
     pieces += splitter.flush()
     assert "".join(text for is_reasoning, text in pieces if is_reasoning) == reasoning
     assert "".join(text for is_reasoning, text in pieces if not is_reasoning) == answer

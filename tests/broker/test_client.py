@@ -1,0 +1,174 @@
+"""The client's rule, reconnecting, and what the server's answers become."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import orjson
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+
+from broker.client import Backoff, BrokerClient, Cursor, RequestRefused, Unreachable
+from broker.errors import InvalidInput
+
+
+def frame(kind: str, seq: int | None = None, prev: int | None = None, **data: Any) -> str:
+    event: dict[str, Any] = {"type": kind, "id": "x", "data": data}
+    if seq is not None:
+        event["seq"] = str(seq)
+    if prev is not None:
+        event["prev"] = str(prev)
+    return orjson.dumps({"sem": True, "event": event}).decode()
+
+
+def hello(start: int, epoch: str = "e1") -> str:
+    return frame("ws.hello", epoch=epoch, **{"from": str(start)})
+
+
+def judged(cursor: Cursor, text: str) -> str:
+    return cursor.judge(orjson.loads(text)["event"])
+
+
+def test_events_are_taken_once_and_in_order() -> None:
+    cursor = Cursor(last=10)
+    assert judged(cursor, frame("log", 12, 10)) == "take"
+    assert judged(cursor, frame("log", 12, 10)) == "drop"
+    assert judged(cursor, frame("log", 20, 15)) == "gap"
+    assert cursor.last == 12
+
+
+def test_numbers_are_compared_as_64_bit_integers() -> None:
+    """Two neighbours near 2**61 are different, which they are not as floating point numbers."""
+    cursor = Cursor(last=1763690000123000004)
+    assert judged(cursor, frame("log", 1763690000123000005, 1763690000123000004)) == "take"
+
+
+def test_hidden_envelopes_move_the_position() -> None:
+    cursor = Cursor(last=10)
+    assert judged(cursor, frame("ws.through", seq="30")) == "take"
+    assert judged(cursor, frame("log", 31, 30)) == "take"
+
+
+def test_a_state_frame_is_taken_if_it_is_newer_than_the_entity() -> None:
+    cursor = Cursor(last=10)
+    newer = frame("timeline.upsert", 20, entity={"id": "m"}, version="20")
+    older = frame("timeline.upsert", 15, entity={"id": "m"}, version="15")
+    assert [judged(cursor, newer), judged(cursor, older), judged(cursor, newer)] == ["take", "drop", "drop"]
+    assert cursor.last == 10
+
+
+def test_a_reset_begins_anew_with_the_state() -> None:
+    cursor = Cursor(last=10, epoch="e1", versions={"m": 99})
+    assert judged(cursor, frame("ws.reset", epoch="e2", **{"from": "50"})) == "take"
+    assert (cursor.last, cursor.epoch, cursor.versions) == (50, "e2", {})
+
+
+def test_back_off_doubles_within_bounds_and_heeds_the_server() -> None:
+    delays = Backoff()
+    waits = [delays.next_s() for _ in range(10)]
+    assert all(0.1 <= wait <= 15 for wait in waits)
+    assert waits[-1] >= 7.5
+    delays.note({"type": "ws.bye", "data": {"retryAfterMs": 1234, "reconnect": True}})
+    assert delays.next_s() == 1.234
+    delays.note({"type": "ws.caught_up"})
+    assert delays.next_s() <= 0.2
+
+
+Script = Callable[[ServerConnection, dict[str, str]], Any]
+
+
+@asynccontextmanager
+async def scripted(*scripts: Script) -> AsyncIterator[tuple[str, list[dict[str, str]]]]:
+    """A WebSocket server that plays one script per connection; gives its URL and the queries it was asked with."""
+    queries: list[dict[str, str]] = []
+
+    async def handler(socket: ServerConnection) -> None:
+        assert socket.request is not None
+        query = {key: values[0] for key, values in parse_qs(urlsplit(socket.request.path).query).items()}
+        queries.append(query)
+        await scripts[min(len(queries), len(scripts)) - 1](socket, query)
+
+    async with serve(handler, "127.0.0.1", 0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        yield f"http://127.0.0.1:{port}/prefix", queries
+
+
+async def collect(url: str, count: int, **options: Any) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    async with BrokerClient(url) as client:
+        stream = client.follow("c1", **options)
+        async for event in stream:
+            events.append(event)
+            if len(events) == count:
+                await stream.aclose()  # type: ignore[attr-defined]
+                break
+    return events
+
+
+async def test_a_gap_leads_to_a_new_connection_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was missed is fetched with `since` and `epoch` of the last event taken; nothing comes twice."""
+    monkeypatch.setattr("broker.client.FIRST_DELAY_S", 0.001)
+
+    async def first(socket: ServerConnection, query: dict[str, str]) -> None:
+        for text in (hello(0), frame("log", 5, 0, n=1), frame("log", 9, 7, n=3)):
+            await socket.send(text)
+        await socket.wait_closed()
+
+    async def second(socket: ServerConnection, query: dict[str, str]) -> None:
+        for text in (hello(5), frame("log", 7, 5, n=2), frame("log", 9, 7, n=3)):
+            await socket.send(text)
+        await socket.wait_closed()
+
+    async with scripted(first, second) as (url, queries):
+        events = await asyncio.wait_for(collect(url, 3, since=0), 20)
+    assert [event["data"]["n"] for event in events] == [1, 2, 3]
+    assert queries[0] == {"conv_id": "c1", "profile": "default", "since": "0"}
+    assert queries[1] == {"conv_id": "c1", "profile": "default", "since": "5", "epoch": "e1"}
+
+
+async def test_a_lost_connection_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.client.FIRST_DELAY_S", 0.001)
+
+    async def breaks(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(0))
+        await socket.send(frame("log", 5, 0, n=1))
+        socket.transport.abort()
+
+    async def goes_on(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(5))
+        await socket.send(frame("log", 6, 5, n=2))
+        await socket.wait_closed()
+
+    async with scripted(breaks, goes_on) as (url, _):
+        events = await asyncio.wait_for(collect(url, 2, since=0), 20)
+    assert [event["data"]["n"] for event in events] == [1, 2]
+
+
+async def test_a_server_that_says_not_to_come_back_is_obeyed() -> None:
+    async def farewell(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(0))
+        await socket.send(frame("ws.bye", reason="token expired", reconnect=False, retryAfterMs=0))
+        await socket.close(4401, "token expired")
+
+    async with scripted(farewell) as (url, queries):
+        with pytest.raises(RequestRefused, match="4401.*token expired"):
+            await asyncio.wait_for(collect(url, 1), 20)
+    assert len(queries) == 1
+
+
+async def test_nobody_there_is_said_so() -> None:
+    async with BrokerClient("http://127.0.0.1:9/") as client:
+        with pytest.raises(Unreachable, match="is the server running"):
+            await client.get("healthz")
+        with pytest.raises(Unreachable, match="is the server running"):
+            await anext(client.follow("c1").__aiter__())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/", "http://"])
+def test_an_unusable_url_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match=r"give one such as http://127\.0\.0\.1:8000/"):
+        BrokerClient(url)

@@ -1,0 +1,272 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { Api } from "../../../src/transports/ui/api.js";
+import { ConversationClient } from "../../../src/transports/ui/client.js";
+import { entity, fetchOf, ManualClock, settle, socketClass } from "./fakes.mjs";
+
+const SNAPSHOT = { convId: "c1", version: "100", epoch: "e1", more: false, entities: [entity("u1", 100, { role: "user", text: "hi" })] };
+
+function setUp({ answer = () => ({ body: SNAPSHOT }), token = null } = {}) {
+  const clock = new ManualClock();
+  const { FakeSocket, sockets } = socketClass();
+  const { fetch, requests } = fetchOf(answer);
+  const seen = { statuses: [], events: [], states: [], resets: 0, problems: [], profiles: [] };
+  const client = new ConversationClient({
+    api: new Api("http://host/prefix/", { fetch, token }),
+    convId: "c1",
+    env: { WebSocket: FakeSocket, setTimeout: clock.setTimeout, clearTimeout: clock.clearTimeout, random: () => 0.5 },
+    handlers: {
+      onStatus: (status) => seen.statuses.push(status),
+      onEvent: (event) => seen.events.push(event.seq),
+      onState: (one) => seen.states.push(one.id),
+      onReset: () => (seen.resets += 1),
+      onProblem: (text) => seen.problems.push(text),
+      onProfile: (name) => seen.profiles.push(name),
+    },
+  });
+  return { client, clock, sockets, requests, seen };
+}
+
+async function live(options) {
+  const all = setUp(options);
+  await all.client.start();
+  const [socket] = all.sockets;
+  socket.hello({ from: "100" });
+  socket.control("ws.caught_up", { seq: "100" });
+  return { ...all, socket };
+}
+
+test("the snapshot's version and epoch are where the socket starts, below the mount prefix", async () => {
+  const { sockets, seen, requests } = await live();
+  assert.equal(requests[0].url.pathname, "/prefix/api/timeline");
+  assert.equal(sockets[0].url.href, "ws://host/prefix/ws?conv_id=c1&profile=default&since=100&epoch=e1");
+  assert.deepEqual(seen.states, ["u1"]);
+  assert.deepEqual(seen.statuses.map((status) => status.state), ["connecting", "catching_up", "live"]);
+});
+
+test("a snapshot of several pages starts the socket at the first page's version", async () => {
+  const { sockets, seen } = await live({
+    answer: ({ url }) => {
+      const second = url.searchParams.get("after_position") === "5";
+      const entities = second ? [entity("b", 7)] : [entity("a", 5)];
+      return { body: { version: second ? "130" : "120", epoch: "e1", more: !second, entities } };
+    },
+  });
+  assert.equal(sockets[0].url.searchParams.get("since"), "120");
+  assert.deepEqual(seen.states, ["a", "b"]);
+});
+
+test("a conversation that does not exist yet starts empty, from the beginning", async () => {
+  const { sockets } = await live({ answer: () => ({ status: 404, body: {} }) });
+  assert.equal(sockets[0].url.searchParams.get("since"), "0");
+  assert.equal(sockets[0].url.searchParams.has("epoch"), false);
+});
+
+test("duplicates are dropped, a gap reconnects at once from the last event taken", async () => {
+  const { socket, sockets, seen, clock } = await live();
+  socket.event(110, 100);
+  socket.event(110, 100);
+  socket.event(130, 120);
+  assert.deepEqual(seen.events, ["110"]);
+  assert.equal(socket.closedWith, 1000);
+  await clock.advance(0);
+  assert.equal(sockets[1].url.searchParams.get("since"), "110");
+  sockets[1].hello({ from: "110" });
+  sockets[1].event(120, 110);
+  sockets[1].event(130, 120);
+  assert.deepEqual(seen.events, ["110", "120", "130"]);
+});
+
+test("frames of a socket that was given up are not listened to", async () => {
+  const { socket, seen } = await live();
+  socket.event(130, 120);
+  socket.event(110, 100);
+  assert.deepEqual(seen.events, []);
+});
+
+test("a gap that the server cannot fill ends in a new start from its state", async () => {
+  const { sockets, clock, requests, seen } = await live();
+  sockets[0].event(130, 120);
+  for (const index of [1, 2]) {
+    await clock.advance(5_000);
+    sockets[index].hello({ from: "100" });
+    sockets[index].event(130, 120);
+  }
+  await clock.advance(5_000);
+  assert.equal(requests.length, 2);
+  assert.equal(seen.resets, 2);
+});
+
+test("ws.through moves the resume position though nothing was shown", async () => {
+  const { socket, sockets, clock } = await live();
+  socket.control("ws.through", { seq: "150" });
+  socket.event(170, 150);
+  socket.drop();
+  await clock.advance(1_000);
+  assert.equal(sockets[1].url.searchParams.get("since"), "170");
+});
+
+test("ws.reset voids everything and goes on from the server's position, even a lower one", async () => {
+  const { socket, seen, client } = await live();
+  socket.control("ws.reset", { reason: "epoch", epoch: "e2", oldestSeq: "40", from: "50" });
+  assert.equal(seen.resets, 2);
+  socket.state(entity("u9", 50, {}));
+  socket.control("ws.caught_up", { seq: "50" });
+  socket.event(60, 50);
+  assert.deepEqual(seen.events, ["60"]);
+  assert.equal(client.epoch, "e2");
+  assert.equal(client.last, 60n);
+});
+
+test("a reset that names no position accepts what comes until it is caught up", async () => {
+  const { socket, seen, sockets } = await live();
+  socket.control("ws.reset", { reason: "expired", epoch: "e2" });
+  socket.event(60, 55);
+  socket.control("ws.caught_up", { seq: "60" });
+  socket.event(90, 80);
+  assert.deepEqual(seen.events, ["60"]);
+  assert.equal(sockets.length, 1);
+  assert.equal(socket.closedWith, 1000, "linked again: this was a gap");
+});
+
+test("a changed profile is replayed from the hydrated state on, by going back to where the server says", async () => {
+  const { socket, seen, client } = await live();
+  socket.event(110, 100);
+  client.setProfile("debug");
+  assert.deepEqual(socket.sent.at(-1), { type: "ws.profile", profile: "debug", since: "100" });
+  assert.equal(client.profile, "default", "not before the server agrees");
+  socket.control("ws.profile", { profile: "debug", from: "100" });
+  socket.event(105, 100, "debug.note");
+  socket.control("ws.caught_up", { seq: "110" });
+  socket.event(120, 110);
+  assert.deepEqual(seen.events, ["110", "105", "120"]);
+  assert.deepEqual(seen.profiles, ["debug"]);
+});
+
+test("a refused profile stays what it was, and says why", async () => {
+  const { socket, seen, client } = await live();
+  client.setProfile("secret");
+  socket.control("ws.error", { code: "not-permitted", message: "profile 'secret' needs a permission" });
+  assert.equal(client.profile, "default");
+  assert.deepEqual(seen.problems, ["profile 'secret' needs a permission"]);
+});
+
+test("a profile that was asked for when the connection broke is asked for again", async () => {
+  const { socket, sockets, clock, client } = await live();
+  client.setProfile("text");
+  socket.drop();
+  await clock.advance(1_000);
+  assert.equal(sockets[1].url.searchParams.get("profile"), "text");
+});
+
+test("back-off doubles to a limit, keeps at least half, and starts over when live again", async () => {
+  const { sockets, clock, seen } = await live();
+  const waits = [];
+  sockets[0].drop();
+  for (let index = 1; index <= 9; index += 1) {
+    waits.push(seen.statuses.at(-1).retryInMs);
+    await clock.advance(waits.at(-1));
+    sockets[index].drop();
+  }
+  assert.deepEqual(waits, [300, 600, 1200, 2400, 4800, 9600, 19200, 22500, 22500]);
+  await clock.advance(30_000);
+  sockets.at(-1).hello({});
+  sockets.at(-1).control("ws.caught_up", { seq: "100" });
+  sockets.at(-1).drop();
+  assert.equal(seen.statuses.at(-1).retryInMs, 300);
+});
+
+test("ws.bye: its delay is kept exactly, and reconnect=false is final", async () => {
+  const first = await live();
+  first.socket.control("ws.bye", { reason: "drain", retryAfterMs: 3210, reconnect: true });
+  first.socket.drop(1012);
+  assert.equal(first.seen.statuses.at(-1).retryInMs, 3210);
+
+  const second = await live();
+  second.socket.control("ws.bye", { reason: "the conversation was erased", retryAfterMs: 0, reconnect: false });
+  second.socket.drop(1000);
+  await second.clock.advance(100_000);
+  assert.equal(second.sockets.length, 1);
+  assert.equal(second.seen.statuses.at(-1).state, "stopped");
+  assert.match(second.seen.statuses.at(-1).message, /erased/);
+});
+
+for (const [code, comesBack] of [[1000, true], [1001, true], [1006, true], [1008, false], [1009, true], [1012, true], [4401, false], [4403, false], [4404, false], [4408, true], [4429, true], [4500, true]]) {
+  test(`close code ${code} ${comesBack ? "is tried again" : "stops, with a message"}`, async () => {
+    const { socket, sockets, clock, seen } = await live();
+    socket.drop(code);
+    if (code === 4429) assert.ok(seen.statuses.at(-1).retryInMs > 5_000);
+    await clock.advance(60_000);
+    assert.equal(sockets.length > 1, comesBack);
+    if (!comesBack) assert.notEqual(seen.statuses.at(-1).message, "");
+  });
+}
+
+test("a silent socket is pinged, and given up when no frame comes", async () => {
+  const { socket, sockets, clock } = await live();
+  await clock.advance(25_000);
+  assert.deepEqual(socket.sent, [{ type: "ws.ping", data: {} }]);
+  socket.control("ws.pong", {});
+  await clock.advance(25_000);
+  assert.equal(socket.sent.length, 2);
+  await clock.advance(11_000);
+  assert.equal(socket.closedWith, 1000);
+  assert.equal(sockets.length, 2);
+});
+
+test("a server that accepts but never greets is given up", async () => {
+  const { client, sockets, clock } = setUp();
+  await client.start();
+  await clock.advance(16_000);
+  assert.equal(sockets.length, 2);
+});
+
+test("when the network is said to be back, waiting ends at once", async () => {
+  const { client, socket, sockets, clock } = await live();
+  socket.drop();
+  client.wake();
+  await clock.advance(0);
+  assert.equal(sockets.length, 2);
+});
+
+test("handshakes that keep failing are explained by the HTTP answer", async () => {
+  let refuse = false;
+  const answer = () => (refuse ? { status: 403, body: { type: "urn:x:not-permitted", detail: "profile 'debug' needs the permission 'debug'" } } : { body: SNAPSHOT });
+  const { client, sockets, clock, seen } = setUp({ answer });
+  await client.start();
+  refuse = true;
+  sockets[0].drop();
+  await clock.advance(5_000);
+  sockets[1].drop();
+  await clock.advance(5_000);
+  assert.equal(sockets.length, 2);
+  assert.equal(seen.statuses.at(-1).state, "stopped");
+  assert.match(seen.statuses.at(-1).message, /needs the permission/);
+});
+
+test("without a token no sub-protocol is offered; with one it is sent both ways", async () => {
+  const open = await live();
+  assert.deepEqual(open.sockets[0].protocols, []);
+  const closed = await live({ token: "abc" });
+  assert.deepEqual(closed.sockets[0].protocols, ["conversation.v1", "bearer.abc"]);
+  assert.equal(closed.requests[0].headers.authorization, "Bearer abc");
+});
+
+test("a frame that cannot be read is reported and disturbs nothing", async () => {
+  const { socket, seen } = await live();
+  for (const data of ["not json", "null", "[]", '{"event":{"type":"llm.delta","seq":1,"prev":"0"}}']) socket.onmessage({ data });
+  assert.equal(seen.problems.length, 4);
+  socket.event(110, 100);
+  assert.deepEqual(seen.events, ["110"]);
+});
+
+test("after stop nothing comes back, whatever was under way", async () => {
+  const { client, sockets, clock } = setUp();
+  const starting = client.start();
+  client.stop();
+  await starting;
+  await settle();
+  await clock.advance(100_000);
+  assert.equal(sockets.length, 0);
+  assert.equal(clock.nextInMs, null);
+});
