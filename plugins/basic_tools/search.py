@@ -51,10 +51,21 @@ def passages(document: str) -> Iterator[Passage]:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of `text` as they are compared: without case, accents and a plural s."""
+    """Return the words of `text` as they are compared: without case, accents and the common English endings."""
     decomposed = unicodedata.normalize("NFKD", text.casefold())
     bare = "".join(character for character in decomposed if not unicodedata.combining(character))
-    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in _WORD.findall(bare)]
+    return [_stem(word) for word in _WORD.findall(bare)]
+
+
+def _stem(word: str) -> str:
+    """Return what `cancel`, `cancels`, `cancelled` and `cancelling` have in common; rough, but the same for each."""
+    for ending in ("ing", "ed", "es", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word.removesuffix(ending)
+            break
+    if len(word) > 3 and word[-1] == word[-2]:
+        word = word[:-1]
+    return word.removesuffix("e") if len(word) > 3 else word
 
 
 class DocumentIndex:

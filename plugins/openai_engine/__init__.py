@@ -50,7 +50,7 @@ def register_engine_profiles() -> Sequence[EngineProfile]:
             engine=ENGINE,
             description=f"{config.model} at {config.host}",
             config=values,
-            secrets=frozenset({"api_key"}),
+            secrets=frozenset({"api_key", "extra_headers"}),
             overridable=OVERRIDABLE,
             tools=_settings.tools,
             system_prompt=_settings.system_prompt,

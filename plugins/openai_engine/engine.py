@@ -13,11 +13,10 @@ import httpx
 import orjson
 
 from broker.errors import EngineError, shown
+from broker.runs.chat_completions import DONE, AnswerReader, EventStreamDecoder, EventTooLarge, http_error
 from broker.runs.engine import EngineEvent, EngineRequest
 
-from .answer import DONE, AnswerReader
-from .event_stream import EventStreamDecoder, EventTooLarge
-from .provider_errors import connection_error, http_error, idle_error
+from .connection_errors import connection_error, idle_error
 from .request import request_body
 from .settings import EngineConfig
 
@@ -27,6 +26,7 @@ _AFTERMATH_S = 5.0
 # What a new connection costs (TCP and TLS, far away); to wait longer for an old one to end would gain
 # nothing.
 _TAIL_S = 0.25
+_SECRET_CHARS = 12
 
 
 @functools.cache
@@ -63,7 +63,10 @@ class OpenAIEngine:
         """
         self._config = config
         self._url = f"{config.base_url}/chat/completions"
-        self._secret = config.api_key.get_secret_value() if config.api_key else ""
+        self._key = config.api_key.get_secret_value() if config.api_key else ""
+        # Short header values are flags and titles; to mask them would garble the texts.
+        headers = (value for value in config.extra_headers.values() if len(value) >= _SECRET_CHARS)
+        self._secrets = [secret for secret in (self._key, *headers) if secret]
         try:
             self._client = _client(config, self._headers())
         except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -77,7 +80,7 @@ class OpenAIEngine:
     async def stream(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
         """Yield the answer to `request` as it arrives.
 
-        Raises EngineError, with the fields that provider_errors.py lists; what was yielded stays valid.
+        Raises EngineError, with the fields that chat_completions/errors.py lists; what was yielded stays valid.
         Cancel the iterating task, or close the iterator, and the request is closed at once.
         """
         body = request_body(self._config, request)
@@ -176,21 +179,25 @@ class OpenAIEngine:
             "content-type": "application/json",
             "user-agent": "conversation-broker",
         }
-        if self._secret:
-            headers["authorization"] = f"Bearer {self._secret}"
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
         return {**headers, **{name.lower(): value for name, value in self._config.extra_headers.items()}}
 
     def _masked(self, error: EngineError) -> EngineError:
         """Return `error` without the key: providers quote it, and error texts are shown to clients."""
-        if not self._secret or self._secret not in f"{error.message}{error.fields}":
+        text = f"{error.message}{error.fields}"
+        if not any(secret in text for secret in self._secrets):
             return error
-        fields = {
-            name: value.replace(self._secret, "***") if isinstance(value, str) else value
-            for name, value in error.fields.items()
-            if name not in ("kind", "status")
-        }
-        message = error.message.replace(self._secret, "***")
-        return EngineError(message, kind=error.kind, status=error.status, retryable=error.retryable, **fields)
+        fields = {name: self._mask(value) for name, value in error.fields.items() if name not in ("kind", "status")}
+        return EngineError(
+            self._mask(error.message), kind=error.kind, status=error.status, retryable=error.retryable, **fields
+        )
+
+    def _mask(self, value: Any) -> Any:
+        if isinstance(value, str):
+            for secret in self._secrets:
+                value = value.replace(secret, "***")
+        return value
 
 
 async def _read_to_end(pieces: AsyncIterator[bytes]) -> None:

@@ -56,8 +56,8 @@ class _Options(BaseModel):
     """Most connections to the provider at once; further runs wait up to connect_timeout_s."""
     trust_env: bool | None = None
     """Use HTTP_PROXY, NO_PROXY and SSL_CERT_FILE; none: yes, except for a provider on this machine."""
-    extra_headers: dict[str, str] = Field(default_factory=dict)
-    """HTTP headers to add to each request."""
+    extra_headers: dict[str, str] = Field(default_factory=dict, repr=False)
+    """HTTP headers to add to each request; treated as secret, since some providers take their key in one."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Fields to add to the body of each request, over those made here ({"reasoning": {"effort": "low"}})."""
 

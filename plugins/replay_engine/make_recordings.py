@@ -86,7 +86,7 @@ DEMOS: Final = (
         TOOLS_PROMPT,
         calls=(
             Call("call_demo_calculator", "calculator", ('{"', "expression", '":"', "47", " * ", "1234", '"}')),
-            Call("call_demo_clock", "clock", ('{"', "timezone", '":"', "Asia/", "Tokyo", '"}')),
+            Call("call_demo_clock", "clock", ('{"', "zone", '":"', "Asia/", "Tokyo", '"}')),
         ),
         finish="tool_calls",
         match=(r"\d+\s*[-+*/×·x]\s*\d+", r"calculat|\bplus\b|\btimes\b", r"what time|clock|o'clock", r"\btools?\b"),
@@ -102,7 +102,13 @@ DEMOS: Final = (
         "tool loop step 1 of 2: text, then a call of the text search",
         DOCUMENT_PROMPT,
         text="05a-document.md",
-        calls=(Call("call_demo_search", "search_document", ('{"', "query", '":"', "recon", "nect", '"}')),),
+        calls=(
+            Call(
+                "call_demo_search",
+                "search_document",
+                ('{"', "query", '":"', "recovery", " after", " a", " broken", " connection", '"}'),
+            ),
+        ),
         finish="tool_calls",
         match=(r"\b(search|find|look up|look for)\b", r"\bdocuments?\b|handbook|manual", r"\breconnect"),
     ),

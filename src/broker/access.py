@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.errors import AuthenticationFailed, PermissionDenied
+from broker.errors import AuthenticationFailed, PermissionDenied, PluginError
 from broker.plugins import PluginHost
 from broker.security import Action, Credentials, Principal
 from broker.settings import Settings
@@ -43,9 +43,12 @@ class Access:
                 "--debug-channels",
                 permission="debug",
             )
-        answers = await self._plugins.acall_collect(
-            "authorize", principal=principal, action=action, conv_id=conv_id, channels=list(channels)
-        )
+        try:
+            answers = await self._plugins.acall_collect(
+                "authorize", principal=principal, action=action, conv_id=conv_id, channels=list(channels)
+            )
+        except PluginError as exc:  # fails closed: who cannot decide does not allow
+            raise PermissionDenied(f"nobody could decide whether {action!r} is allowed; denied") from exc
         for plugin, allowed in answers:
             if allowed is False:
                 raise PermissionDenied(

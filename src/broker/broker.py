@@ -110,6 +110,7 @@ class ConversationWSBroker:
             timeline=self.timeline,
             hold=self.conversations.hold,
             release=self.conversations.release,
+            head=self._head_seq,
         )
 
     def _plugins_changed(self) -> None:
@@ -144,8 +145,7 @@ class ConversationWSBroker:
             self.subscriptions.announce_drain()
             await self.runs.stop(drain_s=drain_s)
             await self.plugins.acall_all("on_shutdown", broker=self)
-            for conversation in self.conversations.all():
-                await self._emitters.stop(conversation.conv_id)
+            await self._emitters.close()
         await self.subscriptions.close()
         for task in list(self._background):
             task.cancel()
@@ -240,6 +240,12 @@ class ConversationWSBroker:
         """Return what the log knows of a conversation. Raises InvalidConversationId."""
         return await self.log.state(check_conv_id(conv_id))
 
+    async def _head_seq(self, conv_id: str) -> int:
+        conversation = self.conversations.get(conv_id)
+        if conversation is not None and not conversation.busy:
+            return conversation.position
+        return (await self.log.state(conv_id)).head_seq
+
     async def erase(self, conv_id: str) -> None:
         """Remove a conversation everywhere: log, timeline, runs, turns. Its connections are closed (4404)."""
         check_conv_id(conv_id)
@@ -251,6 +257,8 @@ class ConversationWSBroker:
             self.conversations.forget(conversation)
         await self.stores.timeline.erase(conv_id)
         await self.log.erase(conv_id)
+        if self.stores.database is not None:
+            await self.stores.database.erase_traces()
 
     # -- for transports: callers from outside, their permissions checked ----------------------------------------------
 
@@ -290,13 +298,11 @@ class ConversationWSBroker:
 
     def _conversation_opened(self, conversation: Conversation) -> None:
         self.plugins.call_all("on_conversation_opened", conversation=conversation)
-        if self.plugins.has("start_emitters"):
-            self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
+        self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
 
     def _conversation_closed(self, conversation: Conversation, reason: str) -> None:
         self.plugins.call_all("on_conversation_closed", conversation=conversation, reason=reason)
-        if self.plugins.has("start_emitters"):
-            self._in_background(self._emitters.stop(conversation.conv_id))
+        self._in_background(self._emitters.stop(conversation.conv_id))
 
     def _in_background(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

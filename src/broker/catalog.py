@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from dataclasses import replace
+from typing import TypeVar, cast
 
 from broker.channels import Channel, EventType
 from broker.envelope import SEM, check_channel_name, check_event_type
@@ -61,8 +62,16 @@ class Catalog:
                         hook=hook,
                         name=name,
                     )
-                target[name] = item
+                target[name] = item if plugin == BUILTIN else self._guarded(plugin, hook, item)
                 owners[name] = plugin
+
+    def _guarded(self, plugin: str, hook: str, item: T) -> T:
+        """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
+        if isinstance(item, TimelineHandler):
+            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, item.fold)))
+        if isinstance(item, EventType) and item.merge is not None:
+            return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
+        return item
 
     def _check_references(self) -> None:
         for declared in self.event_types.values():

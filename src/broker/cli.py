@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from importlib.metadata import version
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -15,7 +16,7 @@ import typer
 
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.sequence import parse_seq
-from broker.settings import GROUPS, Settings, load_settings, variable
+from broker.settings import GROUPS, Settings, describe, load_settings, variable
 from broker.telemetry import escape_controls
 
 EXIT_FAILED = 1
@@ -40,6 +41,8 @@ Token = Annotated[
     str | None,
     typer.Option("--token", envvar="BROKER_TOKEN", help="Bearer token, where the server asks for one."),
 ]
+_TOLD = frozenset({"ws.reset", "ws.bye", "ws.error"})
+"""Control frames that a person who follows a conversation wants to know of."""
 _DATA_EXAMPLE = """one such as '{"message": "hi"}'"""
 DEFAULT_URL = "http://127.0.0.1:8000/"
 
@@ -64,7 +67,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         group = GROUPS.get(name, group)
         shown_default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         default = f" [default: {shown_default}]" if shown_default not in (None, "", False) else ""
-        text = f"{' '.join((field.description or '').split())} [env: {variable(name)}]{default}"
+        text = f"{describe(name)} [env: {variable(name)}]{default}"
         flag = f"--{name.replace('_', '-')}"
         kind = _option_type(field.annotation)
         names = (flag, f"--no-{flag[2:]}") if kind is bool else (flag,)
@@ -140,14 +143,15 @@ def tail(
     async def run() -> None:
         async with BrokerClient(url, token=token) as client:
             frames = client.frames(conv_id, profile=profile, channels=channels, since=position, control=True)
-            async for text in frames:
-                event = orjson.loads(text)["event"]
-                if json:
-                    print(text, flush=True)
-                elif not event["type"].startswith("ws.") or event["type"] in ("ws.reset", "ws.bye", "ws.error"):
-                    print(line_of(event, colour=colour), flush=True)
-                if once and event["type"] == "ws.caught_up":
-                    return
+            async with aclosing(frames):
+                async for text in frames:
+                    event = orjson.loads(text)["event"]
+                    if json:
+                        print(text, flush=True)
+                    elif not event["type"].startswith("ws.") or event["type"] in _TOLD:
+                        print(line_of(event, colour=colour), flush=True)
+                    if once and event["type"] == "ws.caught_up":
+                        return
 
     _run(run())
 
@@ -294,10 +298,8 @@ def timeline_verify(
     ] = None,
 ) -> None:
     """Fold the log again and compare with the stored timeline; exit code 1 when they differ."""
-    try:
-        from broker.verify import verify_file
-    except ImportError as exc:
-        raise InvalidInput("this version cannot verify timelines yet") from exc
+    from broker.verify import verify_file
+
     report = _run(verify_file(load_settings(db=db, plugins_dir=plugins_dir), conv_id))
     for line in report.lines():
         print(escape_controls(line))

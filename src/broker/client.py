@@ -4,6 +4,8 @@
         async for event in client.follow("c1", profile="default", since=0):
             print(event["type"], event["data"])
 
+To stop before the end, close the generator (`async with aclosing(client.follow(…)) as events`), as with any other.
+
 It keeps the client's rule (docs/reference/protocol.md): every event frame once, in order; a gap or a lost connection
 leads to a new connection that resumes after the last event taken. It knows nothing of the server's inside and can be
 copied into another project together with `errors.py`.
@@ -14,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -214,14 +217,14 @@ class BrokerClient:
         hydrate: bool = False,
         control: bool = False,
         reconnect: bool = True,
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any]]:
         """Yield the conversation's events, each once and in order, for as long as the caller listens.
 
         since: seq after which to begin; None: live only, 0: everything retained. control: yield `ws.…` frames, too.
         reconnect: False ends after the first connection that breaks. Raises RequestRefused when the server will not
         have this client, Unreachable when the first connection fails.
         """
-        async for text in self.frames(
+        frames = self.frames(
             conv_id,
             profile=profile,
             channels=channels,
@@ -229,9 +232,11 @@ class BrokerClient:
             hydrate=hydrate,
             control=control,
             reconnect=reconnect,
-        ):
-            event: dict[str, Any] = orjson.loads(text)["event"]
-            yield event
+        )
+        async with aclosing(frames):
+            async for text in frames:
+                event: dict[str, Any] = orjson.loads(text)["event"]
+                yield event
 
     async def frames(
         self,
@@ -243,7 +248,7 @@ class BrokerClient:
         hydrate: bool = False,
         control: bool = False,
         reconnect: bool = True,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """As `follow`, but yield the frames as the server wrote them."""
         cursor = Cursor(last=since)
         query = {"conv_id": conv_id, "profile": profile}
@@ -255,9 +260,10 @@ class BrokerClient:
             try:
                 async with self._connect(query, cursor, hydrate=hydrate and not connected_once) as socket:
                     connected_once = True
-                    async for event, text in self._taken(socket, cursor, delays):
-                        if control or not event["type"].startswith("ws."):
-                            yield text
+                    async with aclosing(self._taken(socket, cursor, delays)) as taken:
+                        async for event, text in taken:
+                            if control or not event["type"].startswith("ws."):
+                                yield text
             except InvalidStatus as exc:
                 status = exc.response.status_code
                 if status < 500 and status != 429:
@@ -293,7 +299,7 @@ class BrokerClient:
 
     async def _taken(
         self, socket: ClientConnection, cursor: Cursor, delays: Backoff
-    ) -> AsyncIterator[tuple[dict[str, Any], str]]:
+    ) -> AsyncGenerator[tuple[dict[str, Any], str]]:
         """Yield as (event, text) what the client's rule takes, until the connection ends or a gap shows."""
         try:
             async for message in socket:

@@ -32,7 +32,6 @@ class Conversation:
         "audiences",
         "busy",
         "conv_id",
-        "emitting",
         "epoch",
         "holds",
         "inbox",
@@ -52,7 +51,6 @@ class Conversation:
         self.audiences: dict[str, Audience] = {}
         self.subscriptions = 0
         self.holds = 0
-        self.emitting = False
         self.waiters: list[asyncio.Future[None]] = []
         self.last_active_s = now_s
         self.opened: asyncio.Future[None] | None = None
@@ -63,7 +61,7 @@ class Conversation:
 
     @property
     def in_use(self) -> bool:
-        """Whether I11 protects it: a connection, a run or prompt (hold), an emitter, or something unfinished."""
+        """Whether I11 protects it: a connection, a reader or publisher at work, or something unfinished."""
         return bool(
             self.subscriptions or self.holds or self.waiters or self.inbox or self.busy or self.timeline.readers
         )
@@ -116,6 +114,7 @@ class ConversationManager:
         self._max_open = max_open
         self._page_events = page_events
         self._open: dict[str, Conversation] = {}
+        self._holds: dict[str, int] = {}
         self._touched: dict[str, Conversation] = {}
         self._written: dict[str, Conversation] = {}
         self.advance: Callable[[Conversation], None] = lambda conversation: None
@@ -218,23 +217,26 @@ class ConversationManager:
     # -- use and eviction -----------------------------------------------------------------------------------------
 
     def hold(self, conv_id: str) -> None:
-        """Keep an open conversation from being evicted until `release`. Counted."""
-        conversation = self._open.get(conv_id)
-        if conversation is not None:
-            conversation.holds += 1
+        """Keep a conversation from being evicted until `release`, open or not yet. Counted."""
+        self._holds[conv_id] = self._holds.get(conv_id, 0) + 1
 
     def release(self, conv_id: str) -> None:
         """Undo one `hold`."""
+        left = self._holds.pop(conv_id, 1) - 1
+        if left:
+            self._holds[conv_id] = left
         conversation = self._open.get(conv_id)
-        if conversation is not None and conversation.holds:
-            conversation.holds -= 1
+        if conversation is not None:
             conversation.last_active_s = self._clock.monotonic_s()
+
+    def _evictable(self, conversation: Conversation) -> bool:
+        return not conversation.in_use and conversation.conv_id not in self._holds
 
     async def sweep(self) -> int:
         """Evict what has been idle for long enough, and the longest idle beyond `max_open`; return how many went."""
         now_s = self._clock.monotonic_s()
         idle = sorted(
-            (conversation for conversation in self._open.values() if not conversation.in_use),
+            (conversation for conversation in self._open.values() if self._evictable(conversation)),
             key=lambda conversation: conversation.last_active_s,
         )
         surplus = len(self._open) - self._max_open

@@ -255,10 +255,15 @@ class Database:
     async def erase_traces(self) -> None:
         """Make sure that nothing deleted so far is left in the database file or its WAL, as old copies of pages.
 
-        Reads the whole file while writers wait: about 0.3 s per GB that the system has in memory. Raises
+        Reads the whole file while writers wait: about 1 s per GB that the system has in memory. Raises
         StoreUnavailable when a reader or another process keeps it from happening.
         """
         await self.submit(Job(self._trace_erasers, self.new_future()))
+
+    @property
+    def pending_jobs(self) -> int:
+        """How many writes are queued or being committed."""
+        return self._pending_jobs
 
     def _is_full(self) -> bool:
         return self._pending_jobs >= MAX_PENDING_JOBS or self._pending_bytes >= MAX_PENDING_BYTES

@@ -175,9 +175,7 @@ def merge_text_deltas(first: Mapping[str, Any], second: Mapping[str, Any]) -> Ma
     if not isinstance(first.get("delta"), str) or not isinstance(second.get("delta"), str):
         return None
     changing = ("delta", "cumulative")
-    if first.keys() != second.keys() or any(
-        first[key] != second[key] for key in first if key not in changing
-    ):
+    if first.keys() != second.keys() or any(first[key] != second[key] for key in first if key not in changing):
         return None
     return {**second, "delta": first["delta"] + second["delta"]}
 
@@ -202,9 +200,7 @@ def _input_text_delta(data: Mapping[str, Any]) -> str | None:
 
 BUILTIN_CHANNELS: tuple[Channel, ...] = (
     Channel(SEM, default=True, description="what happens: messages, answers, tool calls, runs, logs"),
-    Channel(
-        TIMELINE, kind="state", default=True, description="the newest version of each entity of the timeline"
-    ),
+    Channel(TIMELINE, kind="state", default=True, description="the newest version of each entity of the timeline"),
     Channel(CONTROL, default=True, description="frames about the connection itself"),
     Channel(
         DEBUG_TURN_SNAPSHOT,

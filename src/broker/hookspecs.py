@@ -368,7 +368,7 @@ def register_commands(cli: Typer) -> None:
 def register_pages() -> Iterable[Mapping[str, Any]] | None:
     """Add pages and widgets to the web UI.
 
-    Called by: the web UI in `transports.ui`.
+    Called by: the web UI. Its part that calls this hook comes with a later change: nothing is shown yet.
     When: once, at start.
     Blocking: allowed, the server does not run yet.
     Arguments: none.
@@ -415,11 +415,11 @@ async def on_shutdown(broker: ConversationWSBroker) -> None:
     """Close what `on_startup` opened.
 
     Called by: ConversationWSBroker.stop.
-    When: once, after the connections were closed and while the stores are still open. Also called where the
-        plugin was quarantined, so that nothing stays open; not where an operator switched the plugin off.
+    When: once, after clients were told to come back elsewhere and runs have ended, before connections and stores are
+        closed. Not where an operator switched the plugin off.
     Blocking: wait with `await`; the process ends without you after the time limit.
     Arguments:
-        broker: the broker, still able to publish and read.
+        broker: the broker; it can still be read, but takes no more drafts.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; the shutdown goes on.
     Example:
@@ -466,9 +466,7 @@ async def authenticate(credentials: Credentials) -> Principal | None:
 
 
 @hookspec
-async def authorize(
-    principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str]
-) -> bool | None:
+async def authorize(principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str]) -> bool | None:
     """Say whether a caller may do something. All plugins must allow it.
 
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
@@ -605,11 +603,11 @@ def on_conversation_closed(conversation: Conversation, reason: str) -> None:
     """Observe that a conversation left this process's memory.
 
     Called by: ConversationManager.
-    When: once for each `on_conversation_opened`.
+    When: when an idle conversation is evicted, or one is erased; not at shutdown.
     Blocking: no. It runs on the event loop.
     Arguments:
         conversation: `conv_id` and last state of the conversation.
-        reason: `idle`, `erased` or `shutdown`.
+        reason: `idle` or `erased`.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; nobody else notices. Repeated failure leads to
         quarantine.
@@ -652,7 +650,7 @@ def on_connection_closed(connection: Subscription, reason: str) -> None:
     Blocking: no. It runs on the event loop.
     Arguments:
         connection: `connection_id`, `conv_id` and `profile` of the subscription.
-        reason: why, in a word: `client`, `slow`, `drain`, `policy`, …
+        reason: why, in a few words, for people: `closed`, `gone`, `drain`, …
     Returns: nothing.
     Raises: an error is reported under the plugin's name; nobody else notices. Repeated failure leads to
         quarantine.
@@ -771,10 +769,10 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
 async def on_published(envelopes: Sequence[Envelope]) -> None:
     """Observe what was published: bridges, metrics, audit.
 
-    Called by: ConversationWSBroker, after the envelopes are durable.
-    When: once per batch, in `seq` order within a conversation; live only, not for recovery.
-    Blocking: wait with `await`, up to the time limit; the next batch waits for this one. Use a queue of your
-        own for slow work.
+    Called by: `broker.observers`, after the envelopes are durable.
+    When: once per batch of up to 1000, in `seq` order within a conversation; live only, not for recovery.
+    Blocking: wait with `await`, up to the time limit; the next batch waits for this one, delivery to clients does not.
+        An observer that falls 50,000 envelopes behind misses the oldest of them; the log still has them.
     Arguments:
         envelopes: shared with everybody else: do not change them.
     Returns: nothing.
@@ -798,9 +796,10 @@ async def on_published(envelopes: Sequence[Envelope]) -> None:
 async def on_turn_phase(turn: Turn, phase: str) -> None:
     """Observe a run's recorded input and output: snapshots, evaluation, cost.
 
-    Called by: the run's runner, after the turn was stored.
+    Called by: the run's turn recorder, after the turn was stored.
     When: at each phase of a run, in order.
-    Blocking: wait with `await`, up to the time limit; the run waits.
+    Blocking: wait with `await`, up to the time limit; the run's later phases are recorded after this one, the run
+        itself goes on.
     Arguments:
         turn: ids and content of the turn, frozen.
         phase: `request`, `response`, `tools` or `final`.

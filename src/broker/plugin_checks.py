@@ -116,7 +116,9 @@ def _nothing_marked(plugin: Any, specs: Mapping[str, HookSpec]) -> str:
     unmarked = [name for name in specs if callable(getattr(plugin, name, None))]
     if unmarked:
         return f"{', '.join(unmarked)} is not marked with @hookimpl (from broker.hookspecs import hookimpl)"
-    return "it implements no hook: mark functions with @hookimpl (from broker.hookspecs import hookimpl), or take it out"
+    return (
+        "it implements no hook: mark functions with @hookimpl (from broker.hookspecs import hookimpl), or take it out"
+    )
 
 
 # --- settings -------------------------------------------------------------------------------------------------
@@ -171,7 +173,9 @@ def unknown_variables(plugin: str, model: type[BaseModel] | None, others: Iterab
     others: names of the other plugins; a variable that belongs to a longer one of them is not this plugin's.
     """
     prefix = settings_prefix(plugin)
-    longer = [settings_prefix(other) for other in others if settings_prefix(other).startswith(prefix) and other != plugin]
+    longer = [
+        settings_prefix(other) for other in others if settings_prefix(other).startswith(prefix) and other != plugin
+    ]
     known = [prefix + field.upper() for field in model.model_fields] if model is not None else []
     lines = []
     for variable in sorted(os.environ):

@@ -21,6 +21,7 @@ from types import CoroutineType
 from typing import Any, NoReturn
 
 from broker.clock import Clock
+from broker.envelope import Envelope
 from broker.errors import PluginError, shown
 from broker.timeline.handlers import LateEnvelope
 
@@ -201,6 +202,7 @@ class Isolation:
         now_s = self.clock.monotonic_s
         stall_s = self.limits.stall_s
         awaited_later = record.hook in _AWAITED_LATER  # such a one runs on a worker thread: it cannot stall the loop
+        has_to_be = Envelope if record.hook == "build_transform" else None
         streak = Streak()
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -213,6 +215,8 @@ class Isolation:
                 if type(result) is CoroutineType and not awaited_later:
                     result.close()
                     raise PluginError("returned a coroutine, which nobody awaits here")
+                if has_to_be is not None and not isinstance(result, has_to_be):
+                    raise PluginError(f"returned {shown(result)}: {has_to_be.__name__} is required")
             except LateEnvelope:
                 raise
             except Exception as exc:

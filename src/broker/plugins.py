@@ -29,6 +29,7 @@ __all__ = ["IsolationLimits", "PluginHost"]
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(slots=True)
 class _Plugin:
     """A registered plugin."""
@@ -145,7 +146,9 @@ class PluginHost(HookCalls):
                 try:
                     configure(plugin.settings)
                 except Exception as exc:
-                    raise PluginError(f"plugin {name!r}: configure(settings) failed: {brief(exc)}", plugin=name) from exc
+                    raise PluginError(
+                        f"plugin {name!r}: configure(settings) failed: {brief(exc)}", plugin=name
+                    ) from exc
         for line in unknown_variables(name, model, self._plugins):
             logger.warning("%s", line)
 

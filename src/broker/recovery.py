@@ -111,15 +111,17 @@ class Recovery:
         return True
 
     def _not_seen_before(self, subscription: Subscription, shown: list[Envelope]) -> list[Envelope]:
-        """After a change of view in place: leave out what the previous view had already shown, up to where it was."""
-        seen = subscription.seen
-        if seen is None or not shown:
+        """After a change of view in place: leave out what former views of this connection had already shown."""
+        history = subscription.history
+        if not history or not shown or shown[0].seq > max(viewed.through for viewed in history):
             return shown
-        previous, through = seen
-        if shown[0].seq > through:
-            subscription.seen = None
-            return shown
-        return [envelope for envelope in shown if envelope.seq > through or not previous.admits(envelope)]
+        return [
+            envelope
+            for envelope in shown
+            if not any(
+                viewed.after < envelope.seq <= viewed.through and viewed.view.admits(envelope) for viewed in history
+            )
+        ]
 
     async def _reset(self, subscription: Subscription, trimmed_seq: int) -> bool:
         """Retention overtook a connection that was behind: say so, and give it the state instead."""
@@ -194,7 +196,6 @@ class Recovery:
             subscription.connection_id, conversation, view
         ):
             subscription.status = "live"
-            subscription.seen = None
         return True
 
     def closing_messages(self, subscription: Subscription) -> list[Message]:

@@ -200,8 +200,13 @@ def _problem(error: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     where = f"--{field.replace('_', '-')}" if field in flags else variable(field)
     # The value of redis_url may hold a password: never repeat it.
     value = "(hidden)" if field == "redis_url" else shown(error["input"])
-    about = Settings.model_fields[field].description if field in Settings.model_fields else "no such setting"
+    about = describe(field) if field in Settings.model_fields else "There is no such setting."
     return f"{where}={value} is not usable: {error['msg']}. {about}"
+
+
+def describe(field: str) -> str:
+    """Return what a setting means, on one line."""
+    return " ".join((Settings.model_fields[field].description or "").split())
 
 
 def variable(field: str) -> str:
@@ -214,13 +219,15 @@ def misspelled_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 
     environ: None means the process's own. Plugins' variables (`BROKER_PLUGIN_…`) are left to the plugins.
     """
-    known = [variable(field) for field in Settings.model_fields]
+    fields = [field.upper() for field in Settings.model_fields]
+    known = {PREFIX + field for field in fields}
     warnings = []
     for name in sorted(os.environ if environ is None else environ):
         upper = name.upper()
         if not upper.startswith(PREFIX) or upper.startswith((PLUGIN_PREFIX, *COMMAND_PREFIXES)) or upper in known:
             continue
-        close = difflib.get_close_matches(upper, known, n=1, cutoff=0.6)
-        remedy = f"did you mean {close[0]}?" if close else "see `broker serve --help` for those that exist"
+        # Without the prefix, which alone would make any two names look alike.
+        close = difflib.get_close_matches(upper.removeprefix(PREFIX), fields, n=1, cutoff=0.6)
+        remedy = f"did you mean {PREFIX}{close[0]}?" if close else "see `broker serve --help` for those that exist"
         warnings.append(f"environment variable {name} is not a setting and has no effect: {remedy}")
     return warnings

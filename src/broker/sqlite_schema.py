@@ -121,7 +121,7 @@ def _write_mark(connection: sqlite3.Connection) -> None:
 def _boot_id() -> str:
     """Return what identifies this run of the machine, or "" where the system does not say."""
     try:
-        with open(_BOOT_ID_FILE, encoding="ascii") as file:
+        with open(_BOOT_ID_FILE, encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return ""

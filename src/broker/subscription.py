@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from broker.conversations import Conversation
 from broker.eventlog.base import EventLog, LogState
@@ -32,30 +32,40 @@ class SubscribeRequest:
     view: str | None = None
 
 
+class Viewed(NamedTuple):
+    """A stretch of the log, after < seq <= through, that a connection was shown through `view`."""
+
+    view: View
+    after: int
+    through: int
+
+
 class Subscription:
     """One connection's interest in one conversation. No task while it is live.
 
     cursor: every event up to here is decided for it (while live, the audience's position counts instead).
     told: the position that the client knows of: seq of the last event frame or `ws.through`.
-    state_cursor: it has every entity up to this version. seen: after a change of view in place, the previous view and
-    the position up to which it had shown everything: replayed events that it admitted are left out.
+    state_cursor: it has every entity up to this version. viewed_after: the present view has shown everything between
+    this and the cursor. history: the same for views it had before a change in place, so that a replay leaves out what
+    it has already got.
     """
 
     __slots__ = (
         "connection_id",
         "conversation",
         "cursor",
+        "history",
         "opened_at_ms",
         "parked",
         "principal",
         "request",
-        "seen",
         "skipped",
         "state_cursor",
         "status",
         "task",
         "told",
         "view",
+        "viewed_after",
     )
 
     def __init__(
@@ -78,7 +88,8 @@ class Subscription:
         self.parked = 0
         self.skipped = 0
         self.opened_at_ms = 0
-        self.seen: tuple[View, int] | None = None
+        self.viewed_after = 0
+        self.history: list[Viewed] = []
         self.task: asyncio.Task[None] | None = None
 
     @property

@@ -12,7 +12,7 @@ from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_m
 from broker.errors import BrokerError, LimitExceeded, NotFound, Unavailable
 from broker.recovery import Recovery
 from broker.security import Principal
-from broker.subscription import Start, SubscribeRequest, Subscription, decide_start
+from broker.subscription import Start, SubscribeRequest, Subscription, Viewed, decide_start
 
 if TYPE_CHECKING:
     from broker.broker import ConversationWSBroker
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_SPREAD_MS = 5000
 """After a restart clients come back spread over this time, so that they are no stampede."""
+VIEW_CHANGES_REMEMBERED = 32
+"""How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
 
 
 class Subscriptions:
@@ -121,7 +123,7 @@ class Subscriptions:
     def _begin(self, subscription: Subscription, start: Start, opening: list[Message]) -> None:
         """Send the opening frames and go live at once if nothing is missing, else start catching up."""
         conversation = subscription.conversation
-        subscription.cursor = start.after
+        subscription.cursor = subscription.viewed_after = start.after
         subscription.told = 0 if start.reset or subscription.request.since is None else start.after
         subscription.state_cursor = start.after
         if start.reset is not None:
@@ -199,11 +201,12 @@ class Subscriptions:
         position, old = subscription.position, subscription.view
         self._pool.leave(subscription.connection_id)
         subscription.view = view
+        subscription.history.append(Viewed(old, subscription.viewed_after, position))
+        del subscription.history[:-VIEW_CHANGES_REMEMBERED]
         subscription.cursor = position
-        subscription.seen = None
         if since is not None and state is not None:
             subscription.cursor = min(max(since, state.trimmed_seq), position)
-            subscription.seen = (old, position)
+        subscription.viewed_after = subscription.cursor
         subscription.told = subscription.cursor
         changed = control_message(
             "ws.profile",

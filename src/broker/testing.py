@@ -46,17 +46,15 @@ class EnvelopeFactory:
 
     def __call__(
         self,
-        type: str = "llm.delta",  # noqa: A002 - the field's name on the wire
+        type: str = "llm.delta",
         data: Mapping[str, Any] | None = None,
         *,
-        id: str = "msg-1",  # noqa: A002
+        id: str = "msg-1",
         channel: str = SEM,
     ) -> Envelope:
         """Return the next envelope. data: None is `{}`."""
         time_ms = next(self._time_ms)
-        return Envelope(
-            self.conv_id, type, id, channel, encode_json(dict(data or {})), time_ms, seq=time_ms * PER_MS
-        )
+        return Envelope(self.conv_id, type, id, channel, encode_json(dict(data or {})), time_ms, seq=time_ms * PER_MS)
 
 
 class _Texts:
@@ -234,7 +232,7 @@ class MemoryBroker:
     async def publish(
         self,
         conv_id: str,
-        type: str,  # noqa: A002 - the field's name on the wire
+        type: str,
         data: Mapping[str, Any],
         **draft: Any,
     ) -> int:

@@ -103,7 +103,7 @@ def create_app(
 
 def create_api(broker: ConversationWSBroker) -> FastAPI:
     """Return the API of `broker` (made by `create_broker`): HTTP routes, `/ws` and `/sse`, without web pages."""
-    pool = _POOLS.get(broker)
+    pool = _POOLS.get(broker) if isinstance(broker, ConversationWSBroker) else None
     if pool is None:
         raise TypeError("create_api needs a broker made by transports.app.create_broker: it comes with its pool")
     app = FastAPI(

@@ -36,7 +36,7 @@ LINGER_S = 1.0  # how long a peer that broke the rules may take to read why, bef
 _FRAMES_PER_TURN = 128
 
 _OPEN, _CLOSING, _ENDING, _LOST = range(4)  # _CLOSING: we sent a close frame; _ENDING: all input is thrown away
-_STARTING, _APP_PAUSED, _BUDGET_SPENT = 1, 2, 4  # why reading is on hold, a bit mask
+_STARTING, _APP_PAUSED, _NEXT_TURN = 1, 2, 4  # why reading is on hold, a bit mask
 
 
 class FastServer:
@@ -72,10 +72,9 @@ def _ignore(_data: bytes) -> None:
 class FastConnection(asyncio.Protocol):
     """An accepted WebSocket connection. Only for use on its event loop's thread.
 
-    write: takes complete frames (`ws_frames.encode_…`, any number joined) straight to the transport. The
-    bound
-        method may be kept elsewhere until `on_closed`; later writes through a kept one may raise
-        RuntimeError. It never blocks: look at `writable`, which costs nothing, and stop when it is False.
+    write: takes complete frames (`ws_frames.encode_…`, any number joined) straight to the transport. The bound method
+        may be kept elsewhere until `on_closed`; later writes through a kept one may raise RuntimeError. It never
+        blocks: look at `writable`, which costs nothing, and stop when it is False.
     writable: False while the transport's buffer is over its high-water mark, and for good once closing began.
     transport: the asyncio transport, for `set_write_buffer_limits` and `get_extra_info`.
     """
@@ -128,8 +127,7 @@ class FastConnection(asyncio.Protocol):
 
     @property
     def remote(self) -> tuple[str, int] | None:
-        """The socket's other end; None for a UNIX socket or once it is gone. A proxy's headers are not looked
-        at."""
+        """The socket's other end; None for a UNIX socket or once it is gone. A proxy's headers are not looked at."""
         try:
             name = self.transport.get_extra_info("peername")
         except OSError:
@@ -142,8 +140,7 @@ class FastConnection(asyncio.Protocol):
         return self._state != _OPEN
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Start the closing handshake; the socket is cut if the peer has not answered within
-        `close_timeout_s`.
+        """Start the closing handshake; the socket is cut if the peer has not answered within `close_timeout_s`.
 
         What was written before still goes out. Messages that arrive from now on are dropped, `on_closed`
         follows in the next turn of the loop. Nothing happens if the connection is closing already. A reason
@@ -159,15 +156,15 @@ class FastConnection(asyncio.Protocol):
             self.transport.abort()
 
     def pause_reading(self) -> None:
-        """Deliver no more messages until `resume_reading`, and let the peer feel it. Keep-alive waits
-        meanwhile."""
+        """Deliver no more messages until `resume_reading`, and let the peer feel it. Keep-alive waits meanwhile."""
         if self._state == _OPEN:
             self._hold_reading(_APP_PAUSED)
 
     def resume_reading(self) -> None:
         """Deliver messages again, from the next turn of the loop on."""
         if self._hold & _APP_PAUSED:
-            self._server.loop.call_soon(self._release, _APP_PAUSED, context=Context())
+            self._hold = self._hold & ~_APP_PAUSED | _NEXT_TURN  # the application may pause again before that turn
+            self._server.loop.call_soon(self._release, _NEXT_TURN, context=Context())
 
     # What the server uses
 
@@ -185,9 +182,7 @@ class FastConnection(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """Close with 1012: uvicorn calls this on each of its connections when it stops."""
-        if self._begin_closing(1012, "", SHUTDOWN_TIMEOUT_S):
-            self._notify_closed(1012, "")
-        else:
+        if not self._close_now(1012, "", SHUTDOWN_TIMEOUT_S):
             self._cut_after(SHUTDOWN_TIMEOUT_S)
 
     def send_ping(self) -> None:
@@ -196,8 +191,7 @@ class FastConnection(asyncio.Protocol):
             self.write(PING_FRAME)
 
     def keepalive_expired(self) -> None:
-        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves
-        nothing."""
+        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing."""
         if not self._hold:
             self._fail(1011, "keepalive ping timeout")
 
@@ -212,8 +206,7 @@ class FastConnection(asyncio.Protocol):
             self._read()
 
     def eof_received(self) -> None:
-        """End without a close frame. The transport flushes and closes itself; a peer that does not read is
-        cut."""
+        """End without a close frame. The transport flushes and closes itself; a peer that does not read is cut."""
         if self._leave_open(_ENDING):
             self._notify_closed(1006, "")
         self._cut_after(self._server.close_timeout_s)
@@ -272,13 +265,13 @@ class FastConnection(asyncio.Protocol):
                 self._handle(event)
                 budget -= 1
                 if not budget:
-                    self._hold_reading(_BUDGET_SPENT)
-                    self._server.loop.call_soon(self._release, _BUDGET_SPENT)
+                    self._hold_reading(_NEXT_TURN)
+                    self._server.loop.call_soon(self._release, _NEXT_TURN)
         except FrameError as error:
             self._fail(error.code, error.reason)
         except Exception as error:
             self._server.failures.log(logging.ERROR, "WebSocket handler failed; connection closed", exc_info=error)
-            self._fail(1011, "internal error")
+            self._close_now(1011, "internal error", self._server.close_timeout_s)
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, str | bytes):
@@ -290,17 +283,15 @@ class FastConnection(asyncio.Protocol):
             self._peer_closes(event)
 
     def _deliver(self, message: str | bytes) -> None:
-        handler = self._handler
-        if handler is None:
+        if self._handler is None:
             return
         if isinstance(message, str):
-            handler.on_text(self, message)
+            self._handler.on_text(self, message)
         else:
-            handler.on_binary(self, message)
+            self._handler.on_binary(self, message)
 
     def _answer(self, ping: Ping) -> None:
-        """Send the pong. If the peer does not read, keep only the latest: RFC 6455 5.5.3 allows it, memory
-        demands it."""
+        """Send the pong; to a peer that does not read only the latest, later: RFC 6455 5.5.3 allows it."""
         if self.writable:
             self.write(encode_frame(Opcode.PONG, ping.payload))
         else:
@@ -330,6 +321,12 @@ class FastConnection(asyncio.Protocol):
         self.transport.close()
         self._cut_after(self._server.close_timeout_s)
 
+    def _close_now(self, code: int, reason: str, timeout_s: float) -> bool:
+        if not self._begin_closing(code, reason, timeout_s):
+            return False
+        self._notify_closed(code, reason)
+        return True
+
     def _begin_closing(self, code: int, reason: str, timeout_s: float) -> bool:
         frame = encode_close_frame(code, reason)
         write = self.write
@@ -352,21 +349,22 @@ class FastConnection(asyncio.Protocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Half-close and throw input away for a moment: closing with unread input would reset the connection,
-        and the peer might never see the close frame."""
+        """Throw input away for a moment before closing: closing with unread input would reset the connection, and
+        the peer might never see the close frame."""
         transport = self.transport
         if transport.is_closing():
             return
-        if not transport.can_write_eof():  # TLS has no half-close, its shutdown reads to the end by itself
-            transport.close()
-        else:
+        if transport.can_write_eof():  # TLS has no half-close; its peer ends this by closing, or the timer does
             transport.write_eof()
-            transport.resume_reading()
+        transport.resume_reading()
+        self._after(LINGER_S, self._end_linger)
+
+    def _end_linger(self) -> None:
+        self.transport.close()
         self._cut_after(LINGER_S)
 
     def _leave_open(self, state: int) -> bool:
-        """Stop writes and keep-alive. Returns whether the connection was open until now; never goes back a
-        state."""
+        """Stop writes and keep-alive. Returns whether the connection was open until now; never goes back a state."""
         was_open = self._state == _OPEN
         self._state = max(self._state, state)
         if was_open:
@@ -377,10 +375,14 @@ class FastConnection(asyncio.Protocol):
         return was_open
 
     def _cut_after(self, seconds: float) -> None:
+        self._after(seconds, self.transport.abort)
+
+    def _after(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Set the connection's only timer, which exists while it ends."""
         if self._timer is not None:
             self._timer.cancel()
         if self._state != _LOST:
-            self._timer = self._server.loop.call_later(seconds, self.transport.abort)
+            self._timer = self._server.loop.call_later(seconds, callback)
 
     def _notify_closed(self, code: int, reason: str) -> None:
         handler, self._handler = self._handler, None

@@ -189,7 +189,9 @@ class ConnectionPool:
         key, member.group = member.group, None
         if key is None:
             return
-        group = self._groups[key]
+        group = self._groups.get(key)
+        if group is None:  # it went idle while a broadcast was still taking its slow members out
+            return
         group.remove(member.connection.id, member.connection.framing)
         if not len(group):
             del self._groups[key]

@@ -7,8 +7,7 @@ import time
 
 
 class RateLimitedLog:
-    """Lets a few lines through per period and counts the rest: a stranger must not be able to fill the
-    log."""
+    """Lets a few lines through per period and counts the rest: a stranger must not be able to fill the log."""
 
     def __init__(self, logger: logging.Logger, *, lines: int = 5, period_s: float = 10.0) -> None:
         self._logger = logger

@@ -41,8 +41,7 @@ class ConnectionHandler(Protocol):
         """
 
     def on_pause(self, connection: FastConnection) -> None:
-        """The transport's buffer is full (`writable` is False). Called from inside the `write` that filled
-        it."""
+        """The transport's buffer is full (`writable` is False). Called from inside the `write` that filled it."""
 
     def on_resume(self, connection: FastConnection) -> None:
         """The transport's buffer has drained (`writable` is True)."""
@@ -52,6 +51,5 @@ Takeover = Callable[[ConnectionHandler], "FastConnection"]
 
 
 def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:
-    """Return the server's offer to take this WebSocket over, None if it makes none. See
-    `FastWebSocketProtocol`."""
+    """Return the server's offer to take this WebSocket over, None if it makes none. See `FastWebSocketProtocol`."""
     return cast("Takeover | None", (scope.get("extensions") or {}).get(TAKEOVER_EXTENSION))

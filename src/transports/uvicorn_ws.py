@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.config import Config
@@ -58,8 +58,7 @@ _DETACHED = _Detached()
 
 
 class FastWebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's sans-I/O WebSocket protocol, offering the takeover and closing some of its gaps (named
-    below)."""
+    """uvicorn's sans-I/O WebSocket protocol, offering the takeover and closing some of its gaps (named below)."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         self._unfinished = UnfinishedFrame()
         self._accepted = False
         self._lost = False
-        self._http: object = None
+        self._http: ref[asyncio.BaseProtocol] | None = None
         self._taken: FastConnection | None = None
 
     # The offer
@@ -86,8 +85,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
             extensions[TAKEOVER_EXTENSION] = self.takeover
 
     def takeover(self, handler: ConnectionHandler) -> FastConnection:
-        """Take the connection from ASGI. Call it after `websocket.accept`, at most once, then return from the
-        app.
+        """Take the connection from ASGI. Call it after `websocket.accept`, at most once, then return from the app.
 
         handler: called from the next turn of the event loop on, first with messages that have arrived
         already. If the client has gone meanwhile, `on_closed` follows at once. Afterwards `websocket.close`
@@ -114,8 +112,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         return connection
 
     def _hand_over(self, reader: FrameReader) -> Close | None:
-        """Give `reader` all that was received and not read. Return how the connection ended, None if it is
-        open."""
+        """Give `reader` all that was received and not read. Return how the connection ended, None if it is open."""
         ended = Close(1006, "") if self.transport.is_closing() else None
         messages: list[str | bytes] = []
         while not self.queue.empty():
@@ -137,9 +134,9 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         self.transport = _DETACHED
         self.scope["extensions"].pop(TAKEOVER_EXTENSION, None)
         self.conn.parser.close()
-        if hasattr(self._http, "parser"):  # httptools' parser and the HTTP protocol hold each other
-            self._http.parser = None
-        self._http = None
+        http = self._http() if self._http is not None else None
+        if http is not None and hasattr(http, "parser"):  # httptools' parser and the HTTP protocol hold each other
+            http.parser = None
 
     # ASGI
 
@@ -176,7 +173,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._http = self.transport.get_protocol()
+        self._http = ref(self.transport.get_protocol())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
@@ -190,16 +187,14 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
             self._refuse_request()
 
     def shutdown(self) -> None:
-        """uvicorn's raises InvalidState, ending the whole shutdown, if the client closes and does not
-        read."""
+        """uvicorn's raises InvalidState, ending the whole shutdown, if the client closes and does not read."""
         if self.transport.is_closing():
             self.loop.call_later(SHUTDOWN_TIMEOUT_S, self.transport.abort)
         else:
             super().shutdown()
 
     def _refuse_request(self) -> None:
-        """Answer a request that the websockets package cannot take (a header over 8 KiB, more than 128 of
-        them).
+        """Answer a request that the websockets package cannot take (a header over 8 KiB, more than 128 of them).
 
         uvicorn's leaves such a client without an answer for ever.
         """

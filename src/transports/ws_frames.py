@@ -74,8 +74,7 @@ _FRAGMENT = Fragment()
 
 
 class FrameError(Exception):
-    """The peer broke the protocol or a limit. Close with `code` (1002, 1007 or 1009); the reader is unusable
-    now."""
+    """The peer broke the protocol or a limit. Close with `code` (1002, 1007 or 1009); the reader is unusable now."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -222,8 +221,7 @@ class FrameReader:
         self._buffer += data
 
     def next_event(self) -> Event | None:
-        """Return the next event, None if more bytes are needed. Raises FrameError; do not call again after
-        it."""
+        """Return the next event, None if more bytes are needed. Raises FrameError; do not call again after it."""
         if self._ready is not None:
             event = self._ready.pop()
             self._ready = self._ready or None
@@ -301,8 +299,7 @@ class FrameReader:
         return _FRAGMENT
 
     def _check_text(self, message: bytearray) -> None:
-        """Fail as soon as the text cannot become valid; up to three bytes of an open character are checked
-        again."""
+        """Fail as soon as the text cannot become valid; up to three bytes of an open character are checked again."""
         try:
             self._checked += utf_8_decode(message[self._checked :], "strict", False)[1]
         except UnicodeDecodeError:

@@ -30,7 +30,10 @@ def broker(*arguments: str, cwd: Path | None = None, stdin: str = "", **variable
 
 def test_no_command_but_serve_imports_the_web_server() -> None:
     """I8: the command line is usable, and quick, without FastAPI and uvicorn."""
-    code = "import sys, broker.cli, broker.doctor, broker.client; print(sorted({'fastapi','starlette','uvicorn'} & set(sys.modules)))"
+    code = (
+        "import sys, broker.cli, broker.doctor, broker.client; "
+        "print(sorted({'fastapi', 'starlette', 'uvicorn'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -124,6 +124,17 @@ def test_every_docstring_has_all_its_parts(name):
 
 
 @pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_a_caller_or_says_that_it_has_none_yet(name):
+    """A hook that nobody calls must not look as if it did something."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    called = any(
+        re.search(rf'"{name}",? ?[,)\n]', text) and re.search(r"call_|implementations\(", text) for text in sources
+    )
+    called = called or name == "register_settings"  # read by the host itself, in its own way
+    assert called != ("with a later change" in HOOKS[name].parts["Called by"])
+
+
+@pytest.mark.parametrize("name", HOOKS)
 def test_every_example_is_a_plugin_that_loads(name):
     """The example is complete: it runs, uses its hook, and fits the contract."""
     plugin = ModuleType(f"example_{name}")

@@ -119,7 +119,9 @@ def test_a_folder_plugin_may_import_its_own_modules_relatively(host, write):
 
 def test_two_hosts_of_a_process_do_not_share_a_plugins_module_state(write, clock):
     """Each host imports the folder for itself; closing one takes its modules away and leaves the other's."""
-    directory = write("counter.py", "calls = []\n\n@hookimpl\ndef classify(event_type):\n    calls.append(event_type)\n")
+    directory = write(
+        "counter.py", "calls = []\n\n@hookimpl\ndef classify(event_type):\n    calls.append(event_type)\n"
+    )
     first, second = PluginHost(clock=clock), PluginHost(clock=clock)
     first.load_directory(directory)
     second.load_directory(directory)
@@ -135,14 +137,18 @@ def test_two_hosts_of_a_process_do_not_share_a_plugins_module_state(write, clock
 
 def test_a_plugin_may_name_itself(host, write):
     """`__plugin_name__` wins over the file's name."""
-    host.load_directory(write("some_file.py", '__plugin_name__ = "presence"\n\n@hookimpl\ndef classify(event_type): ...\n'))
+    host.load_directory(
+        write("some_file.py", '__plugin_name__ = "presence"\n\n@hookimpl\ndef classify(event_type): ...\n')
+    )
     assert host.names == ["presence"]
 
 
 def test_an_import_error_names_plugin_file_and_line(host, write):
     """The plugin's own line is named, not the library's in which it ended."""
     directory = write("broken.py", "\nimport orjson\n\norjson.loads('{')\n")
-    with pytest.raises(PluginError, match=r"plugin 'broken'.*cannot be imported: JSONDecodeError: .*broken\.py, line 5"):
+    with pytest.raises(
+        PluginError, match=r"plugin 'broken'.*cannot be imported: JSONDecodeError: .*broken\.py, line 5"
+    ):
         host.load_directory(directory)
 
 
@@ -177,7 +183,9 @@ def test_a_misspelled_argument_names_plugin_hook_and_closest_argument(host, writ
     )
     with pytest.raises(PluginError) as raised:
         host.load_directory(directory)
-    assert "hook build_filter: there is no argument 'profil', the closest one is 'profile'; it has: profile" in str(raised.value)
+    assert "hook build_filter: there is no argument 'profil', the closest one is 'profile'; it has: profile" in str(
+        raised.value
+    )
     assert "hook classify: there is no argument 'kind'; it has: event_type" in str(raised.value)
 
 
@@ -215,13 +223,15 @@ def test_an_argument_with_a_default_is_passed_all_the_same(host):
 def test_two_plugins_of_one_name_are_refused(host, write):
     """The message names both sources."""
     host.add(Classifier("twin", None))
-    with pytest.raises(PluginError, match=r"two plugins are called 'twin': code .*Classifier\) and directory .*twin\.py"):
+    with pytest.raises(
+        PluginError, match=r"two plugins are called 'twin': code .*Classifier\) and directory .*twin\.py"
+    ):
         host.load_directory(write("twin.py", "@hookimpl\ndef classify(event_type): ...\n"))
 
 
 def test_a_name_that_fits_no_environment_variable_is_refused(host, write):
     """Names become part of `BROKER_PLUGIN_<NAME>_…`."""
-    with pytest.raises(PluginError, match="plugin name 'my-plugin'.*is not usable.*rename it"):
+    with pytest.raises(PluginError, match=r"plugin name 'my-plugin'.*is not usable.*rename it"):
         host.load_directory(write("my-plugin.py", "@hookimpl\ndef classify(event_type): ...\n"))
 
 
@@ -741,7 +751,9 @@ def test_a_hook_that_keeps_the_event_loop_waiting_is_quarantined(host, clock):
 
     class Slow:
         name = "slow"
-        durations = [0.3, 0.0, 0.3, 0.4, 0.0]
+
+        def __init__(self) -> None:
+            self.durations = [0.3, 0.0, 0.3, 0.4, 0.0]
 
         @hookimpl
         def on_conversation_opened(self) -> None:
@@ -789,7 +801,9 @@ def test_a_filter_that_could_not_be_made_withholds_everything(host):
 
     host.add(Open())
     host.add(Failing())
-    filters = [(name, host.guard(name, "build_filter", fn)) for name, fn in host.call_collect("build_filter", profile=PROFILE)]
+    filters = [
+        (name, host.guard(name, "build_filter", fn)) for name, fn in host.call_collect("build_filter", profile=PROFILE)
+    ]
     assert [name for name, _ in filters] == ["failing", "open"]
     with pytest.raises(PluginError, match="plugin 'failing', hook build_filter: RuntimeError: broken"):
         filters[0][1](ENVELOPE)
@@ -830,7 +844,7 @@ def test_a_filter_in_quarantine_withholds_until_it_is_released(host):
         with pytest.raises(ValueError, match="broken predicate"):
             before(ENVELOPE)
     for filter_ in (before, gate(host)):
-        with pytest.raises(PluginError, match="in quarantine.*3 failures in a row.*release it"):
+        with pytest.raises(PluginError, match=r"in quarantine.*3 failures in a row.*release it"):
             filter_(ENVELOPE)
     assert len(calls) == 3
     host.release("gate")
@@ -901,6 +915,15 @@ def test_a_guard_measures_counts_and_raises_again(host, clock):
     }
 
 
+@pytest.mark.parametrize("answer", [None, {"delta": "y"}, b"{}"])
+def test_a_transform_that_returns_no_envelope_withholds(host, answer):
+    """A forgotten `return` is the likeliest mistake of all."""
+    host.add(Gate(None))
+    with pytest.raises(PluginError, match="Envelope is required"):
+        host.guard("gate", "build_transform", lambda envelope: answer)(ENVELOPE)
+    assert described(host, "gate")["errors"] == 1
+
+
 def test_a_fold_is_never_quarantined_and_may_refuse_a_late_envelope(host):
     """The timeline has to equal the fold of the log, however often one envelope fails; too late is no error."""
     answers: list[Any] = [ValueError("odd")] * 10 + [LateEnvelope("final")]
@@ -921,7 +944,7 @@ def test_a_fold_is_never_quarantined_and_may_refuse_a_late_envelope(host):
 async def test_a_tool_may_be_async_and_is_guarded_to_its_end(host):
     """The error comes after the first await, and still counts."""
 
-    async def tool(input: Any, context: Any) -> str:  # noqa: A002
+    async def tool(input: Any, context: Any) -> str:
         await asyncio.sleep(0)
         raise RuntimeError("tool broke")
 

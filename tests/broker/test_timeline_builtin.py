@@ -137,9 +137,7 @@ def test_answer_read_back_from_a_store_is_taken_up(timeline: Timeline):
 
 def test_user_message_and_its_correction(timeline: Timeline):
     """The same id again changes the text; place and attachments stay."""
-    timeline.add(
-        "user.message", "u1", {"text": "helo", "attachments": [{"name": "a.png"}], "idempotencyKey": "k1"}
-    )
+    timeline.add("user.message", "u1", {"text": "helo", "attachments": [{"name": "a.png"}], "idempotencyKey": "k1"})
     entity = timeline.add("user.message", "u1", {"text": "hello"})
     assert entity.position == 1
     assert plain(entity) == {
@@ -248,9 +246,7 @@ def test_log_and_agent_mode(timeline: Timeline):
     """Both are entities of their own; a mode is what its producer says, keys named like ours included."""
     log = timeline.add("log", "l1", {"message": "disk is full", "level": "error", "fields": {"free": 0}})
     assert plain(log) == {"message": "disk is full", "level": "error", "fields": {"free": 0}}
-    timeline.add(
-        "agent.mode", "mode", {"mode": "plan", "id": 7, "kind": [1], "growing": True, "envelope": None}
-    )
+    timeline.add("agent.mode", "mode", {"mode": "plan", "id": 7, "kind": [1], "growing": True, "envelope": None})
     entity = timeline.add("agent.mode", "mode", {"mode": "build", "self": 1})
     assert (entity.kind, entity.id, entity.growing) == ("agent_mode", "mode", False)
     assert plain(entity) == {"mode": "build", "self": 1}
@@ -279,9 +275,7 @@ def test_log_and_agent_mode(timeline: Timeline):
         ("log", {"message": 1, "level": "info"}, "message is 1"),
     ],
 )
-def test_garbage_is_a_value_error_that_says_what(
-    timeline: Timeline, type: str, data: dict[str, Any], text: str
-):
+def test_garbage_is_a_value_error_that_says_what(timeline: Timeline, type: str, data: dict[str, Any], text: str):
     """The projector's dead-letter list shows field, value and what would be right."""
     with pytest.raises(ValueError, match="is required") as refused:
         timeline.add(type, "x", data)

@@ -41,7 +41,8 @@ def message(draw: st.DrawFn) -> tuple[list[bytes], list[Event]]:
     payload = whole.encode() if isinstance(whole, str) else whole
     cuts = sorted(draw(st.lists(st.integers(0, len(payload)), max_size=3)))
     parts = [payload[a:b] for a, b in pairwise([0, *cuts, len(payload)])]
-    frames, events = [], []
+    frames: list[bytes] = []
+    events: list[Event] = []
     for index, part in enumerate(parts):
         if index and draw(st.booleans()):
             frame, event = draw(control())
@@ -49,7 +50,8 @@ def message(draw: st.DrawFn) -> tuple[list[bytes], list[Event]]:
             events.append(event)
         opcode = (Opcode.TEXT if text else Opcode.BINARY) if index == 0 else Opcode.CONTINUATION
         frames.append(client_frame(opcode, part, fin=index == len(parts) - 1, mask=draw(masks)))
-    return frames, [*events, whole]
+    events.append(whole)
+    return frames, events
 
 
 @st.composite
@@ -71,10 +73,12 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def read(reader: FrameReader, pieces: list[bytes]) -> list[Event]:
-    events = []
+    events: list[Event] = []
     for piece in pieces:
         reader.feed(piece)
-        events += [event for event in iter(reader.next_event, None) if not isinstance(event, Fragment)]
+        while (event := reader.next_event()) is not None:
+            if not isinstance(event, Fragment):
+                events.append(event)
     return events
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 READY = re.compile(r"Conversation broker is ready: (http://\S+)")
@@ -31,8 +32,12 @@ def clean_environment(**variables: str) -> dict[str, str]:
 class BrokerProcess:
     """One server process. url: its base with a final slash; ws_url: the same for WebSockets; stderr: its log so far."""
 
-    def __init__(self, folder: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, env: dict[str, str] | None = None, wrapper: Sequence[str] = ()
+    ) -> None:
+        """folder: for its database and log. wrapper: a command in front of it, for example one that sets limits."""
         self.folder = folder
+        self._wrapper = wrapper
         self._flags = list(flags)
         self._env = clean_environment(**(env or {}))
         self._log = folder / "broker.log"
@@ -70,7 +75,7 @@ class BrokerProcess:
             flags += ["--db", str(self.folder / "broker.db")]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*broker_command(), "serve", *flags],
+                [*self._wrapper, *broker_command(), "serve", *flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

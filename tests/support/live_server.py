@@ -129,7 +129,15 @@ def close_payload(code: int, reason: str = "") -> bytes:
 class RawClient:
     """A client socket after the opening handshake (or a refused one): bytes in, frames out."""
 
-    def __init__(self, server: LiveServer, path: str = "/", *, headers: str = "", receive_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        server: LiveServer,
+        path: str = "/",
+        *,
+        headers: str = "",
+        receive_bytes: int = 0,
+        await_response: bool = True,
+    ) -> None:
         plain = socket.socket()
         if receive_bytes:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -144,6 +152,8 @@ class RawClient:
         )
         self._buffer = b""
         self.response = b""
+        if await_response:  # uvicorn drops what is sent before, as RFC 6455 lets it
+            self.handshake()
 
     def __enter__(self) -> RawClient:
         return self
@@ -166,8 +176,6 @@ class RawClient:
 
     def frame(self) -> tuple[int, bytes] | None:
         """Return (opcode, payload) of the next frame, None at the end of the stream."""
-        if not self.response:
-            self.handshake()
         while (found := self._take()) is None:
             if not self._more():
                 assert not self._buffer, f"the stream ends inside a frame: {self._buffer[:40]!r}"

@@ -17,8 +17,8 @@ from broker.runs.service import RunService
 from broker.runs.state import Run
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
-from broker.sequence import next_seq
 from broker.security import Principal
+from broker.sequence import next_seq
 from broker.settings import Settings
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
@@ -86,6 +86,56 @@ class Journal:
         return {entity_id: found[entity_id] for entity_id in ids if entity_id in found}
 
 
+class Process:
+    """The life of a process: it can be made to die at one of its steps, in the middle of whatever goes on.
+
+    A step is the moment before or after a store or the log is written to. dead: it died.
+    """
+
+    WRITES = frozenset(
+        {"prepare", "discard", "claim", "update", "decide", "move_to_front", "save_conversation", "save_opaque", "publish"}
+    )
+
+    def __init__(self, die_at: int | None = None) -> None:
+        self.steps = 0
+        self.trace: list[str] = []
+        self.dead = asyncio.Event()
+        self._die_at = die_at
+
+    async def step(self, what: str) -> None:
+        """Pass a step, or die at it: then this never returns."""
+        if self.dead.is_set():
+            raise asyncio.CancelledError  # the dead do nothing, not even tidy up
+        self.steps += 1
+        self.trace.append(what)
+        if self.steps == self._die_at:
+            self.dead.set()
+            await asyncio.Event().wait()
+
+    def mortal(self, part: Any) -> Any:
+        """Return `part` as this process uses it."""
+        return _Mortal(part, self)
+
+
+class _Mortal:
+    def __init__(self, part: Any, process: Process) -> None:
+        self._part = part
+        self._process = process
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._part, name)
+        if name not in Process.WRITES:
+            return found
+
+        async def write(*args: Any, **kwargs: Any) -> Any:
+            await self._process.step(f"before {name}")
+            result = await found(*args, **kwargs)
+            await self._process.step(f"after {name}")
+            return result
+
+        return write
+
+
 class Bench:
     """A RunService on a journal and stores; `restart` makes a new one over the same, as after the end of a process."""
 
@@ -97,8 +147,10 @@ class Bench:
         journal: Journal | None = None,
         limits: RunLimits = FAST,
         clock: Clock | None = None,
+        process: Process | None = None,
     ) -> None:
         self.plugins = plugins
+        self.process = process or Process()
         self.store = store or MemoryRunStore()
         self.turns = turns or MemoryTurnStore()
         self.journal = journal or Journal()
@@ -108,14 +160,14 @@ class Bench:
         self.host = PluginHost()
         for plugin in plugins:
             self.host.add(plugin)
-        self.alive = True
+        self.killed = False
         self.runs = RunService(
-            store=self.store,
+            store=self.process.mortal(self.store),
             turns=self.turns,
             plugins=self.host,
             clock=self.clock,
             settings=Settings(),
-            publish=self._publish,
+            publish=self.process.mortal(self.journal).publish,
             timeline=self.journal,
             hold=lambda conv_id: self._hold(conv_id, 1),
             release=lambda conv_id: self._hold(conv_id, -1),
@@ -125,26 +177,26 @@ class Bench:
     def _hold(self, conv_id: str, change: int) -> None:
         self.holds[conv_id] = self.holds.get(conv_id, 0) + change
 
-    async def _publish(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
-        if not self.alive:
-            await asyncio.Event().wait()  # a dead process publishes nothing, and nobody hears that it failed
-        return await self.journal.publish(conv_id, drafts)
-
     async def __aenter__(self) -> Bench:
         await self.runs.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self.alive:
+        if not self.killed:
             await self.runs.stop(drain_s=0)
-        else:
-            await self._reap()
         self.host.close()
 
     async def kill(self, *plugins: Any) -> Bench:
-        """End this 'process' where it stands; return a fresh one over the same stores and journal, not started yet."""
-        self.alive = False
-        await self._reap()
+        """End this 'process' where it stands; return a fresh one over the same stores and journal, not started yet.
+
+        The test must have no other task of its own going.
+        """
+        self.killed = True
+        self.process.dead.set()
+        mine = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
         return Bench(
             *(plugins or self.plugins),
             store=self.store,
@@ -153,12 +205,6 @@ class Bench:
             limits=self.limits,
             clock=self.clock,
         )
-
-    async def _reap(self) -> None:
-        mine = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
-        for task in mine:
-            task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
 
     # -- looking at what happened -----------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.echo = False
-        self.on_message: Callable[[FastConnection, str | bytes], None] | None = None
+        self.on_message: Callable[[FastConnection, str | bytes], object] | None = None
         self.connection: FastConnection
 
     def on_text(self, connection: FastConnection, text: str) -> None:
@@ -92,14 +92,17 @@ class App:
 
     @property
     def last(self) -> Recorder:
-        return wait_until(lambda: self.handlers and hasattr(self.handlers[-1], "connection") and self.handlers[-1])
+        wait_until(lambda: self.handlers and hasattr(self.handlers[-1], "connection"), "for a takeover")
+        return self.handlers[-1]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
         way = scope["path"].strip("/")
         if way == "early":
+            takeover = takeover_of(scope)
+            assert takeover is not None
             with pytest.raises(RuntimeError, match="accept it first"):
-                takeover_of(scope)(Recorder())
+                takeover(Recorder())
         if way == "slow-accept":
             await self._gate()
         await send({"type": "websocket.accept"})
@@ -256,16 +259,24 @@ class TestMessages:
                 server.on_loop(app.last.connection.resume_reading)
                 wait_until(lambda count=count: len(app.last.messages) == count)  # type: ignore[misc]
             app.last.on_message = None
+            client.send_text("5")
+            server.on_loop(self._resume_and_pause_again, app.last.connection)
+            server.on_loop(lambda: None)
+            assert len(app.last.messages) == 4
             server.on_loop(app.last.connection.resume_reading)
             say_goodbye(client)
-        assert app.last.messages == ["1", "2", "3", "4"]
+        assert app.last.messages == ["1", "2", "3", "4", "5"]
+
+    @staticmethod
+    def _resume_and_pause_again(connection: FastConnection) -> None:
+        connection.resume_reading()
+        connection.pause_reading()
 
 
 class TestTakeover:
     def test_what_came_before_is_delivered_first(self, server: LiveServer, app: App) -> None:
         """Clients flush their queue as soon as they are connected: nothing of it is lost, nothing comes twice."""
         with server.client("/late") as client:
-            client.handshake()
             last = client_frame(CONTINUATION, b"ment")
             client.send(
                 client_frame(TEXT, b"one")
@@ -287,7 +298,6 @@ class TestTakeover:
         for place in (1, 2, 3, 4, 7, 8, 100, len(frame)):
             app.gate.clear()
             with server.client("/late") as client:
-                client.handshake()
                 client.send(client_frame(PING) + frame[:place])
                 assert client.frame() == (PONG, b"")
                 app.gate.set()
@@ -299,7 +309,6 @@ class TestTakeover:
 
     def test_a_client_that_said_all_and_closed_before_is_heard(self, server: LiveServer, app: App) -> None:
         with server.client("/late") as client:
-            client.handshake()
             client.send(client_frame(TEXT, b"a") + client_frame(TEXT, b"b") + client_frame(CLOSE, close_payload(4002)))
             assert client.frames() == [(CLOSE, close_payload(4002))]
             app.gate.set()
@@ -310,8 +319,7 @@ class TestTakeover:
         assert app.last.connection.buffered_bytes == 0
 
     def test_a_client_that_vanished_before_is_reported(self, server: LiveServer, app: App) -> None:
-        with server.client("/late") as client:
-            client.handshake()
+        server.client("/late").socket.close()
         wait_until(lambda: not server.connections)
         app.gate.set()
         wait_until(lambda: app.last.closed)
@@ -320,7 +328,6 @@ class TestTakeover:
 
     def test_a_client_that_broke_the_rules_before_is_reported(self, server: LiveServer, app: App) -> None:
         with server.client("/late") as client:
-            client.handshake()
             client.send(client_frame(3))
             opcode, payload = client.frames()[-1]
             app.gate.set()
@@ -362,7 +369,6 @@ class TestTakeover:
         gc.disable()
         try:
             with server.client() as client:
-                client.handshake()
                 app.last  # noqa: B018 - waits for the takeover
                 wait_until(lambda: app.protocol is not None and app.protocol() is None, "for the protocol object to go")
                 say_goodbye(client)
@@ -391,8 +397,11 @@ class TestViolations:
             ),
         ],
     )
-    def test_are_answered_with_a_close_code(self, server: LiveServer, app: App, data: bytes, code: int) -> None:
+    def test_are_answered_with_a_close_code(
+        self, server: LiveServer, app: App, data: bytes, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """After what came before, and before what comes after."""
+        monkeypatch.setattr(fast_connection, "LINGER_S", 0.05)
         with server.client("/echo") as client:
             client.send(client_frame(TEXT, b"before") + data + client_frame(TEXT, b"after"))
             echo, (opcode, payload) = client.frames()
@@ -419,7 +428,9 @@ class TestViolations:
             with server.client() as client:
                 app.last.on_message = fail
                 client.send_text("x")
-                assert client.frames() == [(CLOSE, close_payload(1011, "internal error"))]
+                assert client.frame() == (CLOSE, close_payload(1011, "internal error"))
+                client.send(client_frame(CLOSE, close_payload(1011)))
+                assert client.frame() is None
             wait_until(lambda: app.last.closed == [(1011, "internal error")])
             app.handlers.clear()
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -568,7 +579,6 @@ class TestPlainAsgi:
     )
     def test_text_that_is_not_utf8_is_1007(self, server: LiveServer, app: App, after: bytes) -> None:
         with server.client("/asgi") as client:
-            client.handshake()
             client.send(client_frame(TEXT, b"\xff\xfe") + after)
             opcode, payload = [frame for frame in client.frames() if frame[0] != PONG][-1]
         assert opcode == CLOSE
@@ -576,7 +586,7 @@ class TestPlainAsgi:
         wait_until(lambda: app.received and app.received[-1]["type"] == "websocket.disconnect")
 
     def test_garbage_before_the_accept_ends_the_connection(self, server: LiveServer, app: App) -> None:
-        with server.client("/slow-accept") as client:
+        with server.client("/slow-accept", await_response=False) as client:
             wait_until(lambda: [c for c in server.connections if getattr(c, "handshake_initiated", False)])
             client.send(client_frame(3) + b"\xff" * 100)
             assert not client._more()
@@ -584,7 +594,7 @@ class TestPlainAsgi:
 
     def test_a_header_that_is_too_long_is_answered(self, server: LiveServer, app: App) -> None:
         with server.client(headers=f"Cookie: {'x' * 9000}\r\n") as client:
-            assert client.handshake().startswith(b"HTTP/1.1 431 ")
+            assert client.response.startswith(b"HTTP/1.1 431 ")
 
 
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
@@ -608,11 +618,8 @@ class TestServer:
             LiveServer(app, LOOPS[kind]) as server,
             server.client() as answers,
             server.client() as silent,
-            server.client() as plain,
+            server.client(),
         ):
-            clients = [answers, silent, plain]
-            for client in clients:
-                client.handshake()
             wait_until(lambda: len(app.handlers) == 3)
             stopping = threading.Thread(target=server.stop)
             stopping.start()
@@ -638,7 +645,6 @@ class TestServer:
                 pass
 
         with LiveServer(flood, LOOPS[kind]) as server, server.client(receive_bytes=8192) as client:
-            client.handshake()
             wait_until(lambda: [c for c in server.connections if not c.writable.is_set()])
             client.send(client_frame(CLOSE, close_payload(1000)))
             wait_until(lambda: all(c.transport.is_closing() for c in server.connections))

@@ -11,7 +11,7 @@ from broker.envelope import Envelope
 
 @dataclass(slots=True)
 class Committed:
-    """What one append made durable, with its link to what came before: the coordinator checks the chain.
+    """What one commit made durable of a conversation, with its link to what came before: the coordinator checks the chain.
 
     prev_seq: the conversation's last seq before `envelopes` (0: there was none). envelopes: in seq order, not empty.
     """
@@ -45,8 +45,8 @@ class LogState:
 class Page:
     """A stretch of the log: every envelope with `after < seq <= through`, in order, nothing left out.
 
-    through: the position that is decided by this page (the last envelope's seq, or the `upto`/head asked for when the
-    page reaches it). more: envelopes after `through` may exist. trimmed_seq: as in LogState at the time of reading; a
+    through: the position that is decided by this page: the last envelope's seq, or the smaller of `upto` and head when
+    the page reaches it; never below `after`. more: envelopes after `through` may exist. trimmed_seq: as in LogState at the time of reading; a
     reader whose `after` is below it has lost something and must be reset.
     """
 
@@ -116,14 +116,16 @@ class EventLog(Protocol):
         """Return the seq through which retention wants to trim (0: nothing to do).
 
         Keeps at most `max_count` newest envelopes, at most `max_bytes` (Envelope.size_bytes), none older than
-        `min_time_ms` (Unix ms); 0 switches a limit off. Always keeps the newest envelope.
+        `min_time_ms` (Unix ms); 0 switches a limit off. Always keeps the newest envelope. The age rule stops at the
+        first young envelope: stamps out of order (a clock that jumped) never cost a fresh one.
         """
         ...
 
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """Return (conv_id, head_seq) of existing conversations, the most recently written first.
 
-        before_seq: only those with a smaller head_seq (the paging cursor).
+        before_seq: only those with a smaller head_seq (the paging cursor). Conversations that share a head_seq stay on
+        one page, which may then exceed `limit`.
         """
         ...
 

@@ -108,7 +108,7 @@ class MemoryRunStore:
     async def queued(self, conv_id: str) -> list[Run]:
         return sorted((run for run in self._of(conv_id) if run.status == "queued"), key=lambda run: run.order)
 
-    async def runs(self, conv_id: str, *, limit: int) -> list[Run]:
+    async def runs(self, conv_id: str, *, limit: int | None) -> list[Run]:
         return self._of(conv_id)[::-1][:limit]
 
     async def unsettled(self) -> list[Run]:

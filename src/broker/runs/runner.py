@@ -187,7 +187,7 @@ class RunTask:
         self._messages = messages_for(
             entities,
             self.run,
-            await store.runs(self.run.conv_id, limit=1_000_000),
+            await store.runs(self.run.conv_id, limit=None),
             system_prompt=self._profile.system_prompt,
             opaque=await store.opaque(self.run.conv_id),
         )

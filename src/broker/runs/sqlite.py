@@ -206,10 +206,10 @@ class SqliteRunStore:
     async def queued(self, conv_id: str) -> list[Run]:
         return await self._database.read(lambda connection: queued(connection, conv_id))
 
-    async def runs(self, conv_id: str, *, limit: int) -> list[Run]:
+    async def runs(self, conv_id: str, *, limit: int | None) -> list[Run]:
         sql = "SELECT body FROM run WHERE conv_id = ? ORDER BY number DESC LIMIT ?"
         return await self._database.read(
-            lambda connection: [_run(row) for row in connection.execute(sql, (conv_id, limit))]
+            lambda connection: [_run(row) for row in connection.execute(sql, (conv_id, -1 if limit is None else limit))]
         )
 
     async def unsettled(self) -> list[Run]:

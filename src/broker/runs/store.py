@@ -143,8 +143,8 @@ class RunStore(Protocol):
         """Return the waiting runs, the next one first."""
         ...
 
-    async def runs(self, conv_id: str, *, limit: int) -> list[Run]:
-        """Return the newest `limit` runs of the conversation, newest first, whatever their status."""
+    async def runs(self, conv_id: str, *, limit: int | None) -> list[Run]:
+        """Return the newest `limit` runs (None: all) of the conversation, newest first, whatever their status."""
         ...
 
     async def unsettled(self) -> list[Run]:

@@ -24,10 +24,14 @@ def ignore(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-def decision_draft(run: Run, call: PendingCall) -> Draft:
-    """Return the event of a person's decision; the log takes it once, however often it is published."""
+def decision_drafts(run: Run, call: PendingCall) -> list[Draft]:
+    """Return the event of a person's decision; the log takes it once, however often it is published.
+
+    The question goes before it: a person in a hurry decides before the run has come to publish it.
+    """
     data = {"id": call.id, "by": call.by, "runId": run.run_id}
-    return Draft(f"tool.{call.decision}", data, call.id, dedupe_key=f"{run.run_id}:{call.id}:{call.decision}")
+    key = f"{run.run_id}:{call.id}:{call.decision}"
+    return [approval_draft(run, call), Draft(f"tool.{call.decision}", data, call.id, dedupe_key=key)]
 
 
 def approval_draft(run: Run, call: PendingCall) -> Draft:
@@ -130,7 +134,7 @@ class ToolRound:
                     continue
                 item.pending = False
                 # Published by the action too; again here for the case that it did not come to it.
-                await self._published.put([decision_draft(self._run, call)])
+                await self._published.put(decision_drafts(self._run, call))
                 if call.decision == "denied":
                     item.error = f"denied by {call.by}"
                 self._spawn(item)

@@ -80,9 +80,7 @@ RUN_ID = ("runId", str, "a string")
 ERROR = ("error", (str, dict), "a string or an object")
 
 
-def _existing(
-    entities: Entities, envelope: Envelope, kind: str, entity_id: str | None = None
-) -> Entity | None:
+def _existing(entities: Entities, envelope: Envelope, kind: str, entity_id: str | None = None) -> Entity | None:
     """Return the entity that the envelope is about, None if there is none.
 
     Raises ValueError if its id belongs to an entity of another kind.

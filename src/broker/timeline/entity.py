@@ -40,7 +40,7 @@ class Entity:
 
     def props_json(self) -> bytes:
         """Return the props as JSON, growing text included."""
-        return orjson.dumps(self.props, default=str)
+        return orjson.dumps(dict(self.props), default=str)
 
     def to_wire(self) -> dict[str, Any]:
         """Return the entity in the protocol's shape; seq numbers as decimal strings."""

@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.requests import HTTPConnection
 
-from broker.errors import AuthenticationFailed, shown
+from broker.errors import AuthenticationFailed, Unavailable, shown
 from broker.security import Action, Credentials, Principal
 from transports.http.body import read_json
 from transports.http.problems import HttpProblem
@@ -36,7 +36,12 @@ class Api:
         self.settings = broker.settings
 
     async def caller(self, connection: HTTPConnection) -> Principal:
-        """Return who is asking. Raises AuthenticationFailed, HttpProblem for a token in the wrong place."""
+        """Return who is asking. Raises AuthenticationFailed, Unavailable, HttpProblem for a token in the wrong place."""
+        if not self.broker.started:
+            raise Unavailable(
+                "the broker is not started (yet); if this app is mounted in another one, that one has to start it: "
+                "FastAPI(lifespan=lifespan_of(app))"
+            )
         return await self.broker.access.authenticate(credentials_of(connection))
 
     async def permitted(self, connection: HTTPConnection, action: Action, conv_id: str | None = None) -> Principal:

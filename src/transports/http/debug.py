@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from broker.conversations import Conversation
 from broker.envelope import check_conv_id
+from broker.errors import InvalidInput
 from broker.subscription import Subscription
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
@@ -63,7 +64,8 @@ def debug_router(api: Api) -> APIRouter:
         """Switch a debug channel on or off, for every conversation of this process."""
         await api.permitted(request, "debug")
         wanted = await api.body(request, _SWITCH)
-        broker.catalog.channel(name)
+        if not broker.catalog.channel(name).switchable:
+            raise InvalidInput(f"channel {name!r} is always on: only debug channels can be switched", channel=name)
         broker.catalog.switch(name, on=wanted.enabled)
         return json_response({"channel": name, "enabled": wanted.enabled})
 

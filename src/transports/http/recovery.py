@@ -35,9 +35,8 @@ def recovery_router(api: Api) -> APIRouter:
         epoch: str | None = None,
         profile: str = "default",
         channels: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=settings.poll_max_frames)] = min(
-            DEFAULT_FRAMES, settings.poll_max_frames
-        ),
+        # As a default, not inside Annotated: annotations are evaluated without this function's names.
+        limit: int = Query(min(DEFAULT_FRAMES, settings.poll_max_frames), ge=1, le=settings.poll_max_frames),
         wait: Annotated[float, Query(ge=0, description="seconds to wait for the first frame")] = 0,
     ) -> Response:
         """Return the frames after `since`, as the same view's WebSocket would send them.

@@ -219,10 +219,16 @@ byId("new-conversation").addEventListener("click", () => {
   openConversation();
 });
 window.addEventListener("popstate", () => {
-  Object.assign(address, readAddress());
+  const wanted = readAddress();
+  if (wanted.convId === address.convId && wanted.profile === address.profile) return;
+  Object.assign(address, wanted);
   address.convId ??= newConversationId();
   showAddress();
   openConversation();
+});
+document.querySelector(".skip-link").addEventListener("click", (event) => {
+  event.preventDefault(); // the fragment would become a part of the address that people share
+  composer.focus();
 });
 
 // -- plugins ----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,8 @@ function assistantCard() {
     const said = open ? "" : endNote(props, run);
     note.hidden = said === "";
     setText(note, said);
+    // A model that only calls tools says nothing: its message is there, but there is nothing to see.
+    element.hidden = text.length === 0 && said === "";
   };
   return { element, update };
 }

@@ -13,6 +13,7 @@ const HELLO_WITHIN_MS = 15_000;
 const GAPS_BEFORE_RESYNC = 3;
 // A refused handshake looks like a broken network to a browser. After so many, ask over HTTP, which tells the reason.
 const FAILED_HANDSHAKES_BEFORE_ASKING = 2;
+const CONNECTING = 0;
 const OPEN = 1;
 
 /**
@@ -194,7 +195,9 @@ export class ConversationClient {
       this.#askedProfile = null;
       this.#on.onProfile(this.profile);
     }
-    if (socket !== null && socket.readyState <= OPEN) socket.close(1000);
+    // Browsers complain in the console about closing a socket that is still connecting.
+    if (socket?.readyState === CONNECTING) socket.onopen = () => socket.close(1000);
+    else if (socket?.readyState === OPEN) socket.close(1000);
   }
 
   // -- frames -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 
 import { h } from "./dom.js";
 import { inlineNodes } from "./inline.js";
+import { isRow, TableBlock } from "./table.js";
 
 // The part of a paragraph that is drawn again with each piece is at most this long; emphasis does not reach across.
-const TAIL_CHARS = 2000;
+const TAIL_CHARS = 1000;
 // A line beginning that could still become several things is held back, but not for ever.
 const HELD_CHARS = 80;
+// A row of a table is drawn when it is complete.
+const HELD_ROW_CHARS = 2000;
 
 const UNDECIDED = /^\s*(?:#{1,6}|[-*+_\s]*|\d{1,9}[.)]?|`{1,2}|~{1,2}|[`~]{3}.*|>)\s*$/;
 const FENCE = /^(\s*)(`{3,}|~{3,})([^`]*)$/;
@@ -25,6 +28,7 @@ export class MarkdownStream {
   #blank = true; // the line before was empty: what follows is a new paragraph
   #inline = null; // the block that text is being added to
   #fence = null;
+  #table = null;
   #lists = []; // open lists, outermost first: {element, item, indent, ordered}
 
   /** root: an empty element that this object fills from now on. */
@@ -46,7 +50,7 @@ export class MarkdownStream {
       else if (!complete && this.#undecided(segment)) {
         this.#held = segment;
         break;
-      } else this.#startLine(segment);
+      } else this.#startLine(segment, complete);
       this.#midLine = !complete;
       if (complete && fence === this.#fence) fence?.write("\n"); // not for the lines that open and close the block
       at = complete ? newline + 1 : text.length;
@@ -59,7 +63,7 @@ export class MarkdownStream {
   end() {
     const held = this.#held;
     this.#held = "";
-    if (held !== "") this.#startLine(held);
+    if (held !== "") this.#startLine(held, true);
     this.#closeInline();
     this.#fence?.flush();
     this.#fence = null;
@@ -68,7 +72,9 @@ export class MarkdownStream {
   }
 
   #undecided(segment) {
-    if (segment.length > HELD_CHARS) return false;
+    const row = this.#fence === null && /^ {0,3}\|/.test(segment);
+    if (segment.length > (row ? HELD_ROW_CHARS : HELD_CHARS)) return false;
+    if (row) return true;
     return this.#fence === null ? UNDECIDED.test(segment) : /^\s*[`~]*\s*$/.test(segment);
   }
 
@@ -77,7 +83,8 @@ export class MarkdownStream {
     else this.#inline?.write(segment);
   }
 
-  #startLine(line) {
+  // complete: the line is whole; if not, it is decided what it begins, or it is too long to wait for its end.
+  #startLine(line, complete) {
     if (this.#fence !== null) {
       if (this.#fence.closedBy(line)) {
         this.#fence.flush();
@@ -88,16 +95,22 @@ export class MarkdownStream {
     }
     if (line.trim() === "") {
       this.#closeInline();
+      this.#table = null;
       this.#blank = true;
       return;
     }
-    if (!this.#startBlock(line)) this.#startText(line);
+    if (complete && isRow(line)) {
+      this.#addRow(line);
+      return;
+    }
+    this.#table = null;
+    if (!this.#startBlock(line, complete)) this.#startText(line);
     this.#blank = false;
   }
 
-  #startBlock(line) {
+  #startBlock(line, complete) {
     let found;
-    if ((found = FENCE.exec(line))) {
+    if (complete && (found = FENCE.exec(line))) {
       this.#closeInline();
       this.#fence = new CodeBlock(this.#container(found[1].length), found);
     } else if ((found = HEADING.exec(line))) {
@@ -106,7 +119,7 @@ export class MarkdownStream {
       const level = Math.min(6, found[1].length + 2);
       this.#openInline(h(`h${level}`, { dir: "auto" }), found[2]);
       this.#inline.ownLine = true;
-    } else if (RULE.test(line)) {
+    } else if (complete && RULE.test(line)) {
       this.#closeLists();
       this.#root.append(h("hr"));
     } else if ((found = ITEM.exec(line))) this.#startItem(found);
@@ -115,15 +128,24 @@ export class MarkdownStream {
     return true;
   }
 
+  #addRow(line) {
+    if (this.#table === null) {
+      this.#closeInline();
+      this.#table = new TableBlock(this.#container(line.length - line.trimStart().length));
+    }
+    this.#table.add(line);
+    this.#blank = true; // the table is its own block: what follows it is none of its text
+  }
+
   #startText(line) {
     const continues = this.#inline !== null && !this.#blank && !this.#inline.ownLine;
     if (continues) {
-      this.#inline.write(`\n${line.trim()}`);
+      this.#inline.write(`\n${line.trimStart()}`);
       return;
     }
     this.#closeInline();
     const indent = line.length - line.trimStart().length;
-    this.#openInline(h("p", { dir: "auto" }), line.trim(), this.#container(indent));
+    this.#openInline(h("p", { dir: "auto" }), line.trimStart(), this.#container(indent));
   }
 
   #startItem([, space, marker, content]) {
@@ -145,9 +167,10 @@ export class MarkdownStream {
       list = { element, item: null, indent, ordered };
       this.#lists.push(list);
     }
+    // The direction is the item's, for its bullet too: a paragraph with one of its own would not count for it.
     list.item = h("li", { dir: "auto" });
     list.element.append(list.item);
-    this.#openInline(h("p", { dir: "auto" }), content, list.item);
+    this.#openInline(h("p"), content, list.item);
   }
 
   #startQuote(content) {
@@ -163,7 +186,7 @@ export class MarkdownStream {
     const last = this.#root.lastElementChild;
     const quote = last?.localName === "blockquote" && !this.#blank ? last : h("blockquote", { dir: "auto" });
     if (quote !== last) this.#root.append(quote);
-    this.#openInline(h("p", { dir: "auto" }), content, quote);
+    this.#openInline(h("p"), content, quote);
     this.#inline.quote = true;
   }
 
@@ -196,7 +219,7 @@ class InlineBlock {
   quote = false;
   #element;
   #tail = "";
-  #settled = 0; // child nodes that are final
+  #lastSettled = null; // the child nodes up to this one are final
 
   constructor(element) {
     this.#element = element;
@@ -204,12 +227,15 @@ class InlineBlock {
 
   write(text) {
     this.#tail += text;
-    while (this.#tail.length > TAIL_CHARS) {
-      const cut = cutAt(this.#tail, TAIL_CHARS);
-      this.#replaceTail(inlineNodes(this.#tail.slice(0, cut)));
-      this.#settled = this.#element.childNodes.length;
-      this.#tail = this.#tail.slice(cut);
-    }
+    const line = this.#tail.lastIndexOf("\n") + 1;
+    if (line > 0 && isBalanced(this.#tail.slice(0, line))) this.#settle(line);
+    while (this.#tail.length > TAIL_CHARS) this.#settle(cutAt(this.#tail, TAIL_CHARS));
+  }
+
+  #settle(count) {
+    this.#replaceTail(inlineNodes(this.#tail.slice(0, count)));
+    this.#lastSettled = this.#element.lastChild;
+    this.#tail = this.#tail.slice(count);
   }
 
   draw(open) {
@@ -217,9 +243,14 @@ class InlineBlock {
   }
 
   #replaceTail(nodes) {
-    while (this.#element.childNodes.length > this.#settled) this.#element.lastChild.remove();
+    while (this.#element.lastChild !== this.#lastSettled) this.#element.lastChild.remove();
     this.#element.append(nodes);
   }
+}
+
+/** Nothing that began in this text can end after it. Errs towards no, which only means to draw it again. */
+function isBalanced(text) {
+  return ["*", "_", "`"].every((mark) => text.split(mark).length % 2 === 1) && !text.includes("[");
 }
 
 /** Where to cut a text of more than `limit` characters: after a blank if there is one, never inside a character. */

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from broker.runs.tools import Tool
 from tests.support.core import CALLER, Core, database, until
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
+
+from broker.runs.tools import Tool
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -50,9 +50,9 @@ async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(tmp
     first = ScriptedEngine([*text("half of it")[:1], gate])
     async with Core(db, plugins=[EnginePlugin(first)]) as core:
         one = await core.broker.runs.send(CALLER, "conv", "one")
+        await gate.reached.wait()
         two = await core.broker.runs.send(CALLER, "conv", "two")
         assert two.status == "queued"
-        await gate.reached.wait()
     async with Core(db, plugins=[EnginePlugin(ScriptedEngine(text("two's answer")))]) as core:
         await until(lambda: core.broker.runs.active == 0)
         runs = {run.run_id: run for run in await core.broker.runs.store.runs("conv", limit=9)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zoneinfo
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,6 @@ from plugins.basic_tools.clock import CLOCK, current_time
 
 from broker.errors import InvalidInput
 from broker.runs.tools import ToolContext
-from plugins.basic_tools import clock
 
 WINTER = datetime(2026, 1, 31, 23, 30, 15, 999_999, tzinfo=UTC)
 SUMMER = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
@@ -59,7 +59,9 @@ def test_unknown_zones_are_named(zone: str, words: str) -> None:
 @pytest.fixture
 def _no_database(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A system without zone files and without the tzdata package."""
-    monkeypatch.setitem(__import__("sys").modules, "tzdata", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tzdata"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tzdata", None)
     before = zoneinfo.TZPATH
     zoneinfo.reset_tzpath(to=[])
     zoneinfo.ZoneInfo.clear_cache()
@@ -85,4 +87,3 @@ def test_the_tool_tells_the_time_of_now(tool_input: dict[str, Any]) -> None:
     found = CLOCK.call(tool_input, ToolContext("c1", "r1", "call_1"))
     assert isinstance(found, dict)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(found["time"])) < timedelta(minutes=1)
-    assert clock.CLOCK.parameters["additionalProperties"] is False

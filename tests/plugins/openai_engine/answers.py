@@ -111,10 +111,11 @@ async def ask(base_url: str, request: EngineRequest = HELLO, **config: Any) -> A
 @asynccontextmanager
 async def tcp_server(handler: Callable[[StreamReader, StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
     """A server that does what `handler` does to each request whose head was read; yields its base URL."""
-    tasks = []
+    ended: list[asyncio.Future[None]] = []
 
     async def serve(reader: StreamReader, writer: StreamWriter) -> None:
-        tasks.append(asyncio.current_task())
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ended.append(done)
         try:
             await reader.readuntil(b"\r\n\r\n")
             await handler(reader, writer)
@@ -122,7 +123,9 @@ async def tcp_server(handler: Callable[[StreamReader, StreamWriter], Awaitable[N
             await writer.wait_closed()
         except ConnectionError:
             pass
+        finally:
+            done.set_result(None)
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        await asyncio.wait_for(asyncio.gather(*ended), 5)

@@ -6,11 +6,11 @@ from typing import Any
 
 import orjson
 import pytest
-from plugins.openai_engine.answer import AnswerReader
-from plugins.openai_engine.event_stream import StreamEvent
 from tests.plugins.openai_engine.answers import Answer, Call
 
 from broker.errors import EngineError
+from broker.runs.chat_completions.answer import AnswerReader
+from broker.runs.chat_completions.event_stream import StreamEvent
 
 
 def read(*frames: Any, event: str = "message", **options: Any) -> Answer:

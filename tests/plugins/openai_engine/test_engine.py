@@ -231,6 +231,14 @@ async def test_the_key_is_in_no_error(made_up: RecordedProvider, mode: str) -> N
             assert answer.error.fields["provider_code"] == "***"
 
 
+async def test_a_key_in_a_header_is_in_no_error(made_up: RecordedProvider) -> None:
+    made_up.add("x", Exchange(b'{"error": {"message": "wrong key 0123456789abcdef"}}', 401, JSON))
+    answer = await ask(made_up.url("x"), extra_headers={"api-key": "0123456789abcdef", "x-mode": "wrong"})
+    assert made_up.requests[0].headers["api-key"] == "0123456789abcdef"
+    assert answer.error is not None
+    assert answer.error.message.endswith("wrong key ***")
+
+
 # --- cancelling -------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from plugins.openai_engine.event_stream import EventStreamDecoder, EventTooLarge, StreamEvent
+
+from broker.runs.chat_completions.event_stream import EventStreamDecoder, EventTooLarge, StreamEvent
 
 CASES = [
     "bom-once",

@@ -10,6 +10,7 @@ import orjson
 import pytest
 from plugins.openai_engine.engine import OpenAIEngine
 from plugins.openai_engine.settings import EngineConfig, OpenAISettings
+from pydantic import SecretStr
 
 from broker.errors import EngineError, PluginError
 from broker.runs.engine import EnginePlan, EngineProfile
@@ -51,7 +52,7 @@ def test_a_key_alone_means_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.name, found.engine, found.priority) == ("openai", "openai_engine", 10)
     assert found.config["base_url"] == "https://api.openai.com/v1"
     assert found.config["api_key"] == "sk-1"
-    assert found.secrets == {"api_key"}
+    assert found.secrets == {"api_key", "extra_headers"}
     assert tuple(found.tools) == ("calculator", "clock", "search_document")
 
 
@@ -64,8 +65,14 @@ def test_an_address_alone_means_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_shape_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-env")
-    settings = {"model": "big", "temperature": 0.5, "tools": [], "priority": 3, "system_prompt": "Be brief."}
-    openai_engine.configure(OpenAISettings(**settings, api_key="sk-own", base_url="https://example.org/v1"))
+    settings: dict[str, Any] = {
+        "model": "big",
+        "temperature": 0.5,
+        "tools": [],
+        "priority": 3,
+        "system_prompt": "Be brief.",
+    }
+    openai_engine.configure(OpenAISettings(**settings, api_key=SecretStr("sk-own"), base_url="https://example.org/v1"))
     found = profile()
     assert (found.config["model"], found.config["temperature"], found.config["api_key"]) == ("big", 0.5, "sk-own")
     assert found.config["base_url"] == "https://example.org/v1"
@@ -102,8 +109,8 @@ def test_unusable_variables_are_named_and_not_shown(
 
 
 def test_settings_do_not_show_the_key() -> None:
-    assert "sk-1" not in repr(OpenAISettings(api_key="sk-1"))
-    assert "sk-1" not in repr(EngineConfig(api_key="sk-1"))
+    assert "sk-1" not in repr(OpenAISettings(api_key=SecretStr("sk-1")))
+    assert "sk-1" not in repr(EngineConfig(api_key=SecretStr("sk-1")))
 
 
 def test_every_setting_is_described() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from plugins.openai_engine.provider_errors import connection_error, http_error, retry_after
+from plugins.openai_engine.connection_errors import connection_error
+
+from broker.runs.chat_completions import http_error, retry_after
 
 URL = "http://127.0.0.1:9/v1/chat/completions"
 

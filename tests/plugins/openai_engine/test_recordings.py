@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugins.openai_engine.answer import AnswerReader
-from plugins.openai_engine.event_stream import EventStreamDecoder
 from tests.plugins.openai_engine.answers import Answer, ask, fold
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 from broker.errors import EngineError
+from broker.runs.chat_completions.answer import AnswerReader
+from broker.runs.chat_completions.event_stream import EventStreamDecoder
 from broker.runs.engine import EngineEvent, Finish, ReasoningDelta, TextDelta, ToolCallDelta
 
 CHATS = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from plugins.openai_engine.think_tags import ThinkTagSplitter
+
+from broker.runs.chat_completions.think_tags import ThinkTagSplitter
 
 CASES = [
     ("<think>a</think>b", "a", "b"),

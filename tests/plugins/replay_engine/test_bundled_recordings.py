@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
+import jsonschema
 import orjson
 import pytest
 from plugins.replay_engine.engine import ReplayEngine
@@ -13,6 +14,8 @@ from plugins.replay_engine.recordings import Library
 from plugins.replay_engine.settings import TOOLS, ReplayConfig
 from tests.plugins.replay_engine.playing import play, play_loop, request
 
+from broker.runs.tools import ToolContext
+from plugins import basic_tools
 from plugins.replay_engine import BUNDLED
 
 BY_NAME = {demo.name: demo for demo in DEMOS}
@@ -82,6 +85,20 @@ async def test_tool_loop_goes_on_where_the_tools_left_it(library: Library):
     beyond = await play(engine(library, "04"), request("x", step=2))
     assert beyond.text == {}
     assert beyond.finish == {0: "stop"}
+
+
+def test_calls_fit_the_bundled_tools(library: Library):
+    """Their inputs pass the tools' schemas, and the search finds what the answer quotes."""
+    tools = {tool.name: tool for tool in basic_tools.register_tools()}
+    for call in (call for demo in DEMOS for call in demo.calls):
+        value = orjson.loads("".join(call.fragments))
+        jsonschema.validate(value, tools[call.name].parameters)
+        result = tools[call.name].call(value, ToolContext("c1", "r1", call.id))
+        if call.name == "calculator":
+            assert "57998" in str(result)
+        if call.name == "search_document":
+            (quote,) = re.findall(r"^> (.+)$", source("05b-document.md"), re.MULTILINE)
+            assert quote in str(result)
 
 
 def test_every_prompt_that_the_welcome_suggests_finds_its_own_recording(library: Library):

@@ -18,6 +18,11 @@ from typing import Any
 import orjson
 
 from broker.errors import EngineError, shown
+from broker.runs.chat_completions.errors import error_in, stream_error
+from broker.runs.chat_completions.event_stream import StreamEvent
+from broker.runs.chat_completions.reasoning import ReasoningKeeper, content_pieces, reasoning_text
+from broker.runs.chat_completions.think_tags import ThinkTagSplitter
+from broker.runs.chat_completions.tool_calls import ToolCallAssembler
 from broker.runs.engine import (
     EngineEvent,
     Finish,
@@ -26,12 +31,6 @@ from broker.runs.engine import (
     TextDelta,
     Usage,
 )
-
-from .errors import error_in, stream_error
-from .event_stream import StreamEvent
-from .reasoning import ReasoningKeeper, content_pieces, reasoning_text
-from .think_tags import ThinkTagSplitter
-from .tool_calls import ToolCallAssembler
 
 DONE = "[DONE]"
 _MAX_HELD = 16 * 1024 * 1024

@@ -1,0 +1,55 @@
+"""An echo server for the Autobahn test suite: python autobahn_echo.py PORT fast|asgi [uvloop|asyncio]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+from transports.fast_connection import FastConnection
+from transports.takeover import takeover_of
+from transports.ws_frames import encode_binary_frame, encode_text_frame
+
+
+class Echo:
+    def on_text(self, connection: FastConnection, text: str) -> None:
+        connection.write(encode_text_frame(text.encode()))
+
+    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+        connection.write(encode_binary_frame(data))
+
+    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None: ...
+    def on_pause(self, connection: FastConnection) -> None: ...
+    def on_resume(self, connection: FastConnection) -> None: ...
+
+
+async def fast(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "websocket.accept"})
+    takeover = takeover_of(scope)
+    assert takeover is not None
+    takeover(Echo())
+
+
+async def asgi(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] == "websocket.receive":
+        kind = "text" if message.get("text") is not None else "bytes"
+        await send({"type": "websocket.send", kind: message[kind]})
+
+
+if __name__ == "__main__":
+    uvicorn.run(
+        {"fast": fast, "asgi": asgi}[sys.argv[2]],
+        port=int(sys.argv[1]),
+        loop=sys.argv[3] if len(sys.argv) > 3 else "uvloop",
+        ws="transports.uvicorn_ws:FastWebSocketProtocol",
+        ws_max_size=64 << 20,  # the largest case of 9.*
+        lifespan="off",
+        log_level="warning",
+    )

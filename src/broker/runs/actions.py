@@ -1,0 +1,174 @@
+"""What people do to runs: approve, deny, cancel, withdraw, move. From any tab, in any order, as often as they like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from broker.envelope import check_conv_id
+from broker.errors import NotFound, shown
+from broker.runs.ending import run_draft
+from broker.runs.queue import Ended, Line, Lines
+from broker.runs.runtime import Runtime
+from broker.runs.state import ACTIVE, Run
+from broker.runs.tool_round import decision_drafts
+
+State = Callable[[str], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ActionResult:
+    """The answer to an action. status: what it did, one word. state: the conversation's whole state after it.
+
+    calls: for approvals, what became of each tool call (`approved`, `already_denied`, `stale`, …).
+    """
+
+    status: str
+    state: dict[str, Any]
+    calls: Mapping[str, str] = field(default_factory=dict)
+
+
+class Actions:
+    """Acts on runs. state: gives a conversation's whole state, which every answer holds."""
+
+    def __init__(self, runtime: Runtime, lines: Lines, *, state: State, on_ended: Ended) -> None:
+        self._runtime = runtime
+        self._store = runtime.store
+        self._clock = runtime.clock
+        self._lines = lines
+        self._state = state
+        self._on_ended = on_ended
+        self.busy: set[asyncio.Task[None]] = set()
+
+    async def approve_tools(self, conv_id: str, call_ids: Sequence[str] | None, by: str) -> ActionResult:
+        """Approve tool calls that wait; None: all that wait. Approving twice, or a call of the past, is harmless."""
+        return await self._decide(conv_id, call_ids, "approved", by)
+
+    async def deny_tools(self, conv_id: str, call_ids: Sequence[str] | None, by: str) -> ActionResult:
+        """Deny tool calls that wait; None: all that wait. The model is told, and the run goes on."""
+        return await self._decide(conv_id, call_ids, "denied", by)
+
+    async def _decide(
+        self, conv_id: str, call_ids: Sequence[str] | None, decision: Literal["approved", "denied"], by: str
+    ) -> ActionResult:
+        ids = None if call_ids is None else frozenset(call_ids)
+        async with self._lines.enter(check_conv_id(conv_id)) as line:
+            active = await self._store.active(conv_id)
+            run: Run | None = None
+            outcomes: dict[str, str] = {}
+            if active is not None:
+                run, outcomes = await self._store.decide(active.run_id, ids, decision, by, self._clock.wall_ms())
+            if run is None:
+                outcomes = dict.fromkeys(ids or (), "stale")
+            else:
+                fresh = [call for call in run.calls if outcomes.get(call.id) == decision]
+                if fresh:
+                    try:
+                        await self._runtime.publish(conv_id, [d for call in fresh for d in decision_drafts(run, call)])
+                    finally:
+                        self._wake(line, run)
+        status = decision if decision in outcomes.values() else "nothing_to_decide"
+        return ActionResult(status, await self._state(conv_id), outcomes)
+
+    def _wake(self, line: Line, run: Run) -> None:
+        """Let the run go on with a decision; one that awaits it since before a restart is taken up now."""
+        if line.task is not None:
+            line.task.decided()
+        elif not self._runtime.closing:
+            self._lines.hold(line)
+            self._lines.work_on(line, run)
+
+    async def cancel(self, conv_id: str, run_id: str | None = None) -> ActionResult:
+        """Stop a run or withdraw a waiting prompt; None: the active run. What has ended already stays as it is.
+
+        Returns when the run's terminal event is durable, or after a few seconds when its end takes longer (`cancelling`).
+        Raises NotFound for a run that this conversation does not have.
+        """
+        check_conv_id(conv_id)
+        run = await (self._store.active(conv_id) if run_id is None else self._store.get(run_id))
+        if run_id is not None and (run is None or run.conv_id != conv_id):
+            raise NotFound(
+                f"conversation {conv_id} has no run {shown(run_id)}: its state lists those it has", run_id=run_id
+            )
+        status = "nothing_to_cancel" if run is None else await self._cancel(run)
+        return ActionResult(status, await self._state(conv_id))
+
+    async def _cancel(self, run: Run) -> str:
+        if run.ended:
+            return f"already_{run.status}"
+        work: asyncio.Task[None] | None = None
+        async with self._lines.enter(run.conv_id) as line:
+            # From the queue first: claims go through this line, so what waits now can be withdrawn.
+            cancelled = {"status": "cancelled", "cancel_requested": True}
+            now = self._clock.wall_ms()
+            withdrawn = await self._store.update(run.run_id, frozenset({"queued"}), cancelled, now)
+            if withdrawn is not None:
+                await self._settle(withdrawn)
+                await self._lines.advance(line)
+                return "withdrawn"
+            asked = await self._store.update(run.run_id, ACTIVE, {"cancel_requested": True}, now)
+            if asked is None:
+                ended = await self._store.get(run.run_id)
+                return f"already_{ended.status}" if ended else "already_erased"
+            if line.task is not None and line.task.run.run_id == run.run_id:
+                line.task.stop("cancelled")
+                work = line.work
+            else:
+                # Awaits approval since before a restart: nothing is at work, its end is all there is to do.
+                await self._settle(asked)
+                await self._lines.advance(line)
+                return "cancelled"
+        if work is not None:
+            await self._until_ended(run.run_id, work)
+        now_run = await self._store.get(run.run_id)
+        return "cancelling" if now_run is None or not now_run.ended else now_run.status
+
+    async def _settle(self, run: Run) -> None:
+        """Write the end of a cancelled run that nothing works on. Goes on in the background when that takes long."""
+
+        async def settle() -> None:
+            ended = await self._runtime.settle(run, "cancelled", {})
+            if ended is not None:
+                await self._on_ended(ended)
+
+        await asyncio.wait({self._spawn(settle())}, timeout=self._runtime.limits.stop_grace_s)
+
+    async def _until_ended(self, run_id: str, work: asyncio.Task[None]) -> None:
+        deadline = asyncio.get_running_loop().time() + self._runtime.limits.stop_grace_s + 2.0
+        while not work.done() and asyncio.get_running_loop().time() < deadline:
+            run = await self._store.get(run_id)
+            if run is None or (run.ended and run.terminal_published):
+                return
+            await asyncio.wait({work}, timeout=0.02)
+
+    async def withdraw(self, conv_id: str, run_id: str) -> ActionResult:
+        """Take back a prompt that waits; one that is being answered already is not touched (`too_late`)."""
+        run = await self._own(conv_id, run_id)
+        status = await self._cancel(run) if run.status == "queued" else f"already_{run.status}"
+        return ActionResult(status, await self._state(conv_id))
+
+    async def move_to_front(self, conv_id: str, run_id: str) -> ActionResult:
+        """Make a waiting prompt the next one. One that does not wait any more stays as it is, and the answer says so."""
+        run = await self._own(conv_id, run_id)
+        async with self._lines.enter(conv_id):
+            moved = await self._store.move_to_front(run_id, self._clock.wall_ms())
+            if moved is not None:
+                await self._runtime.publish(conv_id, [run_draft("queued", moved, position=1, messageId=run.message_id)])
+        now = moved or await self._store.get(run_id) or run
+        return ActionResult("moved" if moved else f"already_{now.status}", await self._state(conv_id))
+
+    async def _own(self, conv_id: str, run_id: str) -> Run:
+        run = await self._store.get(run_id)
+        if run is None or run.conv_id != check_conv_id(conv_id):
+            raise NotFound(
+                f"conversation {conv_id} has no run {shown(run_id)}: its state lists those it has", run_id=run_id
+            )
+        return run
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self.busy.add(task)
+        task.add_done_callback(self.busy.discard)
+        return task

@@ -1,0 +1,174 @@
+"""Prompts on their way in: checked, resolved, prepared, announced. Then the queue has them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.envelope import Draft, check_conv_id
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, shown
+from broker.runs.answer import new_message_id
+from broker.runs.ending import run_draft
+from broker.runs.plan import RunRequest, canonical_json, digest
+from broker.runs.queue import Line, Lines
+from broker.runs.runtime import Runtime
+from broker.runs.state import Run
+from broker.runs.store import KeyRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SendResult:
+    """The answer to a prompt. queue_position: 0 when started, 1 = next. replayed: the answer to an earlier request."""
+
+    conv_id: str
+    run_id: str
+    status: Literal["started", "queued"]
+    queue_position: int
+    message_id: str
+    replayed: bool = False
+
+
+class Intake:
+    """Accepts prompts. busy: those that are being accepted now."""
+
+    def __init__(self, runtime: Runtime, lines: Lines) -> None:
+        self._runtime = runtime
+        self._limits = runtime.limits
+        self._clock = runtime.clock
+        self._lines = lines
+        self._deciding: dict[tuple[str, str], str] = {}
+        self.busy: set[asyncio.Task[SendResult]] = set()
+
+    async def send(self, request: RunRequest, idempotency_key: str | None) -> SendResult:
+        """Accept a prompt (see RunService.send)."""
+        self._check(request.conv_id, request.prompt, idempotency_key)
+        record = self._record(request, idempotency_key)
+        if record is not None:
+            known = await self._runtime.store.key(record.scope, record.key)
+            expired_before = self._clock.wall_ms() - int(self._limits.idempotency_window_s * 1000)
+            if known is not None and known.created_at_ms < expired_before:
+                await self._runtime.store.prune_keys(expired_before)
+            elif known is not None:
+                return _replay(record, known)
+            pending = self._deciding.get((record.scope, record.key))
+            if pending is not None:
+                if pending != record.body_hash:
+                    raise IdempotencyMismatch(record.key)
+                raise IdempotencyPending(record.key)
+            self._deciding[record.scope, record.key] = record.body_hash
+        # In a task of its own: a caller that gives up half-way (its client hung up) must not leave half a prompt.
+        task = asyncio.create_task(self._accept(request, record))
+        self.busy.add(task)
+        task.add_done_callback(self.busy.discard)
+        return await asyncio.shield(task)
+
+    def _check(self, conv_id: str | None, prompt: str, key: str | None) -> None:
+        if conv_id is not None:
+            check_conv_id(conv_id)
+        try:
+            size = len(prompt.encode())
+        except UnicodeEncodeError:
+            raise InvalidInput(
+                "the prompt holds half of a surrogate pair, which is no text: send valid Unicode"
+            ) from None
+        if not prompt.strip():
+            raise InvalidInput("the prompt is empty: say something", parameter="prompt")
+        if size > self._limits.max_prompt_bytes:
+            raise InvalidInput(
+                f"the prompt has {size} bytes, the limit is {self._limits.max_prompt_bytes}: shorten it",
+                parameter="prompt",
+                limit=self._limits.max_prompt_bytes,
+                actual=size,
+            )
+        if key is not None and not (0 < len(key) <= self._limits.max_key_chars and key.isprintable()):
+            raise InvalidInput(
+                f"idempotency key {shown(key)} is not usable: 1 to {self._limits.max_key_chars} printable characters",
+                parameter="idempotency_key",
+            )
+
+    def _record(self, request: RunRequest, key: str | None) -> KeyRecord | None:
+        body = [request.conv_id, request.prompt, request.engine_profile, request.overrides]
+        try:
+            body_hash = digest(body)
+        except (TypeError, ValueError) as exc:
+            raise InvalidInput(
+                f"overrides {shown(request.overrides)} are no JSON: {exc}", parameter="overrides"
+            ) from exc
+        if key is None:
+            return None
+        # Keys of one caller in one conversation: others can neither learn of them nor run into them.
+        scope = canonical_json([request.principal.subject, request.conv_id]).decode()
+        return KeyRecord(scope, key, body_hash, request.conv_id or "", self._clock.wall_ms())
+
+    async def _accept(self, request: RunRequest, record: KeyRecord | None) -> SendResult:
+        try:
+            run = await self._resolve(request, record)
+            async with self._lines.enter(run.conv_id) as line:
+                return await self._prepare(line, run, record)
+        finally:
+            if record is not None:
+                self._deciding.pop((record.scope, record.key), None)
+
+    async def _resolve(self, request: RunRequest, record: KeyRecord | None) -> Run:
+        """Return the run that the request asks for, checked; not stored yet."""
+        profiles = self._runtime.profiles
+        known = await self._runtime.store.conversation(request.conv_id) if request.conv_id else None
+        request = RunRequest(
+            request.principal,
+            request.conv_id,
+            request.prompt,
+            request.engine_profile,
+            request.overrides,
+            known.engine_profile if known else None,
+            profiles.default.name if profiles.default else None,
+        )
+        resolved = await profiles.resolve(request, f"c-{secrets.token_hex(8)}")
+        if resolved.conv_id != request.conv_id:
+            known = await self._runtime.store.conversation(resolved.conv_id)
+        run_id = f"run-{secrets.token_hex(8)}"
+        now = self._clock.wall_ms()
+        return Run(
+            run_id=run_id,
+            conv_id=resolved.conv_id,
+            prompt=request.prompt,
+            message_id=new_message_id(),
+            engine_profile=resolved.engine_profile,
+            overrides=dict(resolved.overrides),
+            idempotency_key=record.key if record else run_id,
+            session_id=known.session_id if known else f"session-{secrets.token_hex(8)}",
+            created_at_ms=now,
+            updated_at_ms=now,
+        )
+
+    async def _prepare(self, line: Line, run: Run, record: KeyRecord | None) -> SendResult:
+        prepared = await self._runtime.store.prepare(run, record=record, max_queued=self._limits.queue_depth)
+        if prepared.run is None:
+            # Another node was faster with the same key.
+            if record is None or prepared.record is None:
+                raise StoreError(f"the run store {self._runtime.store.name!r} gave neither a run nor an earlier answer")
+            return _replay(record, prepared.record)
+        try:
+            await self.announce(prepared.run, prepared.queue_position)
+        except BaseException:
+            await self._runtime.store.discard(run.run_id)
+            raise
+        self._lines.hold(line)
+        await self._lines.advance(line)
+        return SendResult(run.conv_id, run.run_id, prepared.status, prepared.queue_position, run.message_id)
+
+    async def announce(self, run: Run, queue_position: int) -> None:
+        """Publish a queued run's prompt, and its place where it has to wait. Repeating it changes nothing."""
+        data = {"text": run.prompt, "idempotencyKey": run.idempotency_key, "runId": run.run_id}
+        drafts = [Draft("user.message", data, run.message_id, dedupe_key=f"{run.run_id}:prompt")]
+        if queue_position:
+            drafts.append(run_draft("queued", run, dedupe="queued", position=queue_position, messageId=run.message_id))
+        await self._runtime.publish(run.conv_id, drafts)
+
+
+def _replay(asked: KeyRecord, known: KeyRecord) -> SendResult:
+    """Return the answer that the key got before. Raises IdempotencyMismatch for another body."""
+    if known.body_hash != asked.body_hash:
+        raise IdempotencyMismatch(asked.key)
+    return SendResult(**known.answer, replayed=True)

@@ -1,0 +1,161 @@
+"""ToolRunner: every call has an outcome, whatever the tool does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from tests.support.scripted_engine import EnginePlugin
+
+from broker.errors import PluginError
+from broker.plugins import PluginHost
+from broker.runs.engine import ToolCall
+from broker.runs.tool_runner import ToolRunner
+from broker.runs.tools import Tool, ToolContext
+
+OBJECT = {"type": "object"}
+CONTEXT = ToolContext("c", "r", "call")
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def runner(*tools: Tool) -> tuple[ToolRunner, PluginHost]:
+    host = PluginHost()
+    host.add(EnginePlugin(tools=tools))
+    return ToolRunner(host), host
+
+
+def tool(call: Any, **more: Any) -> Tool:
+    return Tool("t", "does it", **{"parameters": OBJECT, "call": call, **more})
+
+
+async def outcome_of(made: Tool, **given: Any) -> Any:
+    return await runner(made)[0].run(ToolCall("call", "t", given), CONTEXT)
+
+
+async def test_plain_and_async_tools_answer() -> None:
+    async def later(given: Mapping[str, Any], context: ToolContext) -> str:
+        return f"{given['n']} for {context.run_id}"
+
+    assert (await outcome_of(tool(lambda given, _: {"n": given["n"]}), n=3)).result == {"n": 3}
+    assert (await outcome_of(tool(later), n=3)).content == "3 for r"
+
+
+async def test_a_plain_tool_does_not_block_the_loop() -> None:
+    released = threading.Event()
+    seen = []
+
+    async def beat() -> None:
+        seen.append("loop lives")
+        released.set()
+
+    made, _ = runner(tool(lambda _given, _context: released.wait(10)))
+    outcome, _ = await asyncio.gather(made.run(ToolCall("call", "t", {}), CONTEXT), beat())
+    assert outcome.result is True
+    assert seen
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broke"), StopIteration("odd"), TimeoutError("its own")])
+async def test_a_tool_that_raises_has_a_failed_outcome_and_is_reported(error: Exception) -> None:
+    def raising(_given: Mapping[str, Any], _context: ToolContext) -> str:
+        raise error
+
+    made, host = runner(tool(raising))
+    outcome = await made.run(ToolCall("call", "t", {}), CONTEXT)
+    assert outcome.error is not None
+    assert outcome.error.startswith("tool t failed: ")
+    assert str(error) in outcome.error
+    assert outcome.result == {"error": outcome.error}
+    assert "scripted" in str(host.describe())
+
+
+async def test_a_tool_that_takes_too_long_is_given_up() -> None:
+    async def never(_given: Mapping[str, Any], _context: ToolContext) -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    outcome = await outcome_of(tool(never, timeout_s=0.02))
+    assert outcome.error == "tool t did not answer within its time limit of 0.02 s"
+
+
+async def test_a_thread_that_hangs_keeps_its_place_until_it_ends() -> None:
+    released = threading.Event()
+    running: list[int] = []
+
+    def hang(given: Mapping[str, Any], _context: ToolContext) -> str:
+        running.append(given["n"])
+        released.wait(10)
+        return "done"
+
+    made, _ = runner(tool(hang, timeout_s=0.05, max_concurrency=1))
+    assert "time limit" in str((await made.run(ToolCall("a", "t", {"n": 1}), CONTEXT)).error)
+    assert "time limit" in str((await made.run(ToolCall("b", "t", {"n": 2}), CONTEXT)).error)
+    assert running == [1]
+    released.set()
+    deadline = time.monotonic() + 10
+    while (await made.run(ToolCall("c", "t", {"n": 3}), CONTEXT)).error is not None:
+        assert time.monotonic() < deadline
+
+
+async def test_concurrency_is_limited() -> None:
+    at_once = most = 0
+
+    async def count(_given: Mapping[str, Any], _context: ToolContext) -> int:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        at_once -= 1
+        return most
+
+    made, _ = runner(tool(count, max_concurrency=2))
+    await asyncio.gather(*(made.run(ToolCall(str(i), "t", {}), CONTEXT) for i in range(9)))
+    assert most == 2
+
+
+async def test_long_results_are_cut_and_say_so() -> None:
+    short = await outcome_of(tool(lambda _g, _c: "ü" * 10, max_output_bytes=20))
+    assert short.result == "ü" * 10
+    cut = await outcome_of(tool(lambda _g, _c: "ü" * 10, max_output_bytes=7))
+    assert cut.result == "üüü\n[cut: the first 7 of 20 bytes]"
+    assert cut.error is None
+    structured = await outcome_of(tool(lambda _g, _c: {"k": "v" * 50}, max_output_bytes=10))
+    assert structured.result == '{"k":"vvvv\n[cut: the first 10 of 58 bytes]'
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, "\ud800", {"a": "\ud800"}])
+async def test_what_json_cannot_carry_is_an_error(value: Any) -> None:
+    outcome = await outcome_of(tool(lambda _g, _c: value))
+    assert "which JSON cannot carry" in str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("nope", {}, "tool 'nope' does not exist; tools: t"),
+        ("t", {}, "input of t is not valid: 'n' is a required property"),
+        ("t", {"n": "x"}, "input of t is not valid at n: 'x' is not of type 'integer'"),
+        ("t", {"n": 1, "m": 2}, "Additional properties are not allowed"),
+    ],
+)
+def test_a_call_that_cannot_be_run_says_why(name: str, given: dict[str, Any], message: str) -> None:
+    made, _ = runner(tool(len, parameters=NUMBER))
+    assert message in str(made.refusal(ToolCall("c", name, given), ["t", "missing"]))
+
+
+def test_only_offered_tools_can_be_called() -> None:
+    made, _ = runner(tool(len))
+    assert made.refusal(ToolCall("c", "t", {}), ["t"]) is None
+    assert made.refusal(ToolCall("c", "t", {}), []) == "tool 't' does not exist; tools: none"
+    assert [spec.name for spec in made.specs(["t", "missing"])] == ["t"]
+
+
+def test_broken_tools_are_an_error_at_start() -> None:
+    with pytest.raises(PluginError, match="tool 't': the JSON schema is not valid"):
+        runner(tool(len, parameters={"type": "nonsense"}))
+    with pytest.raises(PluginError, match="'t' is already registered by 'scripted'"):
+        runner(tool(len), tool(len))

@@ -1,0 +1,121 @@
+"""An erased conversation leaves no byte in the database's files, whatever SQLite moved around before."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from broker.clock import ManualClock
+from broker.database import Database
+from broker.envelope import Envelope
+from broker.eventlog.sqlite import SqliteEventLog
+from broker.timeline.entity import Entity
+from broker.timeline.sqlite import SqliteTimelineStore
+from broker.timeline.store import DeadLetter, TimelineSave
+
+
+class Stores:
+    """Event log and timeline on one file, filled with a word per conversation that can be searched for."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path = path
+        self.rng = random.Random(seed)
+        self.seed = seed
+        self.database = Database(path)
+        self.log = SqliteEventLog(self.database, ManualClock())
+        self.timeline = SqliteTimelineStore(self.database)
+        self.version = 0
+
+    def word(self, number: int) -> str:
+        return f"S{self.seed:02d}c{number:03d}Q"
+
+    async def append(self, number: int) -> None:
+        word = self.word(number)
+        envelopes = []
+        for _ in range(self.rng.randrange(1, 20)):
+            data = f'{{"t":"{word * self.rng.choice([1, 3, 10, 100, 1000])}"}}'.encode()
+            key = word + str(self.rng.random()) if self.rng.random() < 0.5 else None
+            envelopes.append(Envelope(word, "llm.delta", word, "sem", data, 1, dedupe_key=key))
+        await self.log.append(word, envelopes)
+
+    async def save(self, number: int) -> None:
+        word = self.word(number)
+        self.version += 1
+        text = word * self.rng.choice([1, 10, 300, 2000])
+        id_ = word + str(self.rng.randrange(5))
+        entity = Entity(id_, "message", 1, 1, self.version, self.version, {"text": text}, growing=True)
+        letter = DeadLetter(word, self.version, "x.y", word)
+        await self.timeline.save([TimelineSave(word, [entity], self.version, [letter])])
+
+    async def trim(self, number: int) -> None:
+        page = await self.log.read(self.word(number), after=0, limit=self.rng.randrange(1, 40))
+        await self.log.trim(self.word(number), through=page.through)
+
+    async def erase(self, number: int) -> None:
+        await self.log.erase(self.word(number))
+        await self.timeline.erase(self.word(number))
+
+    def found(self, number: int) -> dict[str, int]:
+        """Return where the word of a conversation still is: {file name: how often}."""
+        word = self.word(number).encode()
+        files = self.path.parent.glob(self.path.name + "*")
+        return {file.name: count for file in files if (count := file.read_bytes().count(word))}
+
+
+@pytest.fixture
+async def stores(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stores]:
+    stores = Stores(tmp_path / "broker.sqlite3", request.param)
+    await stores.log.open(lambda committed: None)
+    await stores.timeline.open()
+    yield stores
+    await stores.database.close()
+
+
+@pytest.mark.parametrize("stores", range(6), indirect=True)
+async def test_no_byte_stays_and_all_others_stay(stores: Stores) -> None:
+    alive = list(range(20))
+    erased: list[int] = []
+    for _ in range(120):
+        action = stores.rng.random()
+        number = stores.rng.choice(alive)
+        if action < 0.5:
+            await asyncio.gather(*map(stores.append, stores.rng.sample(alive, 4)))
+        elif action < 0.75:
+            await stores.save(number)
+        elif action < 0.9:
+            await stores.trim(number)
+        elif len(alive) > 5:
+            alive.remove(number)
+            await stores.erase(number)
+            erased.append(number)
+            assert stores.found(number) == {}
+    assert erased
+    assert {number: stores.found(number) for number in erased} == {number: {} for number in erased}
+    check = await stores.database.read(lambda connection: connection.execute("PRAGMA integrity_check").fetchall())
+    assert check == [("ok",)]
+    for number in alive:
+        state = await stores.log.state(stores.word(number))
+        page = await stores.log.read(stores.word(number), after=0, limit=100_000, max_bytes=1 << 40)
+        assert len(page.envelopes) == state.count
+        assert all(stores.word(number).encode() in one.data_json for one in page.envelopes)
+
+
+@pytest.mark.parametrize("stores", [77], indirect=True)
+async def test_erasures_amid_writes_and_reads(stores: Stores) -> None:
+    """Erasing many at once, beside publishers and readers, harms none of them."""
+
+    async def publish(number: int) -> None:
+        for _ in range(10):
+            await stores.append(number)
+            page = await stores.log.read(stores.word(number), after=0, limit=5)
+            assert all(stores.word(number).encode() in one.data_json for one in page.envelopes)
+
+    await asyncio.gather(*map(stores.append, range(20)))
+    await asyncio.gather(*map(publish, range(10)), *map(stores.erase, range(10, 20)))
+    assert {number: stores.found(number) for number in range(10, 20)} == {number: {} for number in range(10, 20)}
+    check = await stores.database.read(lambda connection: connection.execute("PRAGMA integrity_check").fetchall())
+    assert check == [("ok",)]

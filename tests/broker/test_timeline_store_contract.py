@@ -1,0 +1,167 @@
+"""What every timeline store promises, over each of them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.database import Database
+from broker.timeline.entity import Entity
+from broker.timeline.memory import MemoryTimelineStore
+from broker.timeline.sqlite import _PAGE_BY_VERSION, SqliteTimelineStore
+from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.text import Text
+
+
+def entity(id_: str, version: int, position: int | None = None, *, growing: bool = False, **props: Any) -> Entity:
+    return Entity(id_, "message", 1000, 1000 + version, version, position or version, props, growing)
+
+
+async def save(store: TimelineStore, conv_id: str, *entities: Entity, cursor: int = 0) -> None:
+    await store.save([TimelineSave(conv_id, entities, cursor)])
+
+
+def ids(entities: list[Entity]) -> list[str]:
+    return [one.id for one in entities]
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TimelineStore]:
+    database = Database(tmp_path / "timeline.sqlite3")
+    store: TimelineStore = MemoryTimelineStore() if request.param == "memory" else SqliteTimelineStore(database)
+    await store.open()
+    yield store
+    await store.close()
+    await database.close()
+
+
+async def test_an_entity_comes_back_as_it_was(store: TimelineStore) -> None:
+    props: dict[str, Any] = {"text": "äöü € 😀 \x00", "n": 2**53 + 1, "f": 0.1, "list": [None, True, {"a": []}], "": ""}
+    await save(store, "c1", entity("m 'ü' 1", 7, 3, **props), cursor=7)
+    (read,) = await store.page("c1")
+    assert read == entity("m 'ü' 1", 7, 3, **props)
+    assert await store.get("c1", ["m 'ü' 1", "other"]) == {"m 'ü' 1": read}
+
+
+async def test_growing_text_comes_back_growing(store: TimelineStore) -> None:
+    """A fold that goes on from the stored entity must append, not copy."""
+    before = entity("m1", 1, growing=True, text=Text("ab").append("c"), title="plain")
+    await save(store, "c1", before)
+    read = (await store.get("c1", ["m1"]))["m1"]
+    assert read.growing
+    assert isinstance(read.props["text"], Text)
+    assert isinstance(read.props["title"], str)
+    assert read.props["text"].append("d") == "abcd"
+    assert read.to_wire() == before.to_wire()
+    assert read.grown_bytes == before.grown_bytes == 3
+
+
+async def test_finished_text_reads_the_same(store: TimelineStore) -> None:
+    before = entity("m1", 1, text=Text("ab").append("c"))
+    await save(store, "c1", before)
+    assert (await store.get("c1", ["m1"]))["m1"].to_wire() == before.to_wire()
+
+
+async def test_an_older_or_equal_version_is_ignored(store: TimelineStore) -> None:
+    await save(store, "c1", entity("m1", 5, 1, text="five"))
+    await save(store, "c1", entity("m1", 4, 1, text="four"))
+    await save(store, "c1", entity("m1", 5, 1, text="other five"))
+    assert (await store.get("c1", ["m1"]))["m1"].props == {"text": "five"}
+    await save(store, "c1", entity("m1", 6, 1, text="six"))
+    assert (await store.get("c1", ["m1"]))["m1"] == entity("m1", 6, 1, text="six")
+
+
+async def test_the_newest_of_two_in_one_save_stays(store: TimelineStore) -> None:
+    await save(store, "c1", entity("m1", 6, 1, text="six"), entity("m1", 5, 1, text="five"))
+    assert (await store.get("c1", ["m1"]))["m1"].version == 6
+
+
+async def test_the_cursor_never_goes_back(store: TimelineStore) -> None:
+    assert await store.cursor("c1") == 0
+    await save(store, "c1", cursor=9)
+    await save(store, "c1", entity("m1", 5), cursor=5)
+    assert await store.cursor("c1") == 9
+    assert await store.cursor("c2") == 0
+
+
+async def test_entities_are_listed_by_position(store: TimelineStore) -> None:
+    """A long answer that changed last does not jump below a later question."""
+    await save(store, "c1", entity("q1", 1), entity("a1", 9, 2), entity("q2", 3), entity("a2", 8, 4))
+    assert ids(await store.page("c1")) == ["q1", "a1", "q2", "a2"]
+    assert ids(await store.page("c1", limit=2)) == ["q1", "a1"]
+    assert ids(await store.page("c1", after_position=2, limit=2)) == ["q2", "a2"]
+    assert ids(await store.page("c1", since_version=3)) == ["a1", "a2"]
+    assert ids(await store.page("c1", since_version=3, after_position=2)) == ["a2"]
+    assert ids(await store.page("c1", since_version=1, limit=1)) == ["a1"]
+    assert await store.page("c1", since_version=9) == []
+
+
+async def test_conversations_are_apart(store: TimelineStore) -> None:
+    await store.save(
+        [
+            TimelineSave("c1", [entity("m1", 1, text="one")], 1),
+            TimelineSave("c2", [entity("m1", 2, text="two")], 2, [DeadLetter("c2", 2, "x.y", "bad")]),
+        ]
+    )
+    assert (await store.get("c1", ["m1"]))["m1"].props == {"text": "one"}
+    assert (await store.get("c2", ["m1"]))["m1"].props == {"text": "two"}
+    assert await store.dead_letters("c1") == []
+    assert await store.page("c3") == []
+    assert await store.get("c3", ["m1"]) == {}
+    assert await store.get("c1", []) == {}
+
+
+async def test_dead_letters_are_listed_once_by_seq(store: TimelineStore) -> None:
+    letters = [DeadLetter("c1", seq, "llm.delta", f"error ä {seq}") for seq in (3, 1, 2)]
+    for _ in range(2):  # folding again after a restart finds them again
+        await store.save([TimelineSave("c1", [], 3, letters)])
+    assert await store.dead_letters("c1") == sorted(letters, key=lambda letter: letter.seq)
+    assert [letter.seq for letter in await store.dead_letters("c1", limit=2)] == [1, 2]
+
+
+async def test_nothing_saved_is_nothing(store: TimelineStore) -> None:
+    await store.save([])
+    assert await store.page("c1") == []
+
+
+async def test_erase_removes_everything_of_one_conversation(store: TimelineStore) -> None:
+    for conv_id in ("c1", "c2"):
+        await store.save([TimelineSave(conv_id, [entity("m1", 1)], 5, [DeadLetter(conv_id, 2, "x.y", "bad")])])
+    await store.erase("c1")
+    await store.erase("never-there")
+    assert (await store.page("c1"), await store.cursor("c1"), await store.dead_letters("c1")) == ([], 0, [])
+    assert (len(await store.page("c2")), await store.cursor("c2"), len(await store.dead_letters("c2"))) == (1, 5, 1)
+    await save(store, "c1", entity("m1", 1, text="again"), cursor=1)
+    assert (await store.page("c1"))[0].props == {"text": "again"}
+
+
+async def test_a_sqlite_timeline_comes_back_after_a_restart(tmp_path: Path) -> None:
+    saved = entity("m1", 3, 1, growing=True, text=Text("half an ans"))
+    for life in range(2):
+        database = Database(tmp_path / "timeline.sqlite3")
+        store = SqliteTimelineStore(database)
+        await store.open()
+        if life == 0:
+            await save(store, "c1", saved, cursor=3)
+        else:
+            assert [one.to_wire() for one in await store.page("c1")] == [saved.to_wire()]
+            assert await store.cursor("c1") == 3
+        await database.close()
+
+
+async def test_a_page_since_a_version_uses_the_index_on_versions(tmp_path: Path) -> None:
+    """Who was away a moment must not cost a walk over a conversation of many thousand entities."""
+    database = Database(tmp_path / "timeline.sqlite3")
+    await SqliteTimelineStore(database).open()
+    parameters = {"conv_id": "c1", "after": 0, "since": 5, "limit": 1000}
+
+    def plan(connection: sqlite3.Connection) -> str:
+        rows = connection.execute("EXPLAIN QUERY PLAN " + _PAGE_BY_VERSION, parameters).fetchall()
+        return " ".join(str(row[3]) for row in rows)
+
+    assert "entity_by_version (timeline=? AND version>?)" in await database.read(plan)
+    await database.close()

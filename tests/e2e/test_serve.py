@@ -1,0 +1,163 @@
+"""`broker serve` as a process: starts with one line, ends with 0, survives being killed, refuses what it must."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, aclosing
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.support.broker_process import BrokerProcess, broker_command, clean_environment
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from broker.client import BrokerClient
+
+Start = Callable[..., BrokerProcess]
+
+
+def serve(*flags: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a `broker serve` that is expected to refuse to start."""
+    return subprocess.run(
+        [*broker_command(), "serve", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env=clean_environment(**variables),
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one clear line with which a start was refused."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_with_0(start_broker: Start, number: signal.Signals) -> None:
+    process = start_broker()
+    process.process.send_signal(number)
+    assert process.process.wait(20) == 0
+    assert "Traceback" not in process.stderr
+
+
+async def test_clients_are_told_to_come_back_before_the_end(running_broker: BrokerProcess) -> None:
+    async with connect(f"{running_broker.ws_url}ws?conv_id=c1", proxy=None) as socket_:
+        assert '"ws.hello"' in str(await socket_.recv())
+        running_broker.process.terminate()
+        frames: list[str] = []
+        while True:
+            try:
+                frames.append(str(await socket_.recv()))
+            except ConnectionClosed:
+                break
+    assert any('"ws.bye"' in frame for frame in frames)
+    assert socket_.close_code in (1001, 1012)
+    assert running_broker.process.wait(20) == 0
+
+
+async def test_an_open_event_stream_does_not_hold_up_the_end(running_broker: BrokerProcess) -> None:
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=20) as client,
+        client.stream("GET", f"{running_broker.url}sse?conv_id=c1") as stream,
+    ):
+        lines = stream.aiter_lines()
+        await anext(lines)
+        running_broker.process.terminate()
+        async for _ in lines:
+            pass
+    assert running_broker.process.wait(8) == 0
+
+
+async def test_what_was_acknowledged_survives_being_killed(running_broker: BrokerProcess) -> None:
+    async with BrokerClient(running_broker.url) as client:
+        seq = await client.publish("c1", "log", {"message": "kept", "level": "info"})
+    running_broker.restart(kill=True)
+    async with BrokerClient(running_broker.url) as client:
+        page = await client.get("api/messages", conv_id="c1", since="0", channels="sem")
+    assert [frame["event"]["seq"] for frame in page["frames"]] == [str(seq)]
+
+
+def test_a_port_in_use_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(serve("--port", str(port), cwd=tmp_path))
+    assert line == (
+        f"broker: cannot start: port {port} on 127.0.0.1 is in use by another process: stop that one, or choose another "
+        "port with --port (0 takes a free one)\n"
+    )
+    assert list(tmp_path.iterdir()) == [], "a refused start leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--host", "0.0.0.0"), "--insecure"),
+        (("--host", "203.0.113.1", "--insecure"), "cannot be listened on"),
+        (("--workers", "2"), "need Redis"),
+        (("--auth", "nobody"), "no loaded plugin"),
+        (("--db", "no/such/folder/x.db"), "no/such/folder"),
+        (("--ui-dir", "nowhere"), "--ui-dir"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(tmp_path: Path, flags: tuple[str, ...], text: str) -> None:
+    assert text in refusal(serve("--port", "0", *flags, cwd=tmp_path))
+
+
+def test_a_misspelled_variable_is_warned_of(start_broker: Start) -> None:
+    assert "did you mean BROKER_QUEUE_DEPTH?" in start_broker(BROKER_QUEUE_DEPHT="3").stderr
+
+
+def test_nothing_but_the_ready_line_is_printed(start_broker: Start) -> None:
+    """A quiet start: one line on standard output (checked by the fixture), nothing in the log."""
+    process = start_broker("--plugins-dir", "no-such-folder")
+    httpx.get(f"{process.url}healthz", trust_env=False)
+    assert process.stderr == ""
+
+
+def test_the_prefix_is_part_of_the_url(start_broker: Start) -> None:
+    process = start_broker("--prefix", "/chat-server")
+    assert process.url.endswith("/chat-server/")
+    assert httpx.get(f"{process.url}readyz", trust_env=False).status_code == 200
+    redirect = httpx.get(process.url.rstrip("/"), trust_env=False)
+    assert redirect.headers["location"] == process.url
+
+
+@pytest.mark.parametrize("fast_path", ["--fast-path", "--no-fast-path"])
+async def test_both_ways_of_delivery(start_broker: Start, fast_path: str) -> None:
+    process = start_broker(fast_path)
+    async with BrokerClient(process.url) as client:
+        await client.publish("c1", "log", {"message": "one", "level": "info"})
+        async with aclosing(client.follow("c1", channels="sem", since=0)) as events:
+            assert (await anext(events))["data"]["message"] == "one"
+
+
+def test_connections_beyond_the_descriptor_limit_are_refused_in_good_order(tmp_path: Path) -> None:
+    """Before the operating system refuses: 503 with a time to come back, a short log, and it goes on afterwards."""
+    # 160 descriptors leave 32 connections beside what the server keeps for itself.
+    limited = ["sh", "-c", 'ulimit -n 160; exec "$@"', "sh"]
+    process = BrokerProcess(tmp_path, "--plugins-dir", "no-such-folder", wrapper=limited).start()
+    port = httpx.URL(process.url).port
+    assert port is not None
+    with ExitStack() as held, httpx.Client(trust_env=False, timeout=10) as client:
+        for _ in range(40):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        refused = client.get(f"{process.url}healthz")
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "5"
+        assert refused.json()["type"].endswith(":too-many-connections")
+        held.close()
+        deadline = time.monotonic() + 15
+        while client.get(f"{process.url}healthz").status_code != 200:
+            assert time.monotonic() < deadline, "still refusing although the others are gone"
+    process.stop()
+    assert "raise `ulimit -n`" in process.stderr
+    assert len(process.stderr.splitlines()) < 60

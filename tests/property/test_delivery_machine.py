@@ -1,0 +1,314 @@
+"""Publishers, clients, drops, resumes, stalls, evictions and restarts in any order, against a model of who saw what.
+
+After every step each client that reads has exactly what its profile let it see since where it started: nothing lost,
+nothing twice, nothing out of order, no false gap (I1, I3, I4, I6, I11, I12), and its state equals the timeline's (I5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from broker.clock import ManualClock
+from broker.envelope import Draft
+from broker.subscription import Subscription
+from broker.verify import verify_conversation
+from tests.support.core import Core, until
+from tests.support.wire import Client, Peer
+
+CONV = "c1"
+DRAFTS = {
+    "note": lambda n: Draft("note.said", {"text": f"note {n}"}),
+    "delta": lambda n: Draft("llm.delta", {"delta": f"d{n} ", "runId": "r"}, id=f"m{n % 2}"),
+    "thinking": lambda n: Draft("llm.thinking.delta", {"delta": f"t{n} ", "runId": "r"}, id=f"t{n % 2}"),
+    "user": lambda n: Draft("user.message", {"text": f"question {n}"}, id=f"u{n}"),
+    "trace": lambda n: Draft("trace.step", {"n": n}, channel="debug.trace"),
+}
+VISIBLE = {
+    "default": lambda event: event["channel"] == "sem",
+    "text": lambda event: event["type"] in ("llm.start", "llm.delta", "llm.final"),
+    "debug": lambda event: True,
+    "timeline": lambda event: False,
+}
+PROFILES = sorted(VISIBLE)
+
+
+@dataclass
+class Published:
+    seq: int
+    type: str
+    channel: str
+    id: str | None
+    data: dict[str, Any]
+
+    def visible(self, profile: str) -> bool:
+        return bool(VISIBLE[profile]({"channel": self.channel, "type": self.type}))
+
+
+@dataclass
+class Follower:
+    """A client in the model: what it should have by now."""
+
+    client: Client
+    profile: str
+    expected: list[Published] = field(default_factory=list)
+    position: int = 0
+    peer: Peer | None = None
+    subscription: Subscription | None = None
+    whole_state: bool = False
+    viewed_after: int = 0
+    history: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def was_shown(self, one: Published) -> bool:
+        return any(after < one.seq <= through and one.visible(profile) for profile, after, through in self.history)
+
+    @property
+    def reading(self) -> bool:
+        return self.peer is not None and not self.peer.stalled
+
+
+class DeliveryMachine(RuleBasedStateMachine):
+    store = "memory"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = tempfile.mkdtemp()
+        self.clock = ManualClock()
+        self.published: list[Published] = []
+        self.followers: list[Follower] = []
+        self.count = 0
+        self.core: Core | None = None
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    @initialize()
+    def start(self) -> None:
+        db = ":memory:" if self.store == "memory" else str(Path(self.folder) / "broker.db")
+        # Timers never fire by themselves: the machine ticks.
+        self.core = Core(
+            db,
+            clock=self.clock,
+            upsert_interval_s=3600.0,
+            timeline_flush_interval_s=3600.0,
+            sweep_interval_s=3600.0,
+            replay_page_events=3,
+            through_events=4,
+        )
+        self.run(self.core.broker.start())
+
+    # -- what happens ----------------------------------------------------------------------------------------------
+
+    @rule(kinds=st.lists(st.sampled_from(sorted(DRAFTS)), min_size=1, max_size=6), together=st.booleans())
+    def publish(self, kinds: list[str], together: bool) -> None:
+        drafts = []
+        for kind in kinds:
+            self.count += 1
+            drafts.append(DRAFTS[kind](self.count))
+        if together:
+            seqs = self.run(self.core.broker.publish(CONV, drafts))
+        else:
+
+            async def at_once() -> list[int]:
+                one_by_one = [self.core.broker.publish(CONV, [draft]) for draft in drafts]
+                return [seqs[0] for seqs in await asyncio.gather(*one_by_one)]
+
+            seqs = self.run(at_once())
+        new = [
+            Published(seq, draft.type, draft.channel or "sem", draft.id, dict(draft.data))
+            for seq, draft in zip(seqs, drafts, strict=True)
+        ]
+        assert all(seq > (self.published[-1].seq if self.published else 0) for seq in seqs)
+        self.published.extend(sorted(new, key=lambda one: one.seq))
+
+    @rule(seconds=st.sampled_from([-3600.0, -0.001, 0.0, 0.001, 60.0]))
+    def step_clock(self, seconds: float) -> None:
+        self.clock.step_wall(seconds)
+
+    @rule(profile=st.sampled_from(PROFILES), how=st.sampled_from(["live", "everything", "hydrate"]))
+    def connect(self, profile: str, how: str) -> None:
+        if len(self.followers) >= 6:
+            return
+        follower = Follower(Client(since=0 if how == "everything" else None), profile)
+        follower.position = 0 if how == "everything" else (self.published[-1].seq if self.published else 0)
+        follower.whole_state = how != "live"
+        self.followers.append(follower)
+        asked = {"live": {}, "everything": {"since": 0}, "hydrate": {"hydrate": True}}[how]
+        self._attach(follower, asked)
+
+    def _attach(self, follower: Follower, asked: dict[str, Any]) -> None:
+        follower.history.clear()  # the server remembers what a connection was shown, not what a client was
+        follower.viewed_after = asked.get("since", self.published[-1].seq if self.published else 0)
+        follower.peer, follower.subscription = self.run(
+            self.core.connect(CONV, client=follower.client, profile=follower.profile, buffer_bytes=200, **asked)
+        )
+
+    @precondition(lambda self: any(follower.peer for follower in self.followers))
+    @rule(data=st.data())
+    def drop(self, data: Any) -> None:
+        follower = data.draw(st.sampled_from([one for one in self.followers if one.peer]))
+        self.run(self.core.disconnect(follower.peer))
+        # What waited in the peer's buffer is gone with the connection; the client resumes from what it took.
+        follower.peer = follower.subscription = None
+
+    @precondition(lambda self: any(not follower.peer for follower in self.followers))
+    @rule(data=st.data())
+    def resume(self, data: Any) -> None:
+        follower = data.draw(st.sampled_from([one for one in self.followers if not one.peer]))
+        hellos = len(follower.client.controls("ws.hello"))
+        self._attach(follower, {"since": follower.client.last, "epoch": follower.client.epoch})
+        assert follower.client.controls("ws.hello")[hellos]["recovered"] is True
+
+    @precondition(lambda self: any(follower.reading for follower in self.followers))
+    @rule(data=st.data())
+    def stall(self, data: Any) -> None:
+        data.draw(st.sampled_from([one for one in self.followers if one.reading])).peer.stall()
+
+    @precondition(lambda self: any(one.peer and one.peer.stalled for one in self.followers))
+    @rule(data=st.data())
+    def read_on(self, data: Any) -> None:
+        follower = data.draw(st.sampled_from([one for one in self.followers if one.peer and one.peer.stalled]))
+        self.run(self._call(follower.peer.read))
+
+    async def _call(self, action: Any) -> None:
+        action()
+
+    @precondition(lambda self: any(follower.reading for follower in self.followers))
+    @rule(data=st.data(), profile=st.sampled_from(PROFILES), replay=st.booleans())
+    def change_view(self, data: Any, profile: str, replay: bool) -> None:
+        follower = data.draw(st.sampled_from([one for one in self.followers if one.reading]))
+        self.run(self._settle())
+        since = 0 if replay else None
+        old = follower.profile
+        now = self.published[-1].seq if self.published else 0
+        self._expect(follower)
+        self.run(
+            self.core.broker.change_view(follower.subscription, profile=profile, channels=None, since=since)
+        )
+        follower.history.append((old, follower.viewed_after, now))
+        follower.viewed_after = 0 if replay else now
+        if replay:
+            follower.expected.extend(
+                one
+                for one in self.published
+                if one.seq <= now and one.visible(profile) and not follower.was_shown(one)
+            )
+        follower.profile = profile
+        follower.position = now
+        follower.whole_state = False
+
+    @rule()
+    def tick(self) -> None:
+        self.clock.advance(0.3)
+        self.run(self.core.broker.housekeeping.tick())
+
+    @rule()
+    def ping(self) -> None:
+        for follower in self.followers:
+            if follower.reading:
+                self.run(self._call(lambda one=follower: self.core.broker.ping(one.subscription, None)))
+
+    @precondition(lambda self: not any(follower.peer for follower in self.followers))
+    @rule()
+    def evict(self) -> None:
+        self.clock.advance(10_000)
+        self.run(self.core.broker.conversations.sweep())
+        assert self.core.broker.conversations.get(CONV) is None
+
+    @precondition(lambda self: self.store != "memory")
+    @rule()
+    def restart(self) -> None:
+        self.run(self.core.broker.stop(drain_s=0))
+        for follower in self.followers:
+            follower.peer = follower.subscription = None
+        self.start()
+
+    # -- what must hold --------------------------------------------------------------------------------------------
+
+    def _expect(self, follower: Follower) -> None:
+        """Move the model's idea of a follower up to the newest envelope."""
+        follower.expected.extend(
+            one for one in self.published if one.seq > follower.position and one.visible(follower.profile)
+        )
+        if self.published:
+            follower.position = max(follower.position, self.published[-1].seq)
+
+    async def _settle(self) -> None:
+        await until(
+            lambda: all(one.subscription.status == "live" for one in self.followers if one.reading), timeout_s=5
+        )
+
+    @invariant()
+    def everyone_who_reads_has_everything(self) -> None:
+        if self.core is None:
+            return
+        self.run(self._settle())
+        for follower in self.followers:
+            client = follower.client
+            assert not client.gaps
+            assert client.duplicates == 0
+            if follower.reading:
+                self._expect(follower)
+                self._same(follower)
+
+    def _same(self, follower: Follower) -> None:
+        client, expected = follower.client, follower.expected
+        plain = [one.seq for one in expected if not one.type.endswith(".delta")]
+        assert [int(e["seq"]) for e in client.events if not e["type"].endswith(".delta")] == plain
+        for kind, key in {(one.type, one.id) for one in expected if one.type.endswith(".delta")}:
+            text = "".join(one.data["delta"] for one in expected if (one.type, one.id) == (kind, key))
+            got = "".join(e["data"]["delta"] for e in client.events if (e["type"], e["id"]) == (kind, key))
+            assert got == text, follower.profile
+
+    def teardown(self) -> None:
+        try:
+            if self.core is not None:
+                self.run(self._finish())
+                self.run(self.core.broker.stop(drain_s=0))
+        finally:
+            self.loop.close()
+            shutil.rmtree(self.folder)
+
+    async def _finish(self) -> None:
+        """Everything ends: final states are shown at once, equal the timeline, and the timeline equals its fold."""
+        for follower in self.followers:
+            if follower.peer and follower.peer.stalled:
+                follower.peer.read()
+        await self._settle()
+        ids = {one.id for one in self.published if one.type == "llm.delta"}
+        for id in sorted(ids):  # noqa: A001
+            await self.core.broker.publisher(CONV).publish("llm.final", {"runId": "r", "text": f"done {id}"}, id=id)
+        self.clock.advance(10)
+        for _ in range(3):
+            await self.core.broker.housekeeping.tick()
+        broker = self.core.broker
+        state = {entity.id: entity.to_wire() for entity in await broker.timeline.entities(CONV)}
+        for follower in self.followers:
+            if follower.peer and follower.profile != "text" and follower.whole_state:
+                finished = {id for id, entity in state.items() if not id.startswith("t")}
+                assert {id: follower.client.entities.get(id) for id in finished} == {id: state[id] for id in finished}
+        report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, CONV)
+        assert not report.differences
+
+
+class SqliteDeliveryMachine(DeliveryMachine):
+    store = "sqlite"
+
+
+COMMON = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+TestMemory = pytest.mark.timeout(300)(DeliveryMachine.TestCase)
+TestMemory.settings = COMMON
+TestSqlite = pytest.mark.timeout(300)(SqliteDeliveryMachine.TestCase)
+TestSqlite.settings = settings(COMMON, max_examples=25)

@@ -1,0 +1,246 @@
+"""Runs under several clients at once: whatever they do, in whatever order, each run ends once and in its turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from tests.support.run_bench import ALICE, FAST, TERMINAL, Bench
+from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call
+
+from broker.errors import EngineError, IdempotencyPending, LimitExceeded, NotFound
+from broker.runs.engine import EngineEvent, EngineRequest, Finish, TextDelta
+from broker.runs.tools import Tool
+
+CONVERSATIONS = ("c1", "c2")
+PROMPTS = ("say", "use tools", "break", "break later")
+
+
+class Traffic:
+    """Lets engines and tools go on when the test says so: what happens between is then up to the test."""
+
+    def __init__(self) -> None:
+        self._light = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self._light.wait()
+
+    def go(self) -> None:
+        self._light.set()
+        self._light = asyncio.Event()
+
+
+class TrafficEngine(ScriptedEngine):
+    """Answers as the prompt says, waiting at each event."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+
+    async def stream(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
+        prompt = next(m.content for m in reversed(request.messages) if m.role == "user")
+        await self._traffic.wait()
+        if prompt == "break":
+            raise EngineError("broke before anything", retryable=True)
+        yield TextDelta("one ")
+        await self._traffic.wait()
+        if prompt == "break later":
+            raise EngineError("broke in the middle")
+        if prompt == "use tools" and request.step == 0:
+            for event in [*call("risky", {}, f"{request.run_id}-r"), *call("safe", {}, f"{request.run_id}-s")]:
+                yield event
+        yield TextDelta("two")
+        yield Finish("stop")
+
+
+def ticks(count: int) -> Coroutine[Any, Any, None]:
+    async def tick() -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    return tick()
+
+
+ACTION = st.one_of(
+    st.tuples(
+        st.just("send"), st.sampled_from(CONVERSATIONS), st.sampled_from(PROMPTS), st.sampled_from([None, "k1", "k2"])
+    ),
+    st.tuples(st.sampled_from(["cancel", "approve", "deny"]), st.sampled_from(CONVERSATIONS)),
+    st.tuples(st.sampled_from(["cancel_run", "withdraw", "front"]), st.integers(0, 9)),
+    st.tuples(st.just("go")),
+)
+
+
+class RunMachine(RuleBasedStateMachine):
+    """A service, its clients, and now and then the end of its process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.sent: list[tuple[str, str]] = []
+        self.keys: dict[tuple[str, str], tuple[str, str]] = {}
+        self.ran: Counter[str] = Counter()
+
+    @initialize()
+    def start(self) -> None:
+        async def begin() -> None:
+            self.bench = Bench(self._plugin(), limits=FAST)
+            await self.bench.runs.start()
+
+        self.runner.run(begin())
+
+    def _plugin(self) -> EnginePlugin:
+        self.traffic = traffic = Traffic()
+
+        async def tool(_given: Any, context: Any) -> str:
+            self.ran[context.call_id] += 1
+            await traffic.wait()
+            return "ok"
+
+        return EnginePlugin(
+            TrafficEngine(traffic),
+            tools=[
+                Tool("risky", "", {"type": "object"}, tool, requires_approval=True),
+                Tool("safe", "", {"type": "object"}, tool),
+            ],
+        )
+
+    @rule(actions=st.lists(ACTION, min_size=1, max_size=5), pause=st.integers(0, 12))
+    def act(self, actions: list[tuple[Any, ...]], pause: int) -> None:
+        """Several clients act at the same time."""
+
+        async def together() -> None:
+            await asyncio.gather(*(self._do(*action) for action in actions))
+            await ticks(pause)
+
+        self.runner.run(together())
+
+    @rule(pause=st.integers(0, 20))
+    def die(self, pause: int) -> None:
+        """The process ends without warning, and another one takes over."""
+
+        async def again() -> None:
+            await ticks(pause)
+            reborn = await self.bench.kill(self._plugin())
+            self.bench.host.close()
+            self.bench = reborn
+            await self.bench.runs.start()
+
+        self.runner.run(again())
+
+    @rule()
+    def restart(self) -> None:
+        """The process is stopped in good order, and another one takes over."""
+
+        async def again() -> None:
+            old = self.bench
+            await old.runs.stop(drain_s=0)
+            old.host.close()
+            self.bench = Bench(
+                self._plugin(), store=old.store, turns=old.turns, journal=old.journal, limits=old.limits
+            )
+            await self.bench.runs.start()
+
+        self.runner.run(again())
+
+    async def _do(self, what: str, *args: Any) -> None:
+        runs = self.bench.runs
+        match what:
+            case "send":
+                await self._send(*args)
+            case "cancel":
+                await runs.cancel(*args)
+            case "approve":
+                await runs.approve_tools(*args, None, "alice")
+            case "deny":
+                await runs.deny_tools(*args, None, "bob")
+            case "go":
+                self.traffic.go()
+            case _:
+                if not self.sent:
+                    return
+                conv_id, run_id = self.sent[args[0] % len(self.sent)]
+                action = {"cancel_run": runs.cancel, "withdraw": runs.withdraw, "front": runs.move_to_front}[what]
+                try:
+                    await action(conv_id, run_id)
+                except NotFound:
+                    raise AssertionError("an accepted run is gone") from None
+
+    async def _send(self, conv_id: str, prompt: str, key: str | None) -> None:
+        if key is not None:
+            prompt = "say"  # one body per key
+        try:
+            sent = await self.bench.runs.send(ALICE, conv_id, prompt, idempotency_key=key)
+        except (IdempotencyPending, LimitExceeded):
+            return
+        if key is not None:
+            first = self.keys.setdefault((conv_id, key), (sent.run_id, sent.status))
+            assert first == (sent.run_id, sent.status), "a repeated key got another answer"
+        self.sent.append((conv_id, sent.run_id))
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "bench"):
+                self.runner.run(self._finish())
+                self._check()
+        finally:
+            self.runner.close()
+
+    async def _finish(self) -> None:
+        bench = self.bench
+
+        async def settled() -> bool:
+            self.traffic.go()
+            for conv_id in CONVERSATIONS:
+                await bench.runs.approve_tools(conv_id, None, "alice")
+            return not await bench.store.unsettled()
+
+        await bench.until(settled)
+        await bench.runs.stop(drain_s=0)
+        bench.host.close()
+
+    def _check(self) -> None:
+        bench = self.bench
+        bench.check_one_end_each()
+        ends: Counter[str] = Counter()
+        for conv_id in CONVERSATIONS:
+            working: str | None = None
+            announced: set[str] = set()
+            for event in bench.events(conv_id):
+                run_id = event.data.get("runId")
+                if event.type == "user.message":
+                    assert run_id not in announced, "a prompt was published twice"
+                    announced.add(run_id)
+                elif event.type == "run.started":
+                    assert run_id in announced, "a run started before its prompt was published"
+                    assert working is None, "two runs at once"
+                    working = run_id
+                elif event.type in TERMINAL:
+                    ends[run_id] += 1
+                    working = None if working == run_id else working
+                elif event.type.startswith(("llm.", "tool.")):
+                    assert working == run_id, f"{event.type} of a run that is not at work"
+            for entity in bench.journal.entities_by_conv.get(conv_id, {}).values():
+                assert not entity.growing, entity
+                if entity.kind == "tool_call":
+                    assert entity.props["status"] in ("done", "error", "denied"), entity
+        assert ends == Counter({run_id: 1 for _, run_id in self.sent}) | ends
+        assert set(ends.values()) <= {1}
+        assert max(self.ran.values(), default=0) <= 1, "a tool call was carried out twice"
+
+
+def test_runs_under_several_clients() -> None:
+    """A short form for every test run; more examples find the same faults, only rarer ones."""
+    run_state_machine_as_test(
+        RunMachine,
+        settings=settings(
+            max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
