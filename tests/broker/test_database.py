@@ -1,6 +1,6 @@
 """The SQLite file: whose it is, one writer, group commit, reading, closing."""
 
-# ruff: noqa: ASYNC240 - a test may block its own event loop to look at a file
+
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.support.core import CALLER, Core, database, until
+from tests.support.wire import Client, Peer
 
 from broker.envelope import Draft
 from broker.errors import InvalidDraft, PermissionDenied, UnknownChannel, UnknownProfile
 from broker.security import Principal
 from broker.subscription import SubscribeRequest
-from tests.support.core import CALLER, Core, database, until
-from tests.support.wire import Client, Peer
 
 
 @pytest.fixture(params=["memory", "sqlite"])

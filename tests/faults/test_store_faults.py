@@ -1,6 +1,6 @@
 """The SQLite stores under real faults: kill -9, full disks, locks, missing permissions. I3, I12."""
 
-# ruff: noqa: ASYNC240 - a test may block its own event loop to look at a file
+
 
 from __future__ import annotations
 

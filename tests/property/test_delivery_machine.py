@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.support.core import Core, until
+from tests.support.wire import Client, Peer
 
 from broker.clock import ManualClock
 from broker.envelope import Draft
 from broker.subscription import Subscription
 from broker.verify import verify_conversation
-from tests.support.core import Core, until
-from tests.support.wire import Client, Peer
 
 CONV = "c1"
 DRAFTS = {
@@ -286,7 +286,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                 follower.peer.read()
         await self._settle()
         ids = {one.id for one in self.published if one.type == "llm.delta"}
-        for id in sorted(ids):  # noqa: A001
+        for id in sorted(ids):
             await self.core.broker.publisher(CONV).publish("llm.final", {"runId": "r", "text": f"done {id}"}, id=id)
         self.clock.advance(10)
         for _ in range(3):

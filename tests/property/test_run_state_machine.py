@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -239,7 +240,10 @@ def test_runs_under_several_clients() -> None:
     run_state_machine_as_test(
         RunMachine,
         settings=settings(
-            max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=int(os.environ.get("RUN_MACHINE_EXAMPLES", "60")),
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 

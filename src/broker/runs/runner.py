@@ -313,10 +313,10 @@ class RunTask:
     async def _pause(self, error: EngineError, attempt: int) -> None:
         """Wait before the next try: as long as the provider asked for, else doubling with jitter."""
         limits = self._limits
-        asked = error.fields.get("retry_after_s")
+        asked_ms = error.fields.get("retry_after_ms")
         delay = limits.retry_delay_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-        if isinstance(asked, int | float) and asked >= 0:
-            delay = float(asked)
+        if isinstance(asked_ms, int | float) and asked_ms >= 0:
+            delay = asked_ms / 1000
         if delay > limits.retry_delay_max_s:
             raise error  # the person should know now, not after minutes of silence
         data = {

@@ -84,7 +84,7 @@ export class TimelineView {
   /** The last thing on the page says itself that something is going on: a growing text, a question to the reader. */
   #showsLife() {
     const last = this.#store.list().at(-1);
-    const growing = last?.kind === "message" && this.#store.isOpen(last) && last.text.length > 0;
+    const growing = last !== undefined && this.#store.isOpen(last) && (last.kind === "thinking" || last.text.length > 0);
     return growing || this.#store.isWaitingForPerson();
   }
 

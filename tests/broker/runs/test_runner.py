@@ -10,7 +10,8 @@ import pytest
 from tests.support.run_bench import ALICE, FAST, Bench
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
-from broker.errors import DraftRefused, EngineError, StoreUnavailable
+from broker.envelope import Draft
+from broker.errors import DraftRefused, EngineError, RunEnded, StoreUnavailable
 from broker.runs.engine import EngineProfile, Opaque, ReasoningDelta, TextDelta, ToolCallEnd, ToolCallStart, Usage
 from broker.runs.limits import RunLimits
 from broker.runs.run_publisher import RunPublisher
@@ -214,12 +215,12 @@ async def test_what_was_seen_or_cannot_succeed_is_not_tried_again(first: list[An
 
 
 async def test_retry_after_goes_before_and_too_long_a_wait_is_a_failure() -> None:
-    later = EngineError("slow down", kind="http", status=429, retryable=True, retry_after_s=0)
+    later = EngineError("slow down", kind="http", status=429, retryable=True, retry_after_ms=0)
     engine = ScriptedEngine([later], text("x"))
     limits = replace(FAST, retry_delay_s=1000.0)
     async with Bench(EnginePlugin(engine), limits=limits) as bench:
         assert (await talk(bench)).status == "finished"
-    much_later = EngineError("slow down", kind="http", status=429, retryable=True, retry_after_s=3600)
+    much_later = EngineError("slow down", kind="http", status=429, retryable=True, retry_after_ms=3_600_000)
     async with Bench(EnginePlugin(ScriptedEngine([much_later], text("x")))) as bench:
         assert (await talk(bench)).status == "failed"
 
@@ -364,6 +365,21 @@ async def test_the_publisher_holds_the_stream_back_when_publishing_is_slow() -> 
     await publisher.flush()
     assert sum(batches) == 2000
     assert max(batches) <= 512
+
+
+async def test_what_comes_after_the_end_is_refused_and_counted() -> None:
+    published: list[str] = []
+
+    async def publish(_conv_id: str, drafts: Any) -> list[int]:
+        published.extend(draft.type for draft in drafts)
+        return [1] * len(drafts)
+
+    publisher = RunPublisher("c", "r", publish)
+    await publisher.put([Draft("llm.delta", {})])
+    await publisher.end()
+    with pytest.raises(RunEnded, match=r"run r has ended: llm\.delta comes too late"):
+        await publisher.put([Draft("llm.delta", {}), Draft("llm.delta", {})])
+    assert (published, publisher.refused) == (["llm.delta"], 2)
 
 
 def test_limits_follow_the_settings() -> None:
