@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 from broker.channels import Channel, EventType
 from broker.envelope import SEM, check_channel_name, check_event_type
-from broker.errors import PluginError, UnknownChannel, UnknownProfile
+from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -122,9 +122,9 @@ class Catalog:
         return not channel.switchable or channel.name in self.switched_on
 
     def switch(self, name: str, *, on: bool) -> None:
-        """Switch a debug channel on or off. Raises UnknownChannel, PluginError for a channel without a switch."""
+        """Switch a debug channel on or off. Raises UnknownChannel, InvalidInput for a channel without a switch."""
         if not self.channel(name).switchable:
-            raise PluginError(f"channel {name!r} is always on: only debug channels can be switched", channel=name)
+            raise InvalidInput(f"channel {name!r} is always on: only debug channels can be switched", channel=name)
         if on:
             self.switched_on.add(name)
         else:

@@ -228,7 +228,7 @@ class Subscriptions:
         task, subscription.task = subscription.task, None
         if task is not None:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait([task])  # not gather: cancelled from outside, it hides by whom (anyio scopes need to know)
 
     # -- told by the pool -----------------------------------------------------------------------------------------
 
@@ -248,7 +248,9 @@ class Subscriptions:
         """A parked connection can take bytes again: bring it up to date from the log."""
         subscription = self._by_connection.get(connection_id)
         if subscription is not None and subscription.status == "parked":
-            self._catch_up(subscription, state_after=subscription.state_cursor, lag=True)
+            # Events first, state at the join: a merged delta must not straddle a version that the client already has,
+            # because it could not tell how much of it is new.
+            self._catch_up(subscription, state_after=None, lag=True)
 
     def on_idle(self, group: Hashable) -> None:
         """The last connection left an audience: nothing is encoded for it any more."""
@@ -301,6 +303,26 @@ class Subscriptions:
         for subscription in self.all():
             self._pool.close(subscription.connection_id, 1012, "service restart")
             await self.close_one(subscription, "drain")
+
+    def describe(self, subscription: Subscription) -> dict[str, Any]:
+        """Return what operators see of a connection: view, position, lag in envelopes' seq scale, queued bytes."""
+        head = subscription.conversation.position
+        return {
+            "connectionId": subscription.connection_id,
+            "convId": subscription.conv_id,
+            "subject": subscription.principal.subject,
+            "profile": subscription.profile,
+            "channels": subscription.view.channel_names,
+            "view": subscription.view.key,
+            "status": subscription.status,
+            "position": str(subscription.position),
+            "head": str(head),
+            "behind": subscription.position < head,
+            "queuedBytes": self._pool.buffered_bytes(subscription.connection_id),
+            "parkedTimes": subscription.parked,
+            "skippedEvents": subscription.skipped,
+            "openedAtMs": subscription.opened_at_ms,
+        }
 
     def require(self, connection_id: str) -> Subscription:
         """Return a subscription. Raises NotFound."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from transports.pool import ConnectionPool, Framing
 
@@ -81,8 +82,7 @@ class QueuedConnection:
     async def stop(self) -> None:
         """End the writer. Called by the endpoint when the peer has gone."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended(self._task)
 
     async def _run(self) -> None:
         try:
@@ -105,3 +105,17 @@ class QueuedConnection:
             logger.debug("connection %s: write failed: %r", self.id, exc)
         finally:
             self.finished.set()
+
+
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended, whatever they end with.
+
+    Not `gather`: cancelled from outside it raises a CancelledError of its own, which a cancel scope of anyio (every
+    Starlette endpoint under its test client) does not know as its own and lets escape.
+    """
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()

@@ -30,7 +30,7 @@ from broker.errors import (
 from broker.security import Principal
 from broker.sequence import parse_seq
 from broker.subscription import SubscribeRequest
-from transports.asgi_delivery import QueuedConnection
+from transports.asgi_delivery import QueuedConnection, ended
 from transports.client_messages import ClientMessages
 from transports.fast_connection import FastConnection
 from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET
@@ -239,9 +239,7 @@ async def _serve_asgi(
         await written
     finally:
         pool.remove(connection.id)
-        reader.cancel()
-        written.cancel()
-        await asyncio.gather(reader, written, return_exceptions=True)
+        await ended(reader, written)
         await connection.stop()
         if messages.subscription is not None:
             await broker.unsubscribe(messages.subscription, "closed")

@@ -46,8 +46,8 @@ class Page:
     """A stretch of the log: every envelope with `after < seq <= through`, in order, nothing left out.
 
     through: the position that is decided by this page: the last envelope's seq, or the smaller of `upto` and head when
-    the page reaches it; never below `after`. more: envelopes after `through` may exist. trimmed_seq: as in LogState at the time of reading; a
-    reader whose `after` is below it has lost something and must be reset.
+    the page reaches it; never below `after`. more: envelopes after `through` may exist. trimmed_seq: as in LogState at
+    the time of reading; a reader whose `after` is below it has lost something and must be reset.
     """
 
     envelopes: list[Envelope] = field(default_factory=list)

@@ -10,8 +10,6 @@ from starlette.responses import Response
 
 from broker.conversations import Conversation
 from broker.envelope import check_conv_id
-from broker.errors import InvalidInput
-from broker.subscription import Subscription
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api
@@ -42,7 +40,18 @@ def debug_router(api: Api) -> APIRouter:
         """Return the connections of this process: view, position, and how far behind they are."""
         await api.permitted(request, "debug", conv_id)
         found = [one for one in broker.subscriptions.all() if conv_id is None or one.conv_id == conv_id]
-        return json_response({"connections": [_connection(one) for one in found]})
+        return json_response({"connections": [broker.subscriptions.describe(one) for one in found]})
+
+    @router.get("/dead-letters")
+    async def dead_letters(
+        request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> Response:
+        """Return the envelopes of a conversation that no timeline handler could fold, by seq, with the reason."""
+        await api.permitted(request, "debug", check_conv_id(conv_id))
+        letters = await broker.stores.timeline.dead_letters(conv_id, limit=limit)
+        return json_response(
+            {"deadLetters": [{"seq": str(one.seq), "type": one.type, "error": one.error} for one in letters]}
+        )
 
     @router.get("/plugins")
     async def plugins(request: Request) -> Response:
@@ -64,8 +73,6 @@ def debug_router(api: Api) -> APIRouter:
         """Switch a debug channel on or off, for every conversation of this process."""
         await api.permitted(request, "debug")
         wanted = await api.body(request, _SWITCH)
-        if not broker.catalog.channel(name).switchable:
-            raise InvalidInput(f"channel {name!r} is always on: only debug channels can be switched", channel=name)
         broker.catalog.switch(name, on=wanted.enabled)
         return json_response({"channel": name, "enabled": wanted.enabled})
 
@@ -79,21 +86,8 @@ def _conversation(conversation: Conversation) -> dict[str, Any]:
         "position": str(conversation.position),
         "connections": conversation.subscriptions,
         "inUse": conversation.in_use,
-    }
-
-
-def _connection(subscription: Subscription) -> dict[str, Any]:
-    return {
-        "connectionId": subscription.connection_id,
-        "convId": subscription.conv_id,
-        "subject": subscription.principal.subject,
-        "profile": subscription.profile,
-        "channels": list(subscription.view.channel_names),
-        "view": subscription.view.key,
-        "status": subscription.status,
-        "position": str(subscription.position),
-        "head": str(subscription.conversation.position),
-        "openedAtMs": subscription.opened_at_ms,
+        "lateEnvelopes": conversation.timeline.late,
+        "deadLetters": conversation.timeline.dead_letters,
     }
 
 

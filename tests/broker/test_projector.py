@@ -1,0 +1,405 @@
+"""The projector: what is shown and saved stays linear in what was said, and whatever was saved can be folded on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.envelope import Envelope, encode_json
+from broker.testing import EnvelopeFactory
+from broker.timeline.builtin import BUILTIN_HANDLERS
+from broker.timeline.entity import Entity
+from broker.timeline.handlers import TimelineHandler, new_entity
+from broker.timeline.projector import (
+    BUDGET_FACTOR,
+    BUDGET_SLACK_BYTES,
+    CACHED_ENTITIES,
+    ENTITY_OVERHEAD_BYTES,
+    REFOLD_MAX,
+    ConversationTimeline,
+)
+from broker.timeline.store import DeadLetter, TimelineSave
+
+HANDLERS = {handler.event_type: handler for handler in BUILTIN_HANDLERS}
+
+
+def begun(handlers: Mapping[str, TimelineHandler] = HANDLERS) -> ConversationTimeline:
+    """A timeline of a conversation that begins here."""
+    timeline = ConversationTimeline("c1", handlers)
+    timeline.complete = True
+    return timeline
+
+
+class Store:
+    """What a timeline store holds of one conversation, by the store's rules."""
+
+    def __init__(self) -> None:
+        self.entities: dict[str, Entity] = {}
+        self.cursor = 0
+        self.dead: list[DeadLetter] = []
+
+    def take(self, save: TimelineSave) -> None:
+        for entity in save.entities:
+            known = self.entities.get(entity.id)
+            if known is None or known.version < entity.version:
+                # As it comes back from a store: plain JSON, texts as strings.
+                self.entities[entity.id] = replace(entity, props=entity.to_wire()["props"])
+        self.cursor = max(self.cursor, save.cursor)
+        self.dead.extend(save.dead_letters)
+
+    def reopened(self, handlers: Mapping[str, TimelineHandler] = HANDLERS) -> ConversationTimeline:
+        timeline = ConversationTimeline("c1", handlers)
+        timeline.begin(self.cursor)
+        timeline.adopt(list(self.entities), self.entities)
+        timeline.complete = True
+        return timeline
+
+
+def wire(timeline: ConversationTimeline) -> dict[str, Any]:
+    return {id: entity.to_wire() for id, entity in timeline.live().items()}
+
+
+def flush(timeline: ConversationTimeline, store: Store, *, everything: bool = False) -> int:
+    """Save as housekeeping does; return the bytes that the texts of what was saved have."""
+    save = timeline.take_save(everything=everything)
+    if save is None:
+        return 0
+    store.take(save)
+    timeline.saved(save)
+    return sum(text_bytes(entity) for entity in save.entities)
+
+
+def text_bytes(entity: Entity) -> int:
+    return len(str(entity.props.get("text", "")).encode()) + ENTITY_OVERHEAD_BYTES
+
+
+# -- what is shown and saved is linear (I16) ---------------------------------------------------------------------------
+
+
+def bound(final_bytes: int) -> int:
+    """What a finished text may have cost in all: the budget while it grew, and the final state once."""
+    return (BUDGET_FACTOR + 1) * (final_bytes + ENTITY_OVERHEAD_BYTES) + BUDGET_SLACK_BYTES
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 700), st.integers(1, 4), st.booleans()), min_size=1, max_size=150),
+    st.sampled_from(["x", "ü", "語"]),
+)
+def test_shown_and_saved_bytes_are_linear_however_the_deltas_come(
+    steps: list[tuple[int, int, bool]], letter: str
+) -> None:
+    """Deltas of any size in batches of any size, a tick after each or not: a slow stream is one with a tick each time."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    shown = saved = 0
+    for size, count, tick in steps:
+        batch = [envelope("llm.delta", {"delta": letter * size}, id="m") for _ in range(count)]
+        shown += sum(map(text_bytes, timeline.fold(batch)))
+        if tick:
+            shown += sum(map(text_bytes, timeline.due()))
+            saved += flush(timeline, store)
+    final = timeline.fold([envelope("llm.final", {"finishReason": "stop"}, id="m")])
+    assert [entity.id for entity in final] == ["m"], "the final state is never delayed"
+    shown += text_bytes(final[0])
+    saved += flush(timeline, store)
+    size = sum(size * count for size, count, _ in steps) * len(letter.encode())
+    assert shown <= bound(size)
+    assert saved <= bound(size)
+    assert store.entities["m"].to_wire() == timeline.live()["m"].to_wire()
+    assert not timeline.dirty
+
+
+def test_one_character_at_a_time_with_a_tick_after_each() -> None:
+    """The slowest stream there is: 3,000 deltas, every one with the time to be shown and saved."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    shown = saved = 0
+    for _ in range(3000):
+        shown += sum(map(text_bytes, timeline.fold([envelope("llm.delta", {"delta": "x"}, id="m")])))
+        shown += sum(map(text_bytes, timeline.due()))
+        saved += flush(timeline, store)
+    assert 3000 < shown <= bound(3000)
+    assert 3000 < saved <= bound(3000)
+
+
+def test_a_short_answer_is_shown_while_it_grows() -> None:
+    """The slack is there for this: the beginning of an answer is not held back until it is long."""
+    timeline, envelope = begun(), EnvelopeFactory()
+    assert timeline.fold([envelope("llm.delta", {"delta": "He"}, id="m")])
+    assert not timeline.fold([envelope("llm.delta", {"delta": "llo"}, id="m")]), "the tick is soon enough"
+    assert [str(entity.props["text"]) for entity in timeline.due()] == ["Hello"]
+    assert timeline.due() == []
+
+
+def test_what_does_not_grow_is_shown_at_once_and_once() -> None:
+    timeline, envelope = begun(), EnvelopeFactory()
+    shown = timeline.fold([envelope("user.message", {"text": "one"}, id="u"), envelope("user.message", {"text": "two"}, id="u")])
+    assert [(entity.id, entity.props["text"]) for entity in shown] == [("u", "two")]
+    assert not timeline.pending
+
+
+def test_a_held_back_entity_lowers_the_floor_until_it_is_shown() -> None:
+    """Who is parked now has to be sent everything above the floor later on."""
+    timeline, envelope = begun(), EnvelopeFactory()
+    timeline.fold([first := envelope("llm.delta", {"delta": "a"}, id="m")])
+    assert timeline.shown_floor == first.seq
+    timeline.fold([second := envelope("llm.delta", {"delta": "b"}, id="m")])
+    assert timeline.shown_floor == first.seq
+    timeline.due()
+    assert timeline.shown_floor == second.seq
+
+
+# -- folding -----------------------------------------------------------------------------------------------------------
+
+
+def test_position_is_the_first_version_the_newest() -> None:
+    timeline, envelope = begun(), EnvelopeFactory()
+    envelopes = [envelope("llm.delta", {"delta": str(n)}, id="m") for n in range(3)]
+    timeline.fold(envelopes)
+    entity = timeline.live()["m"]
+    assert (entity.position, entity.version) == (envelopes[0].seq, envelopes[2].seq)
+    assert (entity.created_at_ms, entity.updated_at_ms) == (envelopes[0].time_ms, envelopes[2].time_ms)
+    assert timeline.position == envelopes[2].seq
+
+
+def test_folding_again_changes_nothing() -> None:
+    """Nodes fold the same log, and a restart folds from an older cursor."""
+    timeline, envelope = begun(), EnvelopeFactory()
+    envelopes = [envelope("llm.delta", {"delta": str(n)}, id="m") for n in range(5)]
+    timeline.fold(envelopes)
+    before = wire(timeline)
+    timeline.fold(envelopes[2:])
+    assert wire(timeline) == before
+
+
+def test_what_comes_after_the_end_is_counted() -> None:
+    timeline, envelope = begun(), EnvelopeFactory()
+    timeline.fold([envelope("llm.final", {"text": "done"}, id="m"), late := envelope("llm.delta", {"delta": "!"}, id="m")])
+    assert timeline.late == 1
+    assert timeline.live()["m"].props["text"] == "done"
+    assert timeline.position == late.seq
+
+
+def test_what_cannot_be_folded_is_kept_for_people_to_see() -> None:
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    bad = envelope("llm.delta", {"delta": 5}, id="m")
+    timeline.fold([bad, envelope("llm.delta", {"delta": "ok"}, id="m")])
+    assert timeline.dead_letters == 1
+    assert timeline.dirty
+    flush(timeline, store)
+    assert [(letter.seq, letter.type) for letter in store.dead] == [(bad.seq, "llm.delta")]
+    assert "delta" in store.dead[0].error
+    assert str(timeline.live()["m"].props["text"]) == "ok", "the rest goes on"
+    flush(timeline, store, everything=True)
+    assert len(store.dead) == 1, "and it is kept once"
+
+
+def test_a_handler_whose_keys_raise_is_buried_too() -> None:
+    def keys(envelope: Envelope) -> tuple[str, ...]:
+        raise KeyError("no id")
+
+    timeline = ConversationTimeline("c1", {"llm.delta": TimelineHandler("llm.delta", lambda e, v: (), keys)})
+    envelope = EnvelopeFactory()("llm.delta")
+    assert timeline.missing([envelope]) == set()
+    assert timeline.fold([envelope]) == []
+    assert timeline.dead_letters == 1
+    assert timeline.position == envelope.seq
+
+
+def test_only_what_memory_lacks_is_asked_of_the_store() -> None:
+    timeline, envelope = ConversationTimeline("c1", HANDLERS), EnvelopeFactory()
+    batch = [envelope("llm.delta", {"delta": "a"}, id=id) for id in ("m1", "m2")] + [envelope("trace.step", id="t")]
+    assert timeline.missing(batch) == {"m1", "m2"}
+    timeline.adopt(["m1", "m2"], {"m1": new_entity(batch[0], "message", text="from the store", growing=True)})
+    assert timeline.missing(batch) == set(), "neither what was found nor what does not exist is asked for again"
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_changed_nothing_saved() -> None:
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    assert timeline.take_save() is None
+    timeline.fold([envelope("user.message", {"text": "hi"}, id="u")])
+    flush(timeline, store)
+    assert timeline.take_save() is None
+    assert timeline.take_save(everything=True) is None
+    assert not timeline.dirty
+
+
+def test_the_cursor_stays_before_what_waits() -> None:
+    """While an answer's text waits for its budget, the log has to be folded again from where it was last saved."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    first = envelope("llm.delta", {"delta": "a" * 5000}, id="m")
+    timeline.fold([first])
+    while flush(timeline, store):
+        last = envelope("llm.delta", {"delta": "a"}, id="m")
+        timeline.fold([last])
+    waiting = timeline.position
+    timeline.fold([said := envelope("user.message", {"text": "stop"}, id="u")])
+    flush(timeline, store)
+    assert store.entities["u"].version == said.seq
+    assert store.cursor == waiting - 1
+    flush(timeline, store, everything=True)
+    assert store.cursor == said.seq
+
+
+def test_saves_wait_for_readers() -> None:
+    timeline, envelope = begun(), EnvelopeFactory()
+    timeline.fold([envelope("user.message", {"text": "hi"}, id="u")])
+    timeline.readers += 1
+    assert timeline.take_save() is None
+    timeline.readers -= 1
+    assert timeline.take_save() is not None
+
+
+def test_what_changes_while_it_is_saved_is_saved_again() -> None:
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    timeline.fold([envelope("user.message", {"text": "one"}, id="u")])
+    save = timeline.take_save()
+    assert save is not None
+    timeline.fold([envelope("user.message", {"text": "two"}, id="u")])
+    store.take(save)
+    timeline.saved(save)
+    assert timeline.dirty
+    flush(timeline, store)
+    assert store.entities["u"].props["text"] == "two"
+
+
+def test_events_without_entities_move_the_cursor_now_and_then() -> None:
+    """What opening has to fold again is bounded also where nothing changes."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    timeline.fold([envelope("note.said") for _ in range(REFOLD_MAX - 1)])
+    assert timeline.take_save() is None
+    timeline.fold([last := envelope("note.said")])
+    assert timeline.dirty
+    flush(timeline, store)
+    assert store.cursor == last.seq
+
+
+def test_memory_holds_a_bounded_number_of_finished_entities() -> None:
+    """The rest is read from the store, and whoever asks for an older stretch is told so."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    said = [envelope("user.message", {"text": str(n)}, id=f"u{n}") for n in range(CACHED_ENTITIES + 50)]
+    timeline.fold(said)
+    assert len(timeline.live()) == len(said), "not before they are saved"
+    flush(timeline, store)
+    assert len(timeline.live()) == CACHED_ENTITIES
+    assert not timeline.complete
+    assert timeline.changed_since(0) is None
+    assert timeline.changed_since(said[-2].seq) == [timeline.live()[said[-1].id]]
+    assert timeline.missing([envelope("user.message", {"text": "again"}, id="u0")]) == {"u0"}
+
+
+def test_a_reopened_long_conversation_knows_that_it_does_not_know() -> None:
+    """Nothing was read yet: only the store can tell what is newer than a position before the one it was opened at."""
+    timeline = ConversationTimeline("c1", HANDLERS)
+    timeline.begin(1000)
+    assert timeline.changed_since(999) is None
+    assert timeline.changed_since(1000) == []
+
+
+# -- the law of saving: after any crash, what was saved and the log's tail give the whole again -----------------------
+
+
+def fold_swap(entities: Mapping[str, Entity], envelope: Envelope) -> Iterable[Entity]:
+    """A plugin's fold that reads one entity and changes another: `quote` takes over the text of a message."""
+    source = entities.get(envelope.data["of"])
+    text = str(source.props.get("text", "")) if source else ""
+    quote = entities.get(envelope.id) or new_entity(envelope, "quote", growing=True)
+    return (quote.changed(text=text, growing=envelope.data["growing"]),)
+
+
+QUOTE = TimelineHandler("quote", fold_swap, lambda envelope: (envelope.id, envelope.data["of"]))
+IDS = st.sampled_from(["a", "b", "c"])
+ACTIONS = st.one_of(
+    st.tuples(st.just("llm.delta"), IDS, st.integers(1, 3000)),
+    st.tuples(st.just("llm.final"), IDS, st.just(0)),
+    st.tuples(st.just("user.message"), st.sampled_from(["u", "a"]), st.integers(1, 50)),
+    st.tuples(st.just("bad"), IDS, st.just(0)),
+    st.tuples(st.just("quote"), st.sampled_from(["q1", "q2"]), st.integers(0, 5)),
+    st.tuples(st.just("save"), st.just(""), st.just(0)),
+    st.tuples(st.just("save during"), IDS, st.integers(1, 50)),
+    st.tuples(st.just("crash"), st.just(""), st.just(0)),
+    st.tuples(st.just("evict"), st.just(""), st.just(0)),
+)
+
+
+def act(envelope: EnvelopeFactory, kind: str, id: str, size: int) -> Envelope:
+    if kind == "bad":
+        return envelope("llm.delta", {"delta": None}, id=id)
+    if kind == "quote":
+        of = "abc"[size % 3]
+        return envelope("quote", {"of": of, "growing": size < 3}, id=id)
+    data: dict[str, Any] = {"llm.delta": {"delta": "x" * size}, "user.message": {"text": "y" * size}}.get(kind, {})
+    return envelope(kind, data, id=id)
+
+
+def survives(actions: list[tuple[str, str, int]], handlers: Mapping[str, TimelineHandler]) -> None:
+    envelope, log, store = EnvelopeFactory(), list[Envelope](), Store()
+    timeline = begun(handlers)
+
+    def say(kind: str, id: str, size: int) -> None:
+        log.append(act(envelope, kind, id, size))
+        timeline.fold([log[-1]])
+
+    for kind, id, size in [*actions, ("crash", "", 0)]:
+        if kind == "save":
+            flush(timeline, store)
+        elif kind == "save during":  # the store answers after the next envelope was folded
+            save = timeline.take_save()
+            say("llm.delta", id, size)
+            if save is not None:
+                store.take(save)
+                timeline.saved(save)
+        elif kind in ("crash", "evict"):
+            if kind == "evict":
+                flush(timeline, store, everything=True)
+            timeline = store.reopened(handlers)
+            timeline.fold([one for one in log if one.seq > store.cursor])
+            whole = begun(handlers)
+            whole.fold(log)
+            assert wire(timeline) == wire(whole)
+        else:
+            say(kind, id, size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ACTIONS.filter(lambda action: action[0] != "quote"), max_size=40))
+def test_a_crash_at_any_point_loses_nothing(actions: list[tuple[str, str, int]]) -> None:
+    survives(actions, HANDLERS)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ACTIONS, max_size=40))
+def test_nor_with_folds_that_read_other_entities(actions: list[tuple[str, str, int]]) -> None:
+    """A plugin's handler may name several entities: then none of them may be saved ahead of the others."""
+    survives(actions, {**HANDLERS, "quote": QUOTE})
+
+
+def test_a_quote_is_not_folded_again_over_a_newer_message() -> None:
+    """The smallest such case: the quote waits for its budget, the message that it quotes is saved with a later text."""
+    handlers = {**HANDLERS, "quote": QUOTE}
+    envelope, log, store, timeline = EnvelopeFactory(), list[Envelope](), Store(), begun(handlers)
+    steps = [("user.message", "a", 1)] + [("quote", "q1", 0)] * 40 + [("user.message", "a", 2)]
+    for kind, id, size in steps:
+        log.append(act(envelope, kind, id, size))
+        timeline.fold([log[-1]])
+        flush(timeline, store)
+    timeline = store.reopened(handlers)
+    timeline.fold([one for one in log if one.seq > store.cursor])
+    assert timeline.live()["q1"].props["text"] == "y"
+    assert store.entities["a"].props["text"] in ("y", "yy")
+
+
+@pytest.mark.parametrize("value", [{"text": "plain"}, {}])
+def test_saved_entities_are_what_a_store_can_keep(value: dict[str, str]) -> None:
+    """Growing text is written as a string: what comes back from the store equals what memory had."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    timeline.fold([envelope("llm.delta", {"delta": "a"}, id="m"), envelope("user.message", {"text": "q", **value}, id="u")])
+    flush(timeline, store, everything=True)
+    assert encode_json(store.reopened().live()["m"].to_wire()) == encode_json(timeline.live()["m"].to_wire())
