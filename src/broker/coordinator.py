@@ -93,9 +93,12 @@ class StreamCoordinator:
             try:
                 await self._step(conversation)
                 failures = 0
-            except BrokerError as exc:
+            except Exception as exc:  # whatever it is: a conversation that nobody advances any more would be worse
                 if failures == 0:
-                    logger.warning("conversation %s waits for the store: %s", conversation.conv_id, exc)
+                    expected = isinstance(exc, BrokerError)
+                    logger.warning(
+                        "conversation %s waits for the store: %s", conversation.conv_id, exc, exc_info=not expected
+                    )
                 await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
         conversation.busy = False

@@ -60,6 +60,7 @@ class ConversationTimeline:
         "_entities",
         "_folded",
         "_handlers",
+        "_linked_seq",
         "_shown",
         "_unsaved",
         "complete",
@@ -87,11 +88,12 @@ class ConversationTimeline:
         self._dead: list[DeadLetter] = []
         self._cursor = 0  # what the store has
         self._folded = 0  # envelopes since then
-        self._cache_floor = 0  # newest version that memory no longer has
+        self._cache_floor = 0  # newest version that memory may lack
+        self._linked_seq = 0  # newest envelope whose fold looked at several entities
 
     def begin(self, cursor: int) -> None:
         """Start where the store stands."""
-        self.position = self._cursor = cursor
+        self.position = self._cursor = self._cache_floor = cursor
 
     # -- folding --------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,8 @@ class ConversationTimeline:
 
     def _fold_one(self, handler: TimelineHandler, envelope: Envelope) -> list[str]:
         try:
-            known = {id: self._entities[id] for id in handler.keys(envelope) if id in self._entities}
+            keys = handler.keys(envelope)
+            known = {id: self._entities[id] for id in keys if id in self._entities}
             changed = list(handler.fold(known, envelope))
         except LateEnvelope:
             self.late += 1
@@ -165,6 +168,8 @@ class ConversationTimeline:
             elif self._unsaved[entity.id].first_seq == 0:
                 self._unsaved[entity.id].first_seq = envelope.seq
             touched.append(entity.id)
+        if touched and len(keys) > 1:
+            self._linked_seq = envelope.seq
         return touched
 
     def _bury(self, envelope: Envelope, error: Exception) -> None:
@@ -255,6 +260,12 @@ class ConversationTimeline:
                 entities.append(entity)
             else:
                 waiting.append(unsaved.first_seq)
+        if waiting and self._linked_seq > self._cursor and not everything:
+            # A fold read one entity to change another. Folded again over a newer state of the one, it would change the
+            # other to something else: the stored entities have to be of one moment, so all of them wait.
+            if self._folded >= REFOLD_MAX:
+                return self.take_save(everything=True)
+            return TimelineSave(self.conv_id, [], self._cursor, tuple(self._dead)) if self._dead else None
         cursor = max(min(waiting) - 1 if waiting else self.position, self._cursor)
         overdue = self._folded >= REFOLD_MAX or (everything and self._folded)
         if not entities and not self._dead and not (overdue and cursor > self._cursor):
