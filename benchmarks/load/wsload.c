@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum dialect { PLAIN, HELLO, NATS, SOCKETIO };   /* HELLO: a subscriber is ready when it was sent its first message */
+enum dialect { PLAIN, BROKER, NATS, SOCKETIO };   /* BROKER: a subscriber is ready when `ws.caught_up` has come */
 enum state { CONNECTING, UPGRADING, PREPARING, READY, STALLED, GONE };
 
 struct subscriber {
@@ -42,7 +42,7 @@ static const char *path[8];
 static int pid[32];
 static long messages = 100, warmup = 20;
 static double rate, timeout_s = 60;
-static enum dialect dialect = HELLO;
+static enum dialect dialect = BROKER;
 
 static struct subscriber *subscribers;
 static int poller, control = -1, publisher = -1, ready, gone, run_done;
@@ -144,7 +144,7 @@ static void prepare(struct subscriber *one)
         send_frame(one->fd, 1, text, count);
     } else if (dialect == SOCKETIO && !strncmp(one->text, "43", 2)) {
         now_ready(one);
-    } else if (dialect == HELLO) {
+    } else if (dialect == BROKER && strstr(one->text, "\"ws.caught_up\"")) {
         now_ready(one);
     }
 }
@@ -233,7 +233,7 @@ static void take_frames(struct subscriber *one, const unsigned char *at, size_t 
         size_t part = count < one->left ? count : one->left;
         if (one->opcode < 3 && one->state == READY)
             count_markers(one, at, part);
-        if (one->opcode > 7 || one->state == PREPARING || dialect > HELLO) {
+        if (one->opcode > 7 || one->state == PREPARING || dialect > BROKER) {
             size_t room = sizeof one->text - 1 - one->text_used, kept = part < room ? part : room;
             memcpy(one->text + one->text_used, at, kept);
             one->text_used += kept;
@@ -506,7 +506,7 @@ static void take_options(int count, char **arguments)
         else if (!strcmp(name, "--pid") && pids < 32) pid[pids++] = atoi(value);
         else if (!strcmp(name, "--dialect"))
             dialect = !strcmp(value, "plain") ? PLAIN : !strcmp(value, "nats") ? NATS
-                    : !strcmp(value, "socketio") ? SOCKETIO : HELLO;
+                    : !strcmp(value, "socketio") ? SOCKETIO : BROKER;
         else fail("unknown option", i);
     }
 }

@@ -81,9 +81,6 @@ class ConversationWSBroker:
             pool, self.clock, through_events=settings.through_events, through_s=settings.through_interval_s
         )
         self._coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
-        self.housekeeping = Housekeeping(
-            settings, self.clock, self.log, self.stores.timeline, self.conversations, self.dispatcher, pool
-        )
         self.views = ViewCompiler(self.catalog, self.plugins)
         self.access = Access(settings, self.plugins)
         recovery = Recovery(
@@ -112,12 +109,23 @@ class ConversationWSBroker:
             release=self.conversations.release,
             head=self._head_seq,
         )
+        self.housekeeping = Housekeeping(
+            settings,
+            self.clock,
+            self.log,
+            self.stores.timeline,
+            self.conversations,
+            self.dispatcher,
+            pool,
+            self.runs,
+        )
 
     def _plugins_changed(self) -> None:
         """A plugin was loaded or switched on or off: what was compiled with it is void."""
         self.views.forget()
         self._checks_drafts = self.plugins.has("check_draft")
         self._observers.look_again()
+        self.runs.reload()
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -301,6 +309,7 @@ class ConversationWSBroker:
         self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
 
     def _conversation_closed(self, conversation: Conversation, reason: str) -> None:
+        self.runs.forget(conversation.conv_id)
         self.plugins.call_all("on_conversation_closed", conversation=conversation, reason=reason)
         self._in_background(self._emitters.stop(conversation.conv_id))
 

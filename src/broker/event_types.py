@@ -249,6 +249,7 @@ BUILTIN_EVENT_TYPES: tuple[EventType, ...] = (
     _sem("run.failed", RunData, "a run ended with an error", terminal=True),
     _sem("run.cancelled", RunData, "a run was stopped", terminal=True),
     _sem("run.interrupted", RunData, "a run's process died", terminal=True),
+    _sem("engine.changed", OpenData, "a run's engine plan differs from the last one's; secrets are masked"),
     _sem("log", LogData, "a line of a log"),
     _sem("agent.mode", OpenData, "the agent's mode changed"),
     EventType(

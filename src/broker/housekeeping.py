@@ -15,12 +15,14 @@ from broker.conversations import Conversation, ConversationManager
 from broker.dispatch import Dispatcher, Pool
 from broker.errors import BrokerError
 from broker.eventlog.base import EventLog
+from broker.runs.service import RunService
 from broker.settings import Settings
 from broker.timeline.store import TimelineStore
 
 logger = logging.getLogger(__name__)
 
-COLD_CONVERSATIONS_PER_SWEEP = 100
+QUIET_CONVERSATIONS_PER_SWEEP = 100
+"""How many conversations without new envelopes a sweep looks at for retention; the next one goes on from there."""
 
 
 class Housekeeping:
@@ -35,7 +37,9 @@ class Housekeeping:
         conversations: ConversationManager,
         dispatcher: Dispatcher,
         pool: Pool,
+        runs: RunService,
     ) -> None:
+        self._runs = runs
         self._settings = settings
         self._clock = clock
         self._log = log
@@ -44,7 +48,7 @@ class Housekeeping:
         self._dispatcher = dispatcher
         self._pool = pool
         self._tasks: list[asyncio.Task[None]] = []
-        self._cold_before: int | None = None
+        self._quiet_before: int | None = None
         self._save_lock = asyncio.Lock()
         self.save_error: str | None = None
         self.trimmed = 0
@@ -117,16 +121,19 @@ class Housekeeping:
         try:
             await self._retain()
             await self._conversations.sweep()
+            await self._runs.sweep()
         except BrokerError as exc:
             logger.warning("retention and eviction wait: %s", exc)
 
     async def _retain(self) -> None:
-        for conversation in self._conversations.take_written():
-            await self.trim(conversation.conv_id)
-        cold = await self._log.conversations(before_seq=self._cold_before, limit=COLD_CONVERSATIONS_PER_SWEEP)
-        self._cold_before = cold[-1][1] if len(cold) == COLD_CONVERSATIONS_PER_SWEEP else None
-        for conv_id, _ in cold:
-            if self._conversations.get(conv_id) is None:
+        written = {conversation.conv_id for conversation in self._conversations.take_written()}
+        for conv_id in written:
+            await self.trim(conv_id)
+        # The others take turns, also those that are open: what nobody adds to grows old all the same.
+        quiet = await self._log.conversations(before_seq=self._quiet_before, limit=QUIET_CONVERSATIONS_PER_SWEEP)
+        self._quiet_before = quiet[-1][1] if len(quiet) >= QUIET_CONVERSATIONS_PER_SWEEP else None
+        for conv_id, _ in quiet:
+            if conv_id not in written:
                 await self.trim(conv_id)
 
     async def trim(self, conv_id: str) -> int:

@@ -14,7 +14,7 @@ import orjson
 from pydantic import ValidationError
 
 from broker.dispatch import control_message, event_messages, through_message
-from broker.envelope import Draft, check_conv_id, encode_json
+from broker.envelope import TIMELINE, Draft, check_conv_id, encode_json
 from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
 from broker.security import Principal
 from broker.subscription import decide_start
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from broker.conversations import Conversation
 
 RESERVED_PREFIXES = ("ws.", "timeline.")
-STATE_FRAMES_MAX = 10_000
+STATE_PAGE_ENTITIES = 1000
 
 
 @dataclass(slots=True)
@@ -128,6 +128,10 @@ class Outside:
         events = 0
         while cursor < head and events < limit:
             stretch = await broker.log.read(conv_id, after=cursor, upto=head, limit=limit - events)
+            if stretch.trimmed_seq > cursor:  # retention overtook this reading
+                if not events:
+                    return await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
+                break  # what was found stands; the next request begins where nothing is left, and is told so
             shown = [seen for envelope in stretch.envelopes if (seen := view.show(envelope)) is not None]
             page.frames.extend(message.text for message in event_messages(shown, told))
             events += len(shown)
@@ -141,9 +145,17 @@ class Outside:
         return page
 
     async def _state_frames(self, conversation: Conversation, view: View, since_version: int) -> list[bytes]:
-        found = await self._broker.timeline.page_of(conversation, since_version=since_version, limit=STATE_FRAMES_MAX)
-        messages = self._broker.dispatcher.state_messages(conversation, view, found.entities)
-        return [message.text for message in messages]
+        frames: list[bytes] = []
+        after_position = 0
+        while True:
+            found = await self._broker.timeline.page_of(
+                conversation, since_version=since_version, after_position=after_position, limit=STATE_PAGE_ENTITIES
+            )
+            messages = self._broker.dispatcher.state_messages(conversation, view, found.entities)
+            frames.extend(message.text for message in messages)
+            if not found.more:
+                return frames
+            after_position = found.entities[-1].position
 
     async def timeline_page(
         self,
@@ -161,7 +173,9 @@ class Outside:
         """
         broker = self._broker
         view = broker.views.compile(principal, profile, None)
-        await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
+        # State is what this shows, also for a profile that has none of it: who may not see it is not let in this way.
+        shown = sorted({*view.channel_names, TIMELINE})
+        await broker.access.authorize(principal, "read", check_conv_id(conv_id), shown)
         if broker.conversations.get(conv_id) is None:
             state = await broker.log.state(conv_id)
             if not state.exists:

@@ -95,7 +95,7 @@ class Recovery:
             limit=self._page_events,
             max_bytes=self._page_bytes,
         )
-        if page.trimmed_seq > subscription.cursor and subscription.told > 0:
+        if page.trimmed_seq > subscription.cursor:
             return await self._reset(subscription, page.trimmed_seq)
         view = subscription.view
         if lag:

@@ -77,14 +77,16 @@ class View:
 
     def shape(self, envelope: Envelope) -> Envelope | None:
         """Apply the transforms. None: one raised, or tampered with the envelope's place; the envelope is withheld."""
-        shaped = envelope
+        shaped, seq = envelope, envelope.seq
         for transform in self.transforms:
             try:
                 shaped = transform(shaped)
             except Exception:  # reported under the plugin's name by its guard
+                envelope.seq = seq
                 return None
-        if shaped.seq != envelope.seq:
-            logger.error("view %s: a transform changed seq %s; withheld", self.profile.name, envelope.seq)
+        if shaped.seq != seq:
+            envelope.seq = seq  # it may have been changed in place: the other views still show this envelope
+            logger.error("view %s: a transform changed seq %s; withheld", self.profile.name, seq)
             return None
         return shaped
 
@@ -130,10 +132,14 @@ class View:
             return None
         try:
             data = merge(first.data, second.data)
+            if data is None:
+                return None
+            if not isinstance(data, Mapping):
+                raise TypeError(f"returned {shown(data)}: an object is required")
+            return second.with_data(data)
         except Exception:
             logger.exception("merge of %s failed; sent unmerged", second.type)
             return None
-        return None if data is None else second.with_data(data)
 
 
 class ViewCompiler:
@@ -185,14 +191,14 @@ class ViewCompiler:
         if channels[0] == " ":  # a "+" in a query string that was not percent-encoded arrives as a blank
             channels = ",".join("+" + entry[1:] if entry[:1] == " " else entry for entry in channels.split(","))
         entries = [entry.strip() for entry in channels.split(",")]
-        signed = [entry for entry in entries if entry[:1] in "+-"]
+        signed = [entry for entry in entries if entry.startswith(("+", "-"))]
         if signed and len(signed) != len(entries):
             raise InvalidInput(
                 f"channels={shown(channels)} mixes names with +name/-name: give either a list or only changes",
                 parameter="channels",
             )
         for entry in entries:
-            self._catalog.channel(entry.lstrip("+-"))
+            self._catalog.channel(entry[1:] if signed else entry)
         if not signed:
             return set(entries)
         chosen = own | {entry[1:] for entry in signed if entry[0] == "+"}

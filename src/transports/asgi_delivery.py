@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from transports.pool import ConnectionPool, Framing
@@ -119,3 +119,18 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()
+
+
+_endings: set[asyncio.Task[None]] = set()
+
+
+async def in_any_case(ending: Coroutine[Any, Any, None]) -> None:
+    """Run `ending` to its end although the caller is being cancelled.
+
+    A cancel scope of anyio cancels every await inside it again and again; what an endpoint has to give back (its place
+    in the pool, its subscription) must not depend on that.
+    """
+    task = asyncio.get_running_loop().create_task(ending)
+    _endings.add(task)
+    task.add_done_callback(_endings.discard)
+    await asyncio.shield(task)

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from broker.broker import ConversationWSBroker
 from broker.errors import LimitExceeded, Unavailable
 from broker.sequence import parse_seq
-from transports.asgi_delivery import QueuedConnection
+from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import EVENT_STREAM
 from transports.http.caller import credentials_of
 from transports.pool import ConnectionPool
@@ -80,6 +80,12 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
             close_with=stream.close,
         )
 
+        async def leave() -> None:
+            await connection.stop()
+            subscription = broker.subscriptions.get(connection.id)
+            if subscription is not None:
+                await broker.unsubscribe(subscription, "closed")
+
         async def body() -> AsyncIterator[str]:
             pool.add(connection)
             connection.start()
@@ -89,10 +95,7 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
                     yield text
             finally:
                 pool.remove(connection.id)
-                await connection.stop()
-                subscription = broker.subscriptions.get(connection.id)
-                if subscription is not None:
-                    await broker.unsubscribe(subscription, "closed")
+                await in_any_case(leave())
 
         return StreamingResponse(
             body(),

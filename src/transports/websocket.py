@@ -30,7 +30,7 @@ from broker.errors import (
 from broker.security import Principal
 from broker.sequence import parse_seq
 from broker.subscription import SubscribeRequest
-from transports.asgi_delivery import QueuedConnection, ended
+from transports.asgi_delivery import QueuedConnection, ended, in_any_case
 from transports.client_messages import ClientMessages
 from transports.fast_connection import FastConnection
 from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET
@@ -239,10 +239,18 @@ async def _serve_asgi(
         await written
     finally:
         pool.remove(connection.id)
-        await ended(reader, written)
-        await connection.stop()
-        if messages.subscription is not None:
-            await broker.unsubscribe(messages.subscription, "closed")
+        await in_any_case(_leave(broker, connection, reader, written))
+
+
+async def _leave(
+    broker: ConversationWSBroker, connection: QueuedConnection, *tasks: asyncio.Task[Any]
+) -> None:
+    """Give back what a connection had."""
+    await ended(*tasks)
+    await connection.stop()
+    subscription = broker.subscriptions.get(connection.id)
+    if subscription is not None:
+        await broker.unsubscribe(subscription, "closed")
 
 
 async def _read(websocket: WebSocket, messages: ClientMessages, connection: QueuedConnection, limit: int) -> None:

@@ -544,9 +544,8 @@ class TestClosing:
             app.last.connection  # noqa: B018 - waits for the takeover
         wait_until(lambda: app.last.closed == [(1006, "")])
 
+    @pytest.mark.parametrize("server", ["asyncio", "uvloop"], indirect=True)  # TLS has no half-close
     def test_of_one_direction_only_ends_both(self, server: LiveServer, app: App) -> None:
-        if server.certificate:
-            pytest.skip("TLS has no half-close")
         with server.client() as client:
             app.last.connection  # noqa: B018 - waits for the takeover
             client.socket.shutdown(socket.SHUT_WR)
