@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -110,8 +111,8 @@ def test_hooks_with_one_answer_and_hooks_that_are_awaited_are_marked_as_such():
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_docstring_has_all_its_parts(name):
     """What for, who calls it, when, may it block, arguments, answer, errors, example."""
-    doc = getattr(hookspecs, name).__doc__
-    missing = [part for part in builder.PARTS if f"\n    {part}:" not in doc]
+    doc = inspect.cleandoc(getattr(hookspecs, name).__doc__)  # Python 3.13 strips the indentation itself
+    missing = [part for part in builder.PARTS if f"\n{part}:" not in doc]
     assert not missing
     hook = HOOKS[name]
     assert re.match(r"[A-Z].*\.$", hook.summary)
