@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.broker_process import BrokerProcess
+from tests.support.redis_server import RedisServer, redis_executable
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +53,43 @@ def start_broker(tmp_path: Path) -> Iterator[Callable[..., BrokerProcess]]:
 def running_broker(start_broker: Callable[..., BrokerProcess]) -> BrokerProcess:
     """A `broker serve` with the bundled plugins: `.url`, `.ws_url`, `.process`, `.restart(kill=True)`."""
     return start_broker()
+
+
+@pytest.fixture(scope="session")
+def redis_installed() -> None:
+    """Skips tests that need Redis where it is not installed; in CI they fail."""
+    if redis_executable() is None:
+        reason = "redis-server is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared_redis(redis_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for the tests that leave it as it is."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def redis_url(shared_redis: RedisServer) -> str:
+    """URL of a Redis that is empty."""
+    with shared_redis.client() as client:
+        client.flushall()
+    return shared_redis.url
+
+
+@pytest.fixture
+def redis_server(redis_installed: None, tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of this test alone, to be killed, stopped and restarted."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder)
+    try:
+        yield server.start()
+    finally:
+        server.stop()

@@ -50,6 +50,9 @@ def _client(config: EngineConfig, headers: Mapping[str, str]) -> httpx.AsyncClie
     )
 
 
+MIN_SECRET_CHARS = 8
+
+
 class OpenAIEngine:
     """Answers through a provider's /chat/completions.
 
@@ -66,7 +69,8 @@ class OpenAIEngine:
         self._key = config.api_key.get_secret_value() if config.api_key else ""
         # Short header values are flags and titles; to mask them would garble the texts.
         headers = (value for value in config.extra_headers.values() if len(value) >= _SECRET_CHARS)
-        self._secrets = [secret for secret in (self._key, *headers) if secret]
+        # Shorter ones ("none", "x" for local servers) are no secrets, and masking them would garble every error text.
+        self._secrets = [secret for secret in (self._key, *headers) if secret and len(secret) >= MIN_SECRET_CHARS]
         try:
             self._client = _client(config, self._headers())
         except (ImportError, ValueError, httpx.InvalidURL) as error:

@@ -16,9 +16,11 @@ from broker.coordinator import StreamCoordinator
 from broker.dispatch import Dispatcher, Pool
 from broker.emitters import EmitterSupervisor
 from broker.envelope import Draft, Envelope, check_conv_id, seal
-from broker.errors import InvalidDraft, Unavailable
-from broker.eventlog.base import LogState
+from broker.errors import InvalidDraft, StoreUnavailable, Unavailable
+from broker.eventlog.base import Committed, Fenced, Interest, LogState
+from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
+from broker.library import Library
 from broker.observers import Observers
 from broker.outside import Outside
 from broker.plugins import PluginHost
@@ -34,6 +36,9 @@ from broker.timeline.reader import TimelineReader
 from broker.views import ViewCompiler
 
 logger = logging.getLogger(__name__)
+
+START_RETRY_S = 0.5
+START_RETRY_MAX_S = 5.0
 
 
 class ConversationWSBroker:
@@ -63,9 +68,17 @@ class ConversationWSBroker:
         self.log = self.stores.log
         self.draining = False
         self.started = False
+        self._opened = False
+        self._ready = asyncio.Event()
+        self._start_problem: str | None = None
         self._checks_drafts = self.plugins.has("check_draft")
         self._pool = pool
         self._refuse_kinds = {name for name, channel in self.catalog.channels.items() if channel.kind == "state"}
+        self._always_on = {
+            name
+            for name, channel in self.catalog.channels.items()
+            if not channel.switchable and name not in self._refuse_kinds
+        }
         self.conversations = ConversationManager(
             self.log,
             self.stores.timeline,
@@ -93,7 +106,11 @@ class ConversationWSBroker:
         )
         self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
         self.outside = Outside(self)
+        self.library = Library(self, self.stores.library)
         self._emitters = EmitterSupervisor(self.plugins, self.clock)
+        self._coordinator.on_lost = self._log_was_reset
+        if isinstance(self.log, Interest):
+            self.log.follow(HandOver(self.conversations, self._log_was_reset))
         self.conversations.on_opened = self._conversation_opened
         self.conversations.on_closed = self._conversation_closed
         self._background: set[asyncio.Task[Any]] = set()
@@ -108,6 +125,7 @@ class ConversationWSBroker:
             hold=self.conversations.hold,
             release=self.conversations.release,
             head=self._head_seq,
+            publish_fenced=self._publish_fenced,
         )
         self.housekeeping = Housekeeping(
             settings,
@@ -123,6 +141,7 @@ class ConversationWSBroker:
     def _plugins_changed(self) -> None:
         """A plugin was loaded or switched on or off: what was compiled with it is void."""
         self.views.forget()
+        self.catalog.forget()
         self._checks_drafts = self.plugins.has("check_draft")
         self._observers.look_again()
         self.runs.reload()
@@ -131,18 +150,43 @@ class ConversationWSBroker:
 
     async def start(self) -> None:
         """Open the stores, start the timers, settle runs that a former process left behind. Raises StoreError."""
-        try:
-            await self.stores.open_all()
-            await self.log.open(self._committed)
-        except BaseException:
-            await self.stores.close()
-            raise
-        self.plugins.subscribe_changes(self._plugins_changed)
-        self.housekeeping.start()
-        self._observers.start()
+        if not self._opened:  # else an earlier try came this far
+            try:
+                await self.stores.open_all()
+                await self.log.open(self._committed)
+            except BaseException:
+                await self.stores.close()
+                raise
+            self._opened = True
+            self.plugins.subscribe_changes(self._plugins_changed)
+            self.housekeeping.start()
+            self._observers.start()
         await self.runs.start()
         await self.plugins.acall_all("on_startup", broker=self)
+        await self.library.start()
         self.started = True
+        self._ready.set()
+
+    async def start_when_possible(self) -> None:
+        """As `start`, again and again until the store can be reached. Raises what is no matter of waiting."""
+        delay_s = START_RETRY_S
+        while True:
+            try:
+                await self.start()
+                return
+            except StoreUnavailable as exc:
+                self._start_problem = str(exc)
+                logger.warning("the store cannot be reached, trying again in %.1f s: %s", delay_s, exc)
+            except Exception as exc:
+                self._start_problem = str(exc)
+                logger.exception("the broker cannot start")
+                raise
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, START_RETRY_MAX_S)
+
+    async def until_started(self) -> None:
+        """Return once the broker is started."""
+        await self._ready.wait()
 
     async def stop(self, *, drain_s: float = 5.0) -> None:
         """Tell clients to come back elsewhere, end runs, save everything, close the stores. Safe to repeat."""
@@ -151,6 +195,7 @@ class ConversationWSBroker:
         self.draining = True
         if self.started:
             self.subscriptions.announce_drain()
+            await self.library.stop()
             await self.runs.stop(drain_s=drain_s)
             await self.plugins.acall_all("on_shutdown", broker=self)
             await self._emitters.close()
@@ -159,7 +204,7 @@ class ConversationWSBroker:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._coordinator.close()
-        if self.started:
+        if self._opened:
             await self.housekeeping.stop()
         await self._observers.stop()
         await self.stores.close()
@@ -175,7 +220,7 @@ class ConversationWSBroker:
         """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
         wrong: dict[str, str] = {}
         if not self.started:
-            wrong["startup"] = "not started"
+            wrong["startup"] = self._start_problem or "not started"
         if self.draining:
             wrong["drain"] = "this process is shutting down"
         if not wrong:
@@ -193,41 +238,65 @@ class ConversationWSBroker:
         """Return a Publisher bound to a conversation. Raises InvalidConversationId."""
         return Publisher(check_conv_id(conv_id), self.publish)
 
-    async def publish(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
+    async def publish(
+        self,
+        conv_id: str,
+        drafts: Sequence[Draft],
+        *,
+        times_ms: Sequence[int] | None = None,
+        fence: str | None = None,
+    ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable and dispatched.
 
-        A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel,
-        DraftRefused, StoreError, Unavailable; then nothing was published.
+        times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
+        of a run's lease, without which RunEnded is raised (runs/leases.py). A draft for a debug channel that is off is
+        dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable; then nothing
+        was published.
         """
         if self.draining and not self.runs.active:
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
+        envelopes = [self._seal(conv_id, draft) for draft in drafts]
+        if times_ms is not None:
+            for envelope, time_ms in zip(envelopes, times_ms, strict=False):
+                if envelope is not None:
+                    envelope.time_ms = time_ms
+        live = [envelope for envelope in envelopes if envelope is not None]
+        if not live:
+            check_conv_id(conv_id)
+            return [0] * len(envelopes)
         conversation = self.conversations.get(conv_id)
         if conversation is None or conversation.opened is not None:
             conversation = await self.conversations.open(conv_id)
-        envelopes = [self._seal(conv_id, draft) for draft in drafts]
-        live = [envelope for envelope in envelopes if envelope is not None]
-        if not live:
-            return [0] * len(envelopes)
         conversation.holds += 1
         try:
-            seqs = iter(await self.log.append(conv_id, live))
+            if fence is not None and isinstance(self.log, Fenced):
+                seqs = await self.log.append_fenced(conv_id, live, fence)
+            else:
+                seqs = await self.log.append(conv_id, live)
         finally:
             conversation.holds -= 1
             conversation.last_active_s = self.clock.monotonic_s()
-        return [next(seqs) if envelope is not None else 0 for envelope in envelopes]
+        if len(live) == len(envelopes):
+            return seqs
+        given = iter(seqs)
+        return [next(given) if envelope is not None else 0 for envelope in envelopes]
+
+    async def _publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
+        return await self.publish(conv_id, drafts, fence=fence)
 
     def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
         if self._checks_drafts:
             draft = self.plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self.catalog.channel_of(draft.type)
-        channel = self.catalog.channel(name)
-        if name in self._refuse_kinds:
-            raise InvalidDraft(
-                f"channel {name!r} is derived state and cannot be published to: publish the event that changes it",
-                channel=name,
-            )
-        if not self.catalog.is_on(channel):
-            return None
+        if name not in self._always_on:
+            channel = self.catalog.channel(name)
+            if name in self._refuse_kinds:
+                raise InvalidDraft(
+                    f"channel {name!r} is derived state and cannot be published to: publish the event that changes it",
+                    channel=name,
+                )
+            if not self.catalog.is_on(channel):
+                return None
         return seal(
             conv_id,
             draft,
@@ -237,10 +306,18 @@ class ConversationWSBroker:
             max_bytes=self.settings.max_envelope_bytes,
         )
 
-    def _committed(self, batches: list[Any]) -> None:
+    def _committed(self, batches: list[Committed]) -> None:
         self._coordinator.on_committed(batches)
         if self._observers.wanted:
-            self._observers.take([envelope for batch in batches for envelope in batch.envelopes])
+            # Each envelope is observed once: where it was appended.
+            self._observers.take([envelope for batch in batches if batch.own for envelope in batch.envelopes])
+
+    def _log_was_reset(self, conversation: Conversation) -> None:
+        """The log lost what this process and its clients saw of a conversation, or were about to: everybody begins anew."""
+        closed = self.subscriptions.send_back(conversation.conv_id, "the conversation's log was reset")
+        self.conversations.forget(conversation, "reset")
+        for subscription in closed:
+            self._in_background(self.subscriptions.close_one(subscription, "reset"))
 
     # -- read -----------------------------------------------------------------------------------------------------
 
@@ -255,18 +332,24 @@ class ConversationWSBroker:
         return (await self.log.state(conv_id)).head_seq
 
     async def erase(self, conv_id: str) -> None:
-        """Remove a conversation everywhere: log, timeline, runs, turns. Its connections are closed (4404)."""
+        """Remove a conversation everywhere: log, timeline, runs, turns, library, memory. No byte of it stays (I14).
+
+        Its connections are closed (4404). Whoever opens or publishes to it meanwhile waits, and begins a new one.
+        Repeat it when it fails: it goes on where it was.
+        """
         check_conv_id(conv_id)
         await self.runs.erase(conv_id)
-        await self.subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
-        conversation = self.conversations.get(conv_id)
-        if conversation is not None:
-            await self._emitters.stop(conv_id)
-            self.conversations.forget(conversation)
-        await self.stores.timeline.erase(conv_id)
-        await self.log.erase(conv_id)
-        if self.stores.database is not None:
-            await self.stores.database.erase_traces()
+        await self._emitters.stop(conv_id)
+        async with self.conversations.erasing(conv_id):
+            # Only now: before, somebody might still have connected to what is being erased.
+            await self.subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
+            await self.stores.timeline.erase(conv_id)  # the library's part goes with it
+            # Again: a run's last turn and a tool's late result may have come in after the first time.
+            await self.stores.runs.erase(conv_id)
+            await self.stores.turns.erase(conv_id)
+            await self.log.erase(conv_id)
+            if self.stores.database is not None:
+                await self.stores.database.erase_traces()
 
     # -- for transports: callers from outside, their permissions checked ----------------------------------------------
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
+import orjson
+
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile
+from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
+from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, shown
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
-from broker.timeline.handlers import TimelineHandler
+from broker.timeline.entity import Entity
+from broker.timeline.handlers import Fold, TimelineHandler
+from broker.timeline.text import Text
 
 T = TypeVar("T")
+_PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 BUILTIN = "built-in"
 
 
@@ -68,7 +73,7 @@ class Catalog:
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
         """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
         if isinstance(item, TimelineHandler):
-            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, item.fold)))
+            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, checked_fold(item))))
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item
@@ -102,10 +107,14 @@ class Catalog:
         except KeyError:
             raise UnknownProfile(name, list(self.profiles)) from None
 
+    def forget(self) -> None:
+        """Ask the `classify` hooks again: plugins changed."""
+        self._channel_by_type.clear()
+
     def channel_of(self, event_type: str) -> str:
         """Return the channel of an event type: its declaration, else the first `classify` answer, else `sem`.
 
-        Asked once per type, then remembered. Raises UnknownChannel when a plugin names one that does not exist.
+        Asked once per type, then remembered until `forget`. Raises UnknownChannel when a plugin names one that does not exist.
         """
         found = self._channel_by_type.get(event_type)
         if found is None:
@@ -129,3 +138,32 @@ class Catalog:
             self.switched_on.add(name)
         else:
             self.switched_on.discard(name)
+
+
+def checked_fold(handler: TimelineHandler) -> Fold:
+    """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
+
+    Only its own envelope is lost then. Further on, what cannot be written would keep everything else from being written.
+    """
+    fold, keys = handler.fold, handler.keys
+
+    def checked(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
+        changed = list(fold(entities, envelope))
+        named = keys(envelope)
+        for entity in changed:
+            if not isinstance(entity, Entity):
+                raise PluginError(f"fold of {envelope.type} returned {shown(entity)}: entities are required")
+            if entity.id not in named:
+                raise PluginError(
+                    f"fold of {envelope.type} returned the entity {shown(entity.id)}, which its keys do not name"
+                )
+            settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
+            try:
+                orjson.dumps([[[[settled]]]], option=_PLAIN_JSON)  # with room for the upsert around it
+            except TypeError as exc:
+                raise PluginError(
+                    f"fold of {envelope.type} returned an entity whose props are not plain JSON: {exc}"
+                ) from exc
+        return changed
+
+    return checked

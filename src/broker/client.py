@@ -60,12 +60,14 @@ class Cursor:
     """Where a client stands, and the client's rule. Pure: no I/O in here.
 
     last: seq of the last event taken (or told decided by `ws.through`), None before the first position is known.
-    versions: newest version taken per timeline entity.
+    versions: newest version taken per timeline entity. incomplete: the whole state was announced and is not all there
+    yet; a connection that breaks now has to ask for it again.
     """
 
     last: int | None = None
     epoch: str | None = None
     versions: dict[str, int] = field(default_factory=dict)
+    incomplete: bool = False
 
     def judge(self, event: Mapping[str, Any]) -> Literal["take", "drop", "gap"]:
         """Decide about one frame's event, and move on if it is taken."""
@@ -76,6 +78,9 @@ class Cursor:
             self.epoch = data.get("epoch", self.epoch)
             self.last = int(data["from"]) if "from" in data else None
             self.versions.clear()
+            self.incomplete = True
+        elif kind == "ws.caught_up":
+            self.incomplete = False
         elif kind == "ws.through" and "seq" in data:
             self.last = max(self.last or 0, int(data["seq"]))
         elif kind == "timeline.upsert":
@@ -250,7 +255,7 @@ class BrokerClient:
         reconnect: bool = True,
     ) -> AsyncGenerator[str]:
         """As `follow`, but yield the frames as the server wrote them."""
-        cursor = Cursor(last=since)
+        cursor = Cursor(last=since, incomplete=hydrate)
         query = {"conv_id": conv_id, "profile": profile}
         if channels is not None:
             query["channels"] = channels
@@ -258,7 +263,7 @@ class BrokerClient:
         connected_once = False
         while True:
             try:
-                async with self._connect(query, cursor, hydrate=hydrate and not connected_once) as socket:
+                async with self._connect(query, cursor) as socket:
                     connected_once = True
                     async with aclosing(self._taken(socket, cursor, delays)) as taken:
                         async for event, text in taken:
@@ -272,20 +277,18 @@ class BrokerClient:
                     raise Unreachable(f"{self._base} answered {status}: try again later") from exc
             except (OSError, InvalidHandshake, TimeoutError) as exc:
                 if not connected_once:
-                    raise Unreachable(
-                        f"{self._base} cannot be reached ({exc}): is the server running?"
-                    ) from exc
+                    raise Unreachable(f"{self._base} cannot be reached ({exc}): is the server running?") from exc
             if not reconnect:
                 return
             await asyncio.sleep(delays.next_s())
 
-    def _connect(self, query: Mapping[str, str], cursor: Cursor, *, hydrate: bool) -> connect:
+    def _connect(self, query: Mapping[str, str], cursor: Cursor) -> connect:
         asked = dict(query)
         if cursor.last is not None:
             asked["since"] = str(cursor.last)
             if cursor.epoch is not None:
                 asked["epoch"] = cursor.epoch
-        elif hydrate:
+        if cursor.incomplete:
             asked["hydrate"] = "1"
         url = "ws" + self._base.removeprefix("http") + "ws?" + urlencode(asked)
         return connect(

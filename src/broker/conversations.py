@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from broker.clock import Clock
 from broker.envelope import check_conv_id
 from broker.errors import BrokerError
-from broker.eventlog.base import Committed, EventLog
+from broker.eventlog.base import Committed, EventLog, Interest
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
 from broker.timeline.store import TimelineStore
@@ -107,6 +108,7 @@ class ConversationManager:
         page_events: int = 512,
     ) -> None:
         self._log = log
+        self._interest = log if isinstance(log, Interest) else None
         self._store = store
         self._handlers = handlers
         self._clock = clock
@@ -115,6 +117,7 @@ class ConversationManager:
         self._page_events = page_events
         self._open: dict[str, Conversation] = {}
         self._holds: dict[str, int] = {}
+        self._erasing: dict[str, asyncio.Future[None]] = {}
         self._touched: dict[str, Conversation] = {}
         self._written: dict[str, Conversation] = {}
         self.advance: Callable[[Conversation], None] = lambda conversation: None
@@ -139,11 +142,13 @@ class ConversationManager:
         Raises InvalidConversationId, StoreError.
         """
         conversation = self._open.get(conv_id)
+        while (before := self._erasing.get(conv_id) or (conversation.opened if conversation else None)) is not None:
+            await asyncio.shield(before)
+            # Whoever waits is woken some turns later: it may have been evicted by then, and nobody serves that one.
+            conversation = self._open.get(conv_id)
         if conversation is None:
             conversation = self._begin(check_conv_id(conv_id))
             await self._load(conversation)
-        elif conversation.opened is not None:
-            await asyncio.shield(conversation.opened)
         conversation.last_active_s = self._clock.monotonic_s()
         return conversation
 
@@ -152,7 +157,16 @@ class ConversationManager:
         conversation = Conversation(conv_id, timeline, "", self._clock.monotonic_s())
         conversation.opened = asyncio.get_running_loop().create_future()
         self._open[conv_id] = conversation
+        if self._interest is not None:
+            self._interest.interest(conv_id, True)
         return conversation
+
+    def _remove(self, conv_id: str) -> None:
+        del self._open[conv_id]
+        self._touched.pop(conv_id, None)
+        self._written.pop(conv_id, None)
+        if self._interest is not None:
+            self._interest.interest(conv_id, False)
 
     async def _load(self, conversation: Conversation) -> None:
         opened = conversation.opened
@@ -160,10 +174,13 @@ class ConversationManager:
         try:
             await self._restore(conversation)
         except BaseException as exc:
-            self._open.pop(conversation.conv_id, None)
-            failure = exc if isinstance(exc, BrokerError) else BrokerError(f"opening was interrupted: {exc!r}")
-            opened.set_exception(failure)
-            opened.exception()  # whoever waits gets it; nobody waiting is no error of its own
+            if self._open.get(conversation.conv_id) is conversation:
+                self._remove(conversation.conv_id)
+            if isinstance(exc, BrokerError):
+                opened.set_exception(exc)
+                opened.exception()  # whoever waits gets it; nobody waiting is no error of its own
+            else:  # above all: whoever asked first has hung up; those who wait try by themselves
+                opened.set_result(None)
             raise
         conversation.opened = None
         conversation.busy = False
@@ -173,6 +190,8 @@ class ConversationManager:
         self.on_opened(conversation)
         if conversation.inbox:
             self.advance(conversation)
+        if self._interest is not None:
+            self._interest.opened(conversation.conv_id)
 
     async def _restore(self, conversation: Conversation) -> None:
         """Take the stored entities as far as they reach and fold the rest of the log over them."""
@@ -181,10 +200,11 @@ class ConversationManager:
         cursor = await self._store.cursor(conv_id) if state.exists else 0
         conversation.epoch = state.epoch
         timeline = conversation.timeline
+        timeline.epoch = state.epoch
         timeline.begin(cursor)
-        recent = await self._store.page(conv_id, limit=CACHED_ENTITIES + 1) if cursor else []
-        if len(recent) <= CACHED_ENTITIES:
-            timeline.adopt([entity.id for entity in recent], {entity.id: entity for entity in recent})
+        stored = await self._store.page(conv_id, limit=CACHED_ENTITIES + 1) if cursor else []
+        if len(stored) <= CACHED_ENTITIES:
+            timeline.adopt([entity.id for entity in stored], {entity.id: entity for entity in stored})
             timeline.complete = True
         while timeline.position < state.head_seq:
             page = await self._log.read(conv_id, after=timeline.position, upto=state.head_seq, limit=self._page_events)
@@ -199,7 +219,12 @@ class ConversationManager:
     # -- what the shared timers look at -----------------------------------------------------------------------------
 
     def touch(self, conversation: Conversation, *, written: bool = False) -> None:
-        """Note that a conversation has something to show or save (and, `written`, that its log grew)."""
+        """Note that a conversation has something to show or save (and, `written`, that its log grew).
+
+        One that is not open any more is let go: it must not stand in the way of its successor.
+        """
+        if self._open.get(conversation.conv_id) is not conversation:
+            return
         self._touched[conversation.conv_id] = conversation
         if written:
             self._written[conversation.conv_id] = conversation
@@ -243,30 +268,65 @@ class ConversationManager:
         gone = 0
         for conversation in idle:
             if now_s - conversation.last_active_s >= self._idle_s or gone < surplus:
-                gone += await self.evict(conversation, "idle")
+                try:
+                    gone += await self.evict(conversation, "idle")
+                except BrokerError:  # the store is away: it is for all of them
+                    raise
+                except Exception:
+                    logger.exception("conversation %s cannot be saved and stays in memory", conversation.conv_id)
             else:
                 break
         return gone
 
     async def evict(self, conversation: Conversation, reason: str) -> bool:
         """Save what is unsaved and drop the conversation from memory. False: it came into use meanwhile."""
+        if self._open.get(conversation.conv_id) is not conversation:
+            return False
         save = conversation.timeline.take_save(everything=True)
         if save is not None:
             await self._store.save([save])
             conversation.timeline.saved(save)
         if (
-            conversation.in_use
+            not self._evictable(conversation)
             or conversation.timeline.dirty
             or self._open.get(conversation.conv_id) is not conversation
         ):
             return False
-        del self._open[conversation.conv_id]
+        self._remove(conversation.conv_id)
         self.evicted += 1
         self.on_closed(conversation, reason)
         return True
 
-    def forget(self, conversation: Conversation) -> None:
-        """Drop a conversation without saving: it was erased."""
-        if self._open.get(conversation.conv_id) is conversation:
-            del self._open[conversation.conv_id]
-            self.on_closed(conversation, "erased")
+    @asynccontextmanager
+    async def erasing(self, conv_id: str) -> AsyncIterator[None]:
+        """Drop a conversation without saving, and let nobody open it until the block has ended.
+
+        What still holds the dropped object finds it empty.
+        """
+        while (other := self._erasing.get(conv_id)) is not None:
+            await asyncio.shield(other)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._erasing[conv_id] = done
+        try:
+            conversation = self._open.get(conv_id)
+            if conversation is not None:
+                if conversation.opened is not None:
+                    await asyncio.wait({conversation.opened})
+                self.forget(conversation)
+            yield
+        finally:
+            del self._erasing[conv_id]
+            done.set_result(None)
+
+    def forget(self, conversation: Conversation, reason: str = "erased") -> None:
+        """Drop a conversation without saving: it was erased, or its log is another one now."""
+        conv_id = conversation.conv_id
+        if self._open.get(conv_id) is not conversation:
+            return
+        self._remove(conv_id)
+        conversation.inbox.clear()
+        conversation.timeline = ConversationTimeline(conv_id, self._handlers)
+        conversation.timeline.complete = True
+        conversation.wake()
+        if conversation.opened is None:
+            self.on_closed(conversation, reason)

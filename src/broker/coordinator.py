@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from broker.conversations import Conversation, ConversationManager
-from broker.dispatch import Dispatcher
+from broker.dispatch import NOBODY_LIVE, Dispatcher
 from broker.envelope import Envelope
 from broker.errors import BrokerError
 from broker.eventlog.base import Committed, EventLog
@@ -19,13 +20,17 @@ from broker.timeline.store import TimelineStore
 
 logger = logging.getLogger(__name__)
 
-INBOX_ENVELOPES_MAX = 10_000
+INBOX_BATCHES_MAX = 64
+INBOX_BYTES_MAX = 1_048_576
 """What may wait in memory for a conversation whose store is slow; beyond, it is read from the log again."""
 RETRY_S = (0.05, 0.2, 1.0, 2.0)
 
 
 class StreamCoordinator:
-    """Takes what the log committed and moves each conversation's position on."""
+    """Takes what the log committed and moves each conversation's position on.
+
+    on_lost: drops a conversation of which the log has lost a part that was not handed on yet.
+    """
 
     def __init__(
         self, log: EventLog, store: TimelineStore, conversations: ConversationManager, dispatcher: Dispatcher
@@ -36,6 +41,7 @@ class StreamCoordinator:
         self._dispatcher = dispatcher
         self._tasks: set[asyncio.Task[None]] = set()
         self.gaps_filled = 0
+        self.on_lost: Callable[[Conversation], None] = lambda conversation: None
         conversations.advance = self._advance
 
     def on_committed(self, batches: list[Committed]) -> None:
@@ -43,15 +49,30 @@ class StreamCoordinator:
         touched: dict[str, Conversation] = {}
         for batch in batches:
             conversation = self._conversations.get(batch.conv_id)
-            if conversation is not None:
+            if conversation is None:
+                continue
+            if not conversation.busy and not conversation.inbox and self._follows(conversation, batch):
+                self._hand_on(conversation, batch.envelopes)  # the common case: nothing waits, nothing is missing
+            else:
                 conversation.inbox.append(batch)
                 touched[batch.conv_id] = conversation
         for conversation in touched.values():
             if not conversation.busy:
                 self._advance(conversation)
-            elif sum(len(batch.envelopes) for batch in conversation.inbox) > INBOX_ENVELOPES_MAX:
+            elif self._holds_too_much(conversation):
                 # Keep the newest only: the break in the chain makes the conversation read the rest from the log.
-                del conversation.inbox[:-1]
+                conversation.inbox[:] = [max(conversation.inbox, key=_last_seq)]
+
+    def _holds_too_much(self, conversation: Conversation) -> bool:
+        inbox = conversation.inbox
+        return len(inbox) > INBOX_BATCHES_MAX or INBOX_BYTES_MAX < sum(
+            len(envelope.data_json) for batch in inbox for envelope in batch.envelopes
+        )
+
+    def _follows(self, conversation: Conversation, batch: Committed) -> bool:
+        """Say whether a batch is the next stretch after the conversation's position and can be folded without reading."""
+        timeline, envelopes = conversation.timeline, batch.envelopes
+        return batch.prev_seq <= timeline.position < envelopes[0].seq and not timeline.missing(envelopes)
 
     def _advance(self, conversation: Conversation) -> None:
         """Fold and dispatch the inbox as far as memory allows; leave the rest to a task."""
@@ -66,8 +87,14 @@ class StreamCoordinator:
             self._hand_on(conversation, envelopes)
 
     def _in_order(self, conversation: Conversation) -> list[Envelope] | None:
-        """Return the inbox as one unbroken stretch after the conversation's position; None where the chain is broken."""
+        """Return the inbox as one unbroken stretch after the conversation's position; None where the chain is broken.
+
+        Where several processes write, what others appended may arrive later than what this one appended after it, and
+        more than once: the inbox is put in order, and what is known already leaves it.
+        """
         position = conversation.position
+        conversation.inbox[:] = [batch for batch in conversation.inbox if _last_seq(batch) > position]
+        conversation.inbox.sort(key=_prev_seq)
         envelopes: list[Envelope] = []
         for batch in conversation.inbox:
             if batch.prev_seq > position:
@@ -81,7 +108,7 @@ class StreamCoordinator:
         return envelopes
 
     def _hand_on(self, conversation: Conversation, envelopes: list[Envelope]) -> None:
-        before = self._dispatcher.mark(conversation)
+        before = self._dispatcher.mark(conversation) if conversation.audiences else NOBODY_LIVE
         show = conversation.timeline.fold(envelopes)
         self._conversations.touch(conversation, written=True)
         self._dispatcher.dispatch(conversation, envelopes, show, before)
@@ -105,21 +132,22 @@ class StreamCoordinator:
 
     async def _step(self, conversation: Conversation) -> None:
         envelopes = self._in_order(conversation)
-        taken = len(conversation.inbox)
         if envelopes is None:
-            upto = conversation.inbox[-1].envelopes[-1].seq
+            upto = max(_last_seq(batch) for batch in conversation.inbox)
             page = await self._log.read(conversation.conv_id, after=conversation.position, upto=upto)
-            envelopes = page.envelopes
-            taken = 0
-            self.gaps_filled += 1
-            if not envelopes:  # trimmed away under us: nothing is left to hand on before what is in the inbox
-                conversation.timeline.position = max(conversation.position, conversation.inbox[0].prev_seq)
+            if self._conversations.get(conversation.conv_id) is not conversation:  # erased meanwhile
                 return
-        missing = conversation.timeline.missing(envelopes)
-        if missing:
-            conversation.timeline.adopt(missing, await self._store.get(conversation.conv_id, list(missing)))
-        del conversation.inbox[:taken]
-        if envelopes:
+            if page.trimmed_seq > conversation.position or not page.envelopes:
+                # Retention of another process went beyond what this one had got to: it cannot be told or folded here.
+                self.on_lost(conversation)
+                conversation.inbox.clear()
+                return
+            envelopes = page.envelopes
+            self.gaps_filled += 1
+        timeline = conversation.timeline
+        while missing := timeline.missing(envelopes):  # again: a save that ended meanwhile lets finished entities go
+            timeline.adopt(missing, await self._store.get(conversation.conv_id, list(missing)))
+        if envelopes and timeline is conversation.timeline:  # else it was erased meanwhile
             self._hand_on(conversation, envelopes)
 
     async def close(self) -> None:
@@ -127,3 +155,11 @@ class StreamCoordinator:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _prev_seq(batch: Committed) -> int:
+    return batch.prev_seq
+
+
+def _last_seq(batch: Committed) -> int:
+    return batch.envelopes[-1].seq

@@ -48,6 +48,11 @@ class Mark(NamedTuple):
     prev: int = 0
 
 
+NOBODY_LIVE = Mark(0, 0)
+"""Stands for the mark where there is no live connection that it could be needed for: it takes a look at all entities that
+are held back."""
+
+
 class Audience:
     """The live connections of one conversation that share a view: the pool's group.
 
@@ -90,18 +95,26 @@ class Dispatcher:
     ) -> None:
         """Send envelopes, and the entities they changed, to every audience: one write per connection."""
         self.dispatched += len(envelopes)
+        if conversation.audiences:
+            self._to_audiences(conversation, envelopes, show, before)
+        if conversation.waiters:
+            conversation.wake()
+
+    def _to_audiences(
+        self, conversation: Conversation, envelopes: Sequence[Envelope], show: Sequence[Entity], before: Mark
+    ) -> None:
         upserts = self._upserts(conversation, show)
+        built: dict[tuple[int, int], Message] = {}
         for audience in list(conversation.audiences.values()):
-            mark = before._replace(prev=audience.prev)
-            messages = self._event_messages(audience, envelopes)
-            if audience.view.state:
-                messages.extend(self._state_messages(audience.view, upserts))
+            mark = Mark(before.position, before.state, audience.prev)
+            # State before the events that made it: a connection that breaks in the middle of this write resumes after
+            # the last event it got, and must have the state up to there.
+            messages = self._state_messages(audience.view, upserts) if audience.view.state else []
+            messages.extend(self._event_messages(audience, envelopes, built))
             if audience.hidden >= self._through_events:
                 messages.append(self._through(audience))
             if messages:
                 self._pool.broadcast(audience, messages, mark)
-        if conversation.waiters:
-            conversation.wake()
 
     def dispatch_state(self, conversation: Conversation, show: Sequence[Entity], before: Mark) -> None:
         """Send entities whose upsert was held back (trailing edge)."""
@@ -110,20 +123,36 @@ class Dispatcher:
             if audience.view.state and (messages := self._state_messages(audience.view, upserts)):
                 self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
 
-    def _event_messages(self, audience: Audience, envelopes: Sequence[Envelope]) -> list[Message]:
-        view = audience.view
+    def _event_messages(
+        self, audience: Audience, envelopes: Sequence[Envelope], built: dict[tuple[int, int], Message]
+    ) -> list[Message]:
+        """Return the events as the audience sees them.
+
+        built: (prev, seq) to message, for views that show an envelope as it is: where they also showed the one before,
+        their frames are the same bytes.
+        """
+        view, prev = audience.view, audience.prev
+        plain, channels = view.plain, view.channels
+        reusable = not view.transforms  # one may have changed the envelope in place, for this view only
         messages: list[Message] = []
         for envelope in envelopes:
-            shown = view.show(envelope)
+            shown = (envelope if envelope.channel in channels else None) if plain else view.show(envelope)
             if shown is None:
                 audience.hidden += 1
                 continue
-            messages.append(Message(event_frame(shown, audience.prev), shown.seq))
-            audience.prev = shown.seq
+            seq = shown.seq
+            message = built.get((prev, seq)) if reusable else None
+            if message is None:
+                message = Message(event_frame(shown, prev), seq)
+                self.frames_built += 1
+                if reusable:
+                    built[prev, seq] = message
+            messages.append(message)
+            prev = seq
         if messages:
+            audience.prev = prev
             audience.shown += len(messages)
-            audience.hidden = 0 if audience.prev == envelopes[-1].seq else audience.hidden
-            self.frames_built += len(messages)
+            audience.hidden = 0 if prev == envelopes[-1].seq else audience.hidden
         return messages
 
     def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:

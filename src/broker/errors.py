@@ -36,7 +36,10 @@ _SHOWN = 120
 
 def shown(value: object) -> str:
     """Return `value` as it may appear in an error text: repr, cut to 120 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # what nests too deeply is shown in exactly the errors that say so
+        text = f"<{type(value).__name__}, deeply nested>"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + f"… ({len(text)} characters)"
 
 

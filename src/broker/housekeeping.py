@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable
 from broker.clock import Clock
 from broker.conversations import Conversation, ConversationManager
 from broker.dispatch import Dispatcher, Pool
-from broker.errors import BrokerError
+from broker.errors import BrokerError, StoreError
 from broker.eventlog.base import EventLog
 from broker.runs.service import RunService
 from broker.settings import Settings
-from broker.timeline.store import TimelineStore
+from broker.timeline.store import TimelineSave, TimelineStore
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +80,17 @@ class Housekeeping:
     async def tick(self) -> None:
         """Show what was held back and may be shown now, then save what changed."""
         busy = self._conversations.take_touched()
-        for conversation in busy:
-            if conversation.timeline.pending and not conversation.busy:
-                before = self._dispatcher.mark(conversation)
-                if show := conversation.timeline.due():
-                    self._dispatcher.dispatch_state(conversation, show, before)
-        await self.save(busy)
-        for conversation in busy:
-            if conversation.timeline.pending or conversation.timeline.dirty:
-                self._conversations.touch(conversation)
+        try:
+            for conversation in busy:
+                if conversation.timeline.pending and not conversation.busy:
+                    before = self._dispatcher.mark(conversation)
+                    if show := conversation.timeline.due():
+                        self._dispatcher.dispatch_state(conversation, show, before)
+            await self.save(busy)
+        finally:
+            for conversation in busy:
+                if conversation.timeline.pending or conversation.timeline.dirty:
+                    self._conversations.touch(conversation)
 
     async def save(self, conversations: list[Conversation], *, everything: bool = False) -> None:
         """Save the changed entities of `conversations`. A store that is away is tried again at the next tick."""
@@ -97,6 +99,8 @@ class Housekeeping:
                 (conversation, save)
                 for conversation in conversations
                 if not conversation.busy
+                # One that was erased meanwhile must not be brought back.
+                and self._conversations.get(conversation.conv_id) is conversation
                 and (save := conversation.timeline.take_save(everything=everything)) is not None
             ]
             if not saves:
@@ -104,13 +108,33 @@ class Housekeeping:
             try:
                 await self._store.save([save for _, save in saves])
             except BrokerError as exc:
-                if self.save_error is None:
-                    logger.warning("timelines cannot be saved at present: %s", exc)
-                self.save_error = str(exc)
-                return
-            self.save_error = None
-            for conversation, save in saves:
+                self._not_saved(exc)
+            except Exception:  # one of them cannot be written, and must not keep the others from it
+                await self._save_each(saves)
+            else:
+                self.save_error = None
+                for conversation, save in saves:
+                    conversation.timeline.saved(save)
+
+    async def _save_each(self, saves: list[tuple[Conversation, TimelineSave]]) -> None:
+        error: Exception | None = None
+        for conversation, save in saves:
+            try:
+                await self._store.save([save])
+            except Exception as exc:
+                error = StoreError(f"the timeline of conversation {conversation.conv_id!r} cannot be saved: {exc!r}")
+                error.__cause__ = exc
+            else:
                 conversation.timeline.saved(save)
+        if error is None:
+            self.save_error = None
+        else:
+            self._not_saved(error)
+
+    def _not_saved(self, error: Exception) -> None:
+        if self.save_error is None:
+            logger.warning("timelines cannot be saved at present: %s", error)
+        self.save_error = str(error)
 
     async def sweep(self) -> None:
         """Close stalled sockets, tell quiet connections their position, trim by retention, evict what is idle."""

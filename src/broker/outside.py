@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RESERVED_PREFIXES = ("ws.", "timeline.")
 STATE_PAGE_ENTITIES = 1000
+PAGE_BYTES_MAX = 1_048_576
+"""About how much of the log one page of messages may cover, shown or hidden: what one request costs is bounded."""
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class MessagesPage:
     """Recovery over HTTP: the frames that a socket would have carried, in order.
 
     oldest_seq: everything after this position is retained. head_seq: the conversation's last seq. more: ask again with
-    the last frame's position.
+    the last frame's position (the page is full in frames, or has covered enough of the log).
     """
 
     epoch: str
@@ -69,24 +71,25 @@ class Outside:
         """Return the frames after `since` as the view shows them; wait up to `wait_s` seconds if there are none yet.
 
         Hidden envelopes move the position by a closing `ws.through` frame. With a view that has state, the entities
-        newer than `since` follow the events once the page reaches the head. Raises what `subscribe` raises.
+        that changed up to the page's end follow the events. Raises what `subscribe` raises.
         """
         broker = self._broker
         view = broker.views.compile(principal, profile, channels)
         await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
-        conversation = await broker.conversations.open(conv_id)
-        conversation.holds += 1
-        try:
-            deadline_s = time.monotonic() + wait_s
-            while True:
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            conversation = await broker.conversations.open(conv_id)
+            conversation.holds += 1
+            try:
                 page = await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
                 left_s = deadline_s - time.monotonic()
                 if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):
                     return page
-                if not await conversation.next_dispatch(left_s):
-                    return await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
-        finally:
-            conversation.holds -= 1
+                # Asleep only if nothing came, and nobody erased the conversation, while the page was read.
+                if page.head_seq >= conversation.position and broker.conversations.get(conv_id) is conversation:
+                    await conversation.next_dispatch(left_s)
+            finally:
+                conversation.holds -= 1
 
     def _shows_something(self, page: MessagesPage) -> bool:
         return any(b'"type":"ws.through"' not in frame[:40] for frame in page.frames)
@@ -107,7 +110,7 @@ class Outside:
             has_state=view.state,
         )
         page = MessagesPage(
-            epoch=conversation.epoch,
+            epoch=state.epoch,
             oldest_seq=state.trimmed_seq,
             head_seq=conversation.position,
             recovered=start.recovered,
@@ -116,7 +119,7 @@ class Outside:
         if start.reset is not None:
             reset = {
                 "reason": start.reset,
-                "epoch": conversation.epoch,
+                "epoch": state.epoch,
                 "oldestSeq": str(start.after),
                 "from": str(start.after),
             }
@@ -125,8 +128,8 @@ class Outside:
             told = start.after
         cursor = start.after
         head = conversation.position
-        events = 0
-        while cursor < head and events < limit:
+        events = scanned = 0
+        while cursor < head and events < limit and scanned < PAGE_BYTES_MAX:
             stretch = await broker.log.read(conv_id, after=cursor, upto=head, limit=limit - events)
             if stretch.trimmed_seq > cursor:  # retention overtook this reading
                 if not events:
@@ -135,23 +138,29 @@ class Outside:
             shown = [seen for envelope in stretch.envelopes if (seen := view.show(envelope)) is not None]
             page.frames.extend(message.text for message in event_messages(shown, told))
             events += len(shown)
+            scanned += sum(envelope.size_bytes for envelope in stretch.envelopes)
             told = shown[-1].seq if shown else told
             cursor = max(cursor, stretch.through)
         page.more = cursor < head
-        if not page.more and view.state:
-            page.frames.extend(await self._state_frames(conversation, view, start.state_after or 0))
+        if view.state:
+            upto = cursor if page.more else None
+            page.frames.extend(await self._state_frames(conversation, view, start.state_after or 0, upto))
         if told < cursor:
             page.frames.append(through_message(conv_id, cursor).text)
         return page
 
-    async def _state_frames(self, conversation: Conversation, view: View, since_version: int) -> list[bytes]:
+    async def _state_frames(
+        self, conversation: Conversation, view: View, since_version: int, upto: int | None
+    ) -> list[bytes]:
+        """Return the upserts of entities with since_version < version <= upto: a later page has those after it."""
         frames: list[bytes] = []
         after_position = 0
         while True:
             found = await self._broker.timeline.page_of(
                 conversation, since_version=since_version, after_position=after_position, limit=STATE_PAGE_ENTITIES
             )
-            messages = self._broker.dispatcher.state_messages(conversation, view, found.entities)
+            entities = [entity for entity in found.entities if upto is None or entity.version <= upto]
+            messages = self._broker.dispatcher.state_messages(conversation, view, entities)
             frames.extend(message.text for message in messages)
             if not found.more:
                 return frames
@@ -200,7 +209,7 @@ class Outside:
         broker = self._broker
         await broker.access.authorize(principal, "publish", check_conv_id(conv_id))
         for draft in drafts:
-            self._check(draft)
+            self.check(draft)
         epoch = (await broker.log.state(conv_id)).epoch
         if idempotency_key is None:
             return await broker.publish(conv_id, drafts), epoch
@@ -209,10 +218,9 @@ class Outside:
             raise IdempotencyPending(idempotency_key)
         self._publishing.add(pending)
         try:
+            prefix = _dedupe_prefix(idempotency_key)
             keyed = [
-                Draft(
-                    draft.type, draft.data, draft.id, draft.channel, f"publish:{idempotency_key}:{index}/{len(drafts)}"
-                )
+                Draft(draft.type, draft.data, draft.id, draft.channel, f"{prefix}{index}/{len(drafts)}")
                 for index, draft in enumerate(drafts)
             ]
             before = await self._answered(conv_id, idempotency_key, keyed)
@@ -220,7 +228,8 @@ class Outside:
         finally:
             self._publishing.discard(pending)
 
-    def _check(self, draft: Draft) -> None:
+    def check(self, draft: Draft) -> None:
+        """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""
         if draft.type.startswith(RESERVED_PREFIXES):
             raise InvalidDraft(
                 f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
@@ -239,23 +248,23 @@ class Outside:
 
     async def _answered(self, conv_id: str, key: str, drafts: Sequence[Draft]) -> list[int] | None:
         """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""
-        log = self._broker.log
+        log, catalog = self._broker.log, self._broker.catalog
         seqs: list[int] = []
         for draft in drafts:
             assert draft.dedupe_key is not None
-            seq = await log.find(conv_id, draft.dedupe_key)
-            if seq is None:
-                break
-            page = await log.read(conv_id, after=seq - 1, upto=seq, limit=1)
-            known = page.envelopes[0]
-            if known.type != draft.type or known.data != orjson.loads(encode_json(dict(draft.data))):
+            seq = await log.find(conv_id, draft.dedupe_key) or 0
+            found = (await log.read(conv_id, after=seq - 1, upto=seq, limit=1)).envelopes if seq else []
+            for known in found:
+                if known.type != draft.type or known.data != orjson.loads(encode_json(dict(draft.data))):
+                    raise IdempotencyMismatch(key)
+            seqs.append(seq if found else 0)
+        if not any(seqs) and not await log.find_prefix(conv_id, _dedupe_prefix(key)):
+            return None
+        for draft, seq in zip(drafts, seqs, strict=True):
+            # What is not there was dropped at that time, for its debug channel was off; or this is another request.
+            if not seq and not catalog.channel(draft.channel or catalog.channel_of(draft.type)).switchable:
                 raise IdempotencyMismatch(key)
-            seqs.append(seq)
-        if len(seqs) == len(drafts):
-            return seqs
-        if seqs or await log.find_prefix(conv_id, f"publish:{key}:"):
-            raise IdempotencyMismatch(key)
-        return None
+        return seqs
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -295,3 +304,8 @@ class Outside:
             for channel in self._broker.catalog.channels.values()
             if principal.may(channel.permission)
         ]
+
+
+def _dedupe_prefix(idempotency_key: str) -> str:
+    """Return what the dedupe keys of a request begin with. With its length: no key begins like another one."""
+    return f"publish:{len(idempotency_key)}:{idempotency_key}:"

@@ -55,12 +55,16 @@ class Recovery:
             return
         while subscription.status != "closed":
             if subscription.cursor < subscription.conversation.position:
+                # State before the events that made it, as in dispatch.
+                behind = subscription.view.state and subscription.state_cursor <= subscription.cursor
+                if behind and not await self._send_state(subscription):
+                    return
                 if not await self._send_page(subscription, lag):
                     return
             elif subscription.cursor > subscription.conversation.position:
                 # Resumed at a position that this process has not dispatched yet (it came from another one).
                 await subscription.conversation.next_dispatch()
-            elif await self._go_live(subscription):
+            elif await self._go_live(subscription, lag):
                 return
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -87,11 +91,13 @@ class Recovery:
     # -- events ---------------------------------------------------------------------------------------------------
 
     async def _send_page(self, subscription: Subscription, lag: bool) -> bool:
-        conversation = subscription.conversation
+        upto = subscription.conversation.position
+        if subscription.view.state:
+            upto = min(upto, subscription.state_cursor)
         page = await self._log.read(
             subscription.conv_id,
             after=subscription.cursor,
-            upto=conversation.position,
+            upto=upto,
             limit=self._page_events,
             max_bytes=self._page_bytes,
         )
@@ -178,7 +184,7 @@ class Recovery:
 
     # -- the switch to live ---------------------------------------------------------------------------------------
 
-    async def _go_live(self, subscription: Subscription) -> bool:
+    async def _go_live(self, subscription: Subscription, lag: bool) -> bool:
         """Join the audience if nothing is left to send. True: it is live or gone. From here to the join nothing awaits."""
         conversation = subscription.conversation
         view = subscription.view
@@ -191,20 +197,25 @@ class Recovery:
             messages.extend(self._dispatcher.state_messages(conversation, view, entities))
         if not self._pool.writable(subscription.connection_id):
             return not await self._pool.wait_writable(subscription.connection_id)
-        messages.extend(self.closing_messages(subscription))
+        messages.extend(self.closing_messages(subscription, lag=lag))
         if self._dispatcher.deliver(subscription.connection_id, messages) and self._dispatcher.join(
             subscription.connection_id, conversation, view
         ):
             subscription.status = "live"
         return True
 
-    def closing_messages(self, subscription: Subscription) -> list[Message]:
-        """Return the frames that end a catch-up: `ws.through` where hidden events came last, then `ws.caught_up`."""
+    def closing_messages(self, subscription: Subscription, *, lag: bool = False) -> list[Message]:
+        """Return the frames that end a catch-up: `ws.through` where hidden events came last, then `ws.caught_up`.
+
+        lag: it was live before, so it was told so, and is not told again: that it was slow is nothing it has to know.
+        """
         messages = []
         if subscription.told < subscription.cursor:
             messages.append(through_message(subscription.conv_id, subscription.cursor))
             subscription.told = subscription.cursor
-        messages.append(control_message("ws.caught_up", {"seq": str(subscription.cursor)}, subscription.connection_id))
+        if not lag:
+            caught_up = {"seq": str(subscription.cursor)}
+            messages.append(control_message("ws.caught_up", caught_up, subscription.connection_id))
         return messages
 
     async def _send(self, subscription: Subscription, messages: list[Message]) -> bool:
@@ -217,5 +228,8 @@ class Recovery:
                     return False
                 if not self._dispatcher.deliver(subscription.connection_id, messages[start : index + 1]):
                     return False
+                if message.position is not None:
+                    # Whoever ends this task in the middle of a page (a change of view) goes on after what was sent.
+                    subscription.cursor = subscription.told = message.position
                 start, size = index + 1, 0
         return subscription.status != "closed"

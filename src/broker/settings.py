@@ -88,6 +88,10 @@ class Settings(BaseSettings):
     """SQLite file; ':memory:' keeps nothing."""
     redis_url: str | None = Field(None, repr=False)
     """Redis to use instead of SQLite, for many nodes."""
+    redis_patience_s: float = Field(5.0, gt=0)
+    """Seconds for which a publisher waits for a Redis that is away, before it gets an error."""
+    run_lease_s: float = Field(10.0, ge=1)
+    """With Redis: seconds after which the runs of a node that says nothing are taken over by another."""
     durability: Literal["normal", "full"] = "normal"
     """What an acknowledged write survives: normal = the end of the process; full = power loss too (SQLite
     synchronous NORMAL or FULL)."""
@@ -107,7 +111,9 @@ class Settings(BaseSettings):
     max_envelope_bytes: int = Field(MIB, ge=KIB)
     """Largest data of one envelope, in bytes of JSON."""
     max_body_bytes: int = Field(2 * MIB, ge=KIB)
-    """Largest HTTP request body, in bytes."""
+    """Largest HTTP request body, in bytes; an import may be larger."""
+    max_import_bytes: int = Field(32 * MIB, ge=KIB)
+    """Largest file that POST /api/conversations/import takes, in bytes."""
     max_client_message_bytes: int = Field(64 * KIB, ge=KIB)
     """Largest WebSocket message from a client, in bytes."""
     max_publish_batch: int = Field(1000, ge=1)

@@ -1,4 +1,4 @@
-"""Which stores a broker uses: a plugin's, else memory for `:memory:`, else one SQLite file."""
+"""Which stores a broker uses: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
 
 from __future__ import annotations
 
@@ -8,35 +8,49 @@ from broker.clock import Clock
 from broker.database import Database
 from broker.eventlog.base import EventLog
 from broker.eventlog.memory import MemoryEventLog
+from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
+from broker.library.indexing import IndexingTimelineStore
+from broker.library.memory import MemoryLibraryStore
+from broker.library.sqlite import SqliteLibraryStore
+from broker.library.store import LibraryStore
 from broker.plugins import PluginHost
+from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.redis import RedisRunStore
+from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 from broker.settings import Settings
 from broker.timeline.memory import MemoryTimelineStore
+from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import TimelineStore
 
 
 @dataclass(slots=True)
 class Stores:
-    """The stores of one broker, and the file that they share, if they do."""
+    """The stores of one broker, and the file or the connection to Redis that they share, if they do."""
 
     log: EventLog
     timeline: TimelineStore
     runs: RunStore
     turns: TurnStore
+    library: LibraryStore
     database: Database | None
+    redis: RedisConnection | None = None
 
     async def open_all(self) -> None:
         """Open the file and the stores but the log, which the broker opens with its sink."""
         if self.database is not None:
             await self.database.open()
+        if self.redis is not None:
+            self.redis.open()
         await self.timeline.open()
         await self.runs.open()
         await self.turns.open()
+        await self.library.open()
 
     async def close(self) -> None:
         """Close the stores, then the file."""
@@ -44,8 +58,11 @@ class Stores:
         await self.timeline.close()
         await self.runs.close()
         await self.turns.close()
+        await self.library.close()
         if self.database is not None:
             await self.database.close()
+        if self.redis is not None:
+            await self.redis.close()
 
 
 def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stores:
@@ -53,19 +70,35 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
     log: EventLog | None = plugins.call_first("build_event_log", settings=settings)
     timeline = plugins.call_first("build_timeline_store", settings=settings)
     runs = plugins.call_first("build_run_store", settings=settings)
+    if settings.redis_url is not None:
+        redis = RedisConnection(settings.redis_url, patience_s=settings.redis_patience_s)
+        local_library = MemoryLibraryStore()
+        return Stores(
+            log=log or RedisEventLog(redis),
+            timeline=IndexingTimelineStore(timeline or RedisTimelineStore(redis), local_library),
+            runs=runs or RedisRunStore(redis, lease_s=settings.run_lease_s),
+            turns=RedisTurnStore(redis),
+            library=local_library,
+            database=None,
+            redis=redis,
+        )
     if settings.db == ":memory:":
+        in_memory = MemoryLibraryStore()
         return Stores(
             log=log or MemoryEventLog(clock),
-            timeline=timeline or MemoryTimelineStore(),
+            timeline=IndexingTimelineStore(timeline or MemoryTimelineStore(), in_memory),
             runs=runs or MemoryRunStore(),
             turns=MemoryTurnStore(),
+            library=in_memory,
             database=None,
         )
     database = Database(settings.db, synchronous="FULL" if settings.durability == "full" else "NORMAL")
+    library = SqliteLibraryStore(database)
     return Stores(
         log=log or SqliteEventLog(database, clock),
-        timeline=timeline or SqliteTimelineStore(database),
+        timeline=IndexingTimelineStore(timeline or SqliteTimelineStore(database), library),
         runs=runs or SqliteRunStore(database),
         turns=SqliteTurnStore(database),
+        library=library,
         database=database,
     )

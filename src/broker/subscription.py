@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from broker.conversations import Conversation
 from broker.eventlog.base import EventLog, LogState
 from broker.security import Principal
+from broker.sequence import PER_MS
 from broker.views import View
 
 ResetReason = Literal["expired", "epoch", "ahead"]
@@ -51,6 +52,7 @@ class Subscription:
     """
 
     __slots__ = (
+        "changing",
         "connection_id",
         "conversation",
         "cursor",
@@ -91,6 +93,7 @@ class Subscription:
         self.viewed_after = 0
         self.history: list[Viewed] = []
         self.task: asyncio.Task[None] | None = None
+        self.changing: asyncio.Lock | None = None  # made by the first change of view: most connections have none
 
     @property
     def conv_id(self) -> str:
@@ -130,11 +133,13 @@ async def decide_start(
     epoch: str | None,
     hydrate: bool,
     has_state: bool,
+    overlap_s: float = 0.0,
 ) -> Start:
     """Decide where a client that asks for `since` of `epoch` starts (the rules of docs/explanation/delivery.md).
 
     head: the position up to which this process has dispatched. With `epoch` given, `since` must be a position of this
     very log: a restored older database keeps its epoch but does not know positions that were given after the backup.
+    overlap_s: how much older than `since` the state may be that the client lacks, because its upsert was held back.
     """
     if since is None:
         return Start(after=head, state_after=0 if hydrate else None, reset=None, recovered=False)
@@ -151,6 +156,7 @@ async def decide_start(
         # The state holds all that the lost events would have told; a view without state gets every event there still is.
         after = head if has_state else state.trimmed_seq
         return Start(after=after, state_after=0, reset=reset, recovered=False)
-    if hydrate:
-        return Start(after=head, state_after=0, reset=None, recovered=True)
-    return Start(after=max(since, state.trimmed_seq), state_after=since, reset=None, recovered=True)
+    # With `hydrate` all of the state, and every event after `since` all the same: a client whose connection broke before
+    # its state was complete asks for both.
+    state_after = 0 if hydrate else max(since - int(overlap_s * 1000) * PER_MS, 0)  # a seq is a time
+    return Start(after=max(since, state.trimmed_seq), state_after=state_after, reset=None, recovered=True)

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_message, through_message
-from broker.errors import BrokerError, LimitExceeded, NotFound, Unavailable
+from broker.errors import BrokerError, InvalidInput, LimitExceeded, NotFound, Unavailable
 from broker.recovery import Recovery
 from broker.security import Principal
 from broker.subscription import Start, SubscribeRequest, Subscription, Viewed, decide_start
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_SPREAD_MS = 5000
 """After a restart clients come back spread over this time, so that they are no stampede."""
+STATE_OVERLAP_S = 2.0
+"""A resume is sent the entities of this time before its position again (and of `upsert_interval_s`): the upsert of a
+growing entity may have been held back when the connection broke. The client drops those it has by their version."""
 VIEW_CHANGES_REMEMBERED = 32
 """How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
 
@@ -63,15 +66,19 @@ class Subscriptions:
         view = broker.views.compile(principal, request.profile, request.channels)
         await broker.access.authorize(principal, "read", request.conv_id, view.channel_names)
         conversation = await broker.conversations.open(request.conv_id)
+        if broker.draining:  # since it was asked above; whoever comes later than `close` would be told nothing
+            raise Unavailable("this process is shutting down: connect again")
         conversation.subscriptions += 1
         subscription = Subscription(connection_id, conversation, request, view, principal)
-        subscription.opened_at_ms = broker.clock.wall_ms()
         self._by_connection[connection_id] = subscription
         try:
             start = await self._decide(subscription, request.since, request.epoch, request.hydrate)
+            if subscription.status == "closed":
+                raise Unavailable(f"conversation {request.conv_id!r} was closed in this very moment: connect again")
         except BaseException:
             self._drop(subscription)
             raise
+        subscription.opened_at_ms = broker.clock.wall_ms()
         self._begin(subscription, start, [self._hello(subscription, start), *self._reset(subscription, start)])
         broker.plugins.call_all("on_connection_opened", connection=subscription)
         return subscription
@@ -90,6 +97,7 @@ class Subscriptions:
             epoch=epoch,
             hydrate=hydrate,
             has_state=subscription.view.state,
+            overlap_s=self._broker.settings.upsert_interval_s + STATE_OVERLAP_S,
         )
 
     def _hello(self, subscription: Subscription, start: Start) -> Message:
@@ -124,7 +132,9 @@ class Subscriptions:
         """Send the opening frames and go live at once if nothing is missing, else start catching up."""
         conversation = subscription.conversation
         subscription.cursor = subscription.viewed_after = start.after
-        subscription.told = 0 if start.reset or subscription.request.since is None else start.after
+        # Where it starts elsewhere than at the client's own position (hydrated, or the beginning is gone) the chain of
+        # `prev` begins anew: from 0, which fits every client.
+        subscription.told = start.after if start.after == subscription.request.since else 0
         subscription.state_cursor = start.after
         if start.reset is not None:
             # The client's own position is void: this frame is where it starts to count again.
@@ -164,7 +174,10 @@ class Subscriptions:
     # -- while it lasts -------------------------------------------------------------------------------------------
 
     def ping(self, subscription: Subscription, data: Any) -> None:
-        """Answer a client's ping: how far everything is decided for it, then the pong."""
+        """Answer a client's ping: how far everything is decided for it, then the pong.
+
+        Raises InvalidInput for data that cannot be given back.
+        """
         position = subscription.position
         messages = []
         if position > 0 and subscription.status in ("live", "behind", "parked"):
@@ -174,7 +187,10 @@ class Subscriptions:
         pong: dict[str, Any] = {"convId": subscription.conv_id, "serverTimeMs": self._broker.clock.wall_ms()}
         if data is not None:
             pong["data"] = data
-        messages.append(control_message("ws.pong", pong, subscription.connection_id))
+        try:
+            messages.append(control_message("ws.pong", pong, subscription.connection_id))
+        except TypeError as exc:  # orjson reads deeper nesting than it writes
+            raise InvalidInput(f"ws.ping: data cannot be given back: {exc}", parameter="data") from exc
         if self._pool.writable(subscription.connection_id):
             self._dispatcher.deliver(subscription.connection_id, messages)
 
@@ -189,15 +205,24 @@ class Subscriptions:
     ) -> None:
         """Change a subscription's view in place. With `since` the newly visible part of the past follows, each once.
 
-        Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; then the view stays as it was.
+        Changes of one subscription are made one after another, in the order in which they were asked for. Raises
+        UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; then the view stays as it was.
         """
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        async with subscription.changing:
+            await self._change_view(subscription, profile=profile, channels=channels, since=since)
+
+    async def _change_view(
+        self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
+    ) -> None:
         broker, conversation = self._broker, subscription.conversation
         view = broker.views.compile(subscription.principal, profile, channels)
         await broker.access.authorize(subscription.principal, "read", subscription.conv_id, view.channel_names)
         state = await broker.log.state(subscription.conv_id) if since is not None else None
+        await self._stop_catching_up(subscription)
         if subscription.status == "closed":
             return
-        await self._stop_catching_up(subscription)
         position, old = subscription.position, subscription.view
         self._pool.leave(subscription.connection_id)
         subscription.view = view
@@ -265,7 +290,8 @@ class Subscriptions:
             return
         self._drop(subscription)
         await self._stop_catching_up(subscription)
-        self._broker.plugins.call_all("on_connection_closed", connection=subscription, reason=reason)
+        if subscription.opened_at_ms:  # else nobody was told of its opening
+            self._broker.plugins.call_all("on_connection_closed", connection=subscription, reason=reason)
 
     def _drop(self, subscription: Subscription) -> None:
         self._pool.leave(subscription.connection_id)
@@ -276,6 +302,8 @@ class Subscriptions:
             conversation.last_active_s = self._broker.clock.monotonic_s()
 
     def _bye(self, subscription: Subscription, reason: str, *, reconnect: bool) -> None:
+        if subscription.status == "starting":  # the first frame is `ws.hello`; this one is told by its close code
+            return
         data = {
             "reason": reason,
             "retryAfterMs": random.randrange(RECONNECT_SPREAD_MS) if reconnect else 0,
@@ -297,6 +325,14 @@ class Subscriptions:
                 self._bye(subscription, reason, reconnect=False)
                 self._pool.close(subscription.connection_id, code, reason)
                 await self.close_one(subscription, reason)
+
+    def send_back(self, conv_id: str, reason: str) -> list[Subscription]:
+        """Close a conversation's connections so that they come back and are told where they stand; return those closed."""
+        found = [subscription for subscription in self.all() if subscription.conv_id == conv_id]
+        for subscription in found:
+            self._bye(subscription, reason, reconnect=True)
+            self._pool.close(subscription.connection_id, 1012, reason)
+        return found
 
     async def close(self) -> None:
         """End all subscriptions and close their connections (1012: come back)."""

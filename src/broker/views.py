@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Filter = Callable[[Envelope], bool]
 Transform = Callable[[Envelope], Envelope]
+VIEWS_KEPT_MAX = 1024
 MERGED_BYTES_MAX = (
     16_384  # a merged delta longer than this would only make frames large, not fewer in any way that counts
 )
@@ -31,7 +32,8 @@ MERGED_BYTES_MAX = (
 class View:
     """What one kind of connection sees. `key` names it: equal keys, equal frames.
 
-    channels: event channels in it. state: whether timeline upserts are in it.
+    channels: event channels in it. state: whether timeline upserts are in it. plain: whether the channel alone decides
+    what it shows, and everything is shown as it is.
     """
 
     key: str
@@ -43,6 +45,10 @@ class View:
     transforms: tuple[Transform, ...]
     merges: dict[str, Merge]
     _types: dict[str, bool]
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = not self.filters and not self.transforms and self.profile.event_types is None
 
     @property
     def channel_names(self) -> list[str]:
@@ -179,6 +185,8 @@ class ViewCompiler:
         events = frozenset(name for name in names if self._catalog.channel(name).kind == "event")
         cached = self._views.get((profile.name, events, state))
         if cached is None:
+            if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
+                self._views.clear()
             cached = self._views[(profile.name, events, state)] = self._build(profile, events, state)
         return cached
 

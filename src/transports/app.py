@@ -10,6 +10,7 @@ start the broker: `FastAPI(lifespan=lifespan_of(app))`; see docs/how-to/embed.md
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -33,6 +34,7 @@ from transports.http.actions import actions_router
 from transports.http.caller import Api
 from transports.http.catalog import catalog_router
 from transports.http.chat import chat_router
+from transports.http.conversations import conversations_router
 from transports.http.debug import debug_router
 from transports.http.gate import Gate
 from transports.http.health import health_router
@@ -53,6 +55,7 @@ way to the pool (I7)."""
 _ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
     chat_router,
     actions_router,
+    conversations_router,
     timeline_router,
     recovery_router,
     publish_router,
@@ -129,7 +132,7 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(broker.settings.allowed_origins),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["authorization", "content-type", "idempotency-key", "if-none-match", "last-event-id"],
             expose_headers=["etag", "retry-after"],
         )
@@ -168,10 +171,18 @@ def lifespan_of(*parts: FastAPI | ConversationWSBroker) -> Lifespan:
 
 @asynccontextmanager
 async def _running(broker: ConversationWSBroker) -> AsyncIterator[None]:
-    await broker.start()
+    starting: asyncio.Task[None] | None = None
+    if broker.settings.redis_url is None:
+        await broker.start()
+    else:
+        # Redis may be away for a while: health checks are answered meanwhile, and say so.
+        starting = asyncio.create_task(broker.start_when_possible())
     try:
         yield
     finally:
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
         await broker.stop(drain_s=broker.settings.drain_timeout_s)
 
 

@@ -47,6 +47,7 @@ class QueuedConnection:
         self.buffered_bytes = 0
         self.writable = True
         self.finished = asyncio.Event()
+        self.on_abort: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Start the writer."""
@@ -72,12 +73,14 @@ class QueuedConnection:
             self._wake.set()
 
     def abort(self) -> None:
-        """Stop writing at once; what is queued is dropped."""
+        """Stop writing at once; what is queued is dropped. Whoever serves the connection is told by `on_abort`."""
         self._closing = self._closing or (1006, "aborted")
         self._queue.clear()
         if self._task is not None:
             self._task.cancel()
         self.finished.set()
+        if self.on_abort is not None:
+            self.on_abort()
 
     async def stop(self) -> None:
         """End the writer. Called by the endpoint when the peer has gone."""

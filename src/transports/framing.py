@@ -13,10 +13,18 @@ class RawWebSocketFraming:
 
     name = "websocket-raw"
 
+    def __init__(self) -> None:
+        # Views that show the same send the same text objects, one group after the other: framed once for all of them.
+        self._last_text = b""
+        self._last_frame = b""
+
     def frame(self, messages: Sequence[Message]) -> bytes:
-        if len(messages) == 1:
-            return encode_text_frame(messages[0].text)
-        return b"".join([encode_text_frame(message.text) for message in messages])
+        if len(messages) != 1:
+            return b"".join([encode_text_frame(message.text) for message in messages])
+        text = messages[0].text
+        if text is not self._last_text:
+            self._last_text, self._last_frame = text, encode_text_frame(text)
+        return self._last_frame
 
 
 class AsgiWebSocketFraming:

@@ -3,62 +3,31 @@
 A connection that takes bytes faster than its peer reads them reports that it is not writable. It then keeps what it
 holds (bounded by its own buffer limit), gets no further broadcasts, and its owner is told once (`on_overflow`) with the
 mark of the first broadcast it missed. When its buffer has drained the owner is told again (`on_drained`).
+
+No turn of the event loop writes to more connections than `writes_per_turn` and one shard: the rest of a broadcast, and
+what is broadcast meanwhile, waits for the next turn (`pool_groups`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+from transports.pool_groups import Connection, Framing, Group, Member, Message, Shard, Write
+
+__all__ = ["Connection", "ConnectionPool", "Framing", "Message", "PoolListener", "PoolStats"]
 
 logger = logging.getLogger(__name__)
 
-
-class Message(NamedTuple):
-    """One frame's text (UTF-8), and the position a client may resume from after it, None: it does not move."""
-
-    text: bytes
-    position: int | None = None
-
-
-class Framing(Protocol):
-    """How messages look on one kind of wire. One instance per kind, shared by its connections."""
-
-    name: str
-
-    def frame(self, messages: Sequence[Message]) -> Any:
-        """Return what `Connection.write` of this kind takes, built once for all connections of a group."""
-        ...
-
-
-class Connection(Protocol):
-    """A peer, as the pool sees it. Implemented by the transports."""
-
-    id: str
-    framing: Framing
-
-    @property
-    def write(self) -> Callable[[Any], None]:
-        """The function that takes what `framing.frame` returned. Must not block and must not call the pool."""
-        ...
-
-    @property
-    def writable(self) -> bool:
-        """Whether the peer keeps up. While False the pool holds broadcasts back."""
-        ...
-
-    @property
-    def buffered_bytes(self) -> int: ...
-
-    def close(self, code: int, reason: str) -> None:
-        """Start an orderly close."""
-        ...
-
-    def abort(self) -> None:
-        """Drop the connection at once, with whatever it still holds."""
-        ...
+SHARD_CONNECTIONS = 512
+WRITES_PER_TURN = 1024
+"""About 7 ms of the event loop at 7 us per write: what everybody else may have to wait for one broadcast."""
+KEPT_BYTES_MAX = 1_048_576
+"""Of one group. A publisher that outruns even joined writes is held back by serving the group in its own turn."""
 
 
 class PoolListener(Protocol):
@@ -75,38 +44,6 @@ class PoolListener(Protocol):
     def on_idle(self, group: Hashable) -> None:
         """The last connection left `group`."""
         ...
-
-
-class _Member:
-    __slots__ = ("connection", "drained", "group", "overflowed", "paused_at_s")
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.group: Hashable | None = None
-        self.overflowed = False
-        self.paused_at_s: float | None = None
-        self.drained: asyncio.Future[None] | None = None
-
-
-class _Group:
-    """Connections that get the same messages. The hot structure: write functions by framing and connection id."""
-
-    __slots__ = ("paused", "writers")
-
-    def __init__(self) -> None:
-        self.writers: dict[Framing, dict[str, Callable[[Any], None]]] = {}
-        self.paused: set[str] = set()
-
-    def remove(self, connection_id: str, framing: Framing) -> None:
-        self.paused.discard(connection_id)
-        writers = self.writers.get(framing)
-        if writers is not None:
-            writers.pop(connection_id, None)
-            if not writers:
-                del self.writers[framing]
-
-    def __len__(self) -> int:
-        return sum(len(writers) for writers in self.writers.values()) + len(self.paused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +63,27 @@ class PoolStats:
 class ConnectionPool:
     """Keeps connections and groups. Everything runs on one event loop; nothing here waits except `wait_writable`.
 
-    write_timeout_s: a connection that stays unwritable for longer is aborted by `sweep`.
+    write_timeout_s: a connection that stays unwritable for longer is aborted by `sweep`. shard_connections,
+    writes_per_turn: see `pool_groups`.
     """
 
-    def __init__(self, *, write_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        *,
+        write_timeout_s: float = 30.0,
+        shard_connections: int = SHARD_CONNECTIONS,
+        writes_per_turn: int = WRITES_PER_TURN,
+    ) -> None:
         self.write_timeout_s = write_timeout_s
-        self._members: dict[str, _Member] = {}
-        self._groups: dict[Hashable, _Group] = {}
+        self._shard_connections = shard_connections
+        self._writes_per_turn = writes_per_turn
+        self._small_group = shard_connections // 16  # writing to so few costs less than keeping it for later
+        self._members: dict[str, Member] = {}
+        self._groups: dict[Hashable, Group] = {}
         self._paused: set[str] = set()
+        self._due: deque[Shard] = deque()  # those that lag, in the order in which they are served
+        self._written = 0  # in this turn of the loop
+        self._turn_comes = False
         self._listener: PoolListener | None = None
         self._broadcasts = self._deliveries = self._overflows = self._stalled = 0
 
@@ -148,7 +98,7 @@ class ConnectionPool:
 
     def add(self, connection: Connection) -> None:
         """Take a connection in, as yet in no group."""
-        self._members[connection.id] = _Member(connection)
+        self._members[connection.id] = Member(connection)
 
     def remove(self, connection_id: str) -> None:
         """Forget a connection, wherever it stands. Safe to repeat."""
@@ -165,81 +115,191 @@ class ConnectionPool:
         member = self._members.get(connection_id)
         if member is None:
             return False
+        self._settle(member)
         self._leave(member)
-        target = self._groups.setdefault(group, _Group())
-        member.group = group
+        target = self._groups.get(group)
+        if target is None:
+            target = self._groups[group] = Group(group)
+        shard = target.shard_with_room(self._shard_connections)
+        shard.count += 1  # before it is served: that may take its last other member out
+        if shard.lags:
+            self._serve_kept(shard)
+        member.shard = shard
         member.overflowed = False
         if connection_id in self._paused:
-            target.paused.add(connection_id)
+            shard.paused.add(connection_id)
         else:
-            self._attach(member, target)
+            shard.attach(member.connection)
         return True
 
     def leave(self, connection_id: str) -> None:
-        """Take a connection out of its group."""
+        """Take a connection out of its group; it gets what was broadcast until now."""
         member = self._members.get(connection_id)
         if member is not None:
+            self._settle(member)
             self._leave(member)
 
-    def _attach(self, member: _Member, group: _Group) -> None:
-        connection = member.connection
-        group.writers.setdefault(connection.framing, {})[connection.id] = connection.write
-
-    def _leave(self, member: _Member) -> None:
-        key, member.group = member.group, None
-        if key is None:
+    def _leave(self, member: Member) -> None:
+        shard, member.shard = member.shard, None
+        if shard is None:
             return
-        group = self._groups.get(key)
-        if group is None:  # it went idle while a broadcast was still taking its slow members out
+        shard.detach(member.connection)
+        shard.count -= 1
+        if shard.count:
             return
-        group.remove(member.connection.id, member.connection.framing)
-        if not len(group):
-            del self._groups[key]
-            if self._listener is not None:
-                self._listener.on_idle(key)
+        group = shard.group
+        group.shards.remove(shard)
+        if group.shards:
+            group.trim()
+            return
+        del self._groups[group.key]
+        if self._listener is not None:
+            self._listener.on_idle(group.key)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
     def broadcast(self, group: Hashable, messages: Sequence[Message], mark: Any = None) -> None:
         """Write `messages`, as one write each, to every connection of `group` that keeps up; overflow the others.
 
-        Does not wait for anybody. A connection whose write raises is aborted and the rest go on.
+        Does not wait for anybody. A connection whose write raises is aborted and the rest go on. Beyond
+        `writes_per_turn` the writes follow in the next turns of the event loop, joined with those of later broadcasts.
         """
         target = self._groups.get(group)
         if target is None:
             return
         self._broadcasts += 1
-        # Whoever was behind before this broadcast does not get it. Whoever it fills up did get it: that one stays in
-        # the group and overflows at the next broadcast, unless it drains before.
-        behind, target.paused = target.paused, set()
-        for framing, writers in list(target.writers.items()):
-            data = framing.frame(messages)
-            self._deliveries += len(writers)
-            # A copy: a write may find the peer gone or its buffer full and change the group while we walk it.
-            for connection_id, write in list(writers.items()):
-                try:
-                    write(data)
-                except Exception:
-                    logger.exception("connection %s: write failed, connection dropped", connection_id)
-                    self._members[connection_id].connection.abort()
-        for connection_id in behind:
-            self._overflow(self._members[connection_id], group, mark)
+        shard = target.shards[0]
+        if (
+            len(target.shards) == 1
+            and not target.kept
+            and (self._written < self._writes_per_turn or shard.count <= self._small_group)
+        ):
+            behind = self._take_behind(shard) if shard.paused else ()
+            for framing, writes in shard.plan():
+                self._write_all(shard, framing, writes, framing.frame(messages))
+            if behind:
+                self._overflow(behind, mark)
+            return
+        target.keep(messages, mark)
+        for shard in target.shards:
+            if not shard.queued:
+                shard.queued = True
+                self._due.append(shard)
+        self._serve_due()
+        if target.kept_bytes > KEPT_BYTES_MAX:
+            for shard in list(target.shards):
+                if shard.lags:
+                    self._serve_kept(shard)
 
-    def _overflow(self, member: _Member, group: Hashable, mark: Any) -> None:
-        self._overflows += 1
-        member.overflowed = True
-        self._leave(member)
-        if self._listener is not None:
-            self._listener.on_overflow(member.connection.id, group, mark)
+    def _serve_due(self) -> None:
+        while self._due and self._written < self._writes_per_turn:
+            shard = self._due.popleft()
+            shard.queued = False
+            if shard.lags and shard.count:  # it may have been served out of turn, or have died
+                self._serve_kept(shard)
+        if self._due:
+            self._begin_turn_soon()
+
+    def _begin_turn_soon(self) -> None:
+        if self._turn_comes:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+        except RuntimeError:  # no event loop: nobody to give way to
+            self._written = 0
+            self._serve_due()
+        else:
+            self._turn_comes = True
+
+    def _begin_turn(self) -> None:
+        self._turn_comes = False
+        self._written = 0
+        self._serve_due()
+
+    def _serve_kept(self, shard: Shard) -> None:
+        """Give a shard that lags all it lacks."""
+        group = shard.group
+        first, shard.done = shard.done, group.head
+        behind = self._take_behind(shard)
+        for framing, writes in shard.plan():
+            self._write_all(shard, framing, writes, group.framed(framing, first))
+        mark = group.mark(first)
+        group.trim()
+        if behind:
+            self._overflow(behind, mark)
+
+    def _take_behind(self, shard: Shard) -> Collection[str]:
+        """Return who was behind before this broadcast and does not get it. Whoever it fills up did get it: that one
+        stays in the group and overflows at the next broadcast, unless it drains before."""
+        if not shard.paused:
+            return ()
+        behind, shard.paused = shard.paused, set()
+        return behind
+
+    def _write_all(self, shard: Shard, framing: Framing, writes: tuple[Write, ...], data: Any) -> None:
+        self._deliveries += len(writes)
+        self._written += len(writes)
+        if self._written * 2 >= self._writes_per_turn and not self._turn_comes:
+            self._begin_turn_soon()
+        for write in writes:
+            try:
+                write(data)
+            except Exception:
+                self._abort(shard.owner(framing, write))
+
+    def _write_one(self, member: Member, data: Any) -> bool:
+        try:
+            member.connection.write(data)
+        except Exception:
+            self._abort(member.connection.id)
+            return False
+        return True
+
+    def _abort(self, connection_id: str | None) -> None:
+        """Drop a connection whose write has just raised. None: it was gone already."""
+        logger.exception("connection %s: write failed, connection dropped", connection_id)
+        member = self._members.get(connection_id) if connection_id is not None else None
+        if member is not None:
+            member.connection.abort()
+
+    def _overflow(self, behind: Collection[str], mark: Any) -> None:
+        for connection_id in behind:
+            member = self._members.get(connection_id)
+            if member is None or member.shard is None:
+                continue
+            group = member.shard.group.key
+            self._overflows += 1
+            member.overflowed = True
+            self._leave(member)
+            if self._listener is not None:
+                self._listener.on_overflow(connection_id, group, mark)
+
+    def _settle(self, member: Member) -> None:
+        """Give a connection what was broadcast to it and still waits: before it leaves, or gets something else."""
+        shard = member.shard
+        if shard is None or not shard.lags:
+            return
+        connection = member.connection
+        if connection.id not in shard.paused:
+            self._serve_kept(shard)
+            return
+        # It must not overflow in the middle of what its owner is doing: what is kept is small, so it may have it.
+        data = shard.group.framed(connection.framing, shard.done)
+        shard.paused.discard(connection.id)
+        self._serve_kept(shard)
+        shard.paused.add(connection.id)
+        self._write_one(member, data)
 
     def send_to_one(self, connection_id: str, messages: Sequence[Message]) -> bool:
-        """Write `messages` to one connection. False: it is gone. Callers that send much ask `writable` first."""
+        """Write `messages` to one connection. False: it is gone, or broke just now and was dropped.
+
+        Callers that send much ask `writable` first.
+        """
         member = self._members.get(connection_id)
         if member is None:
             return False
-        connection = member.connection
-        connection.write(connection.framing.frame(messages))
-        return True
+        self._settle(member)
+        return self._write_one(member, member.connection.framing.frame(messages))
 
     def writable(self, connection_id: str) -> bool:
         """Say whether a connection exists and keeps up."""
@@ -251,7 +311,8 @@ class ConnectionPool:
             member = self._members[connection_id]
             if member.drained is None or member.drained.done():
                 member.drained = asyncio.get_running_loop().create_future()
-            await member.drained
+            # Shielded: the future is shared, and whoever stops waiting must not end the wait of the others.
+            await asyncio.shield(member.drained)
         return connection_id in self._members
 
     # -- told by the transports -----------------------------------------------------------------------------------
@@ -263,10 +324,9 @@ class ConnectionPool:
             return
         self._paused.add(connection_id)
         member.paused_at_s = now_s
-        if member.group is not None:
-            group = self._groups[member.group]
-            group.remove(connection_id, member.connection.framing)
-            group.paused.add(connection_id)
+        if member.shard is not None:
+            member.shard.detach(member.connection)
+            member.shard.paused.add(connection_id)
 
     def resume(self, connection_id: str) -> None:
         """Take note that a connection's buffer has drained."""
@@ -277,10 +337,9 @@ class ConnectionPool:
         member.paused_at_s = None
         if member.drained is not None and not member.drained.done():
             member.drained.set_result(None)
-        if member.group is not None:
-            group = self._groups[member.group]
-            group.paused.discard(connection_id)
-            self._attach(member, group)
+        if member.shard is not None:
+            member.shard.paused.discard(connection_id)
+            member.shard.attach(member.connection)
         elif member.overflowed:
             member.overflowed = False
             if self._listener is not None:
@@ -292,6 +351,7 @@ class ConnectionPool:
         """Start an orderly close; the transport removes the connection when it is done."""
         member = self._members.get(connection_id)
         if member is not None:
+            self._settle(member)
             member.connection.close(code, reason)
 
     def close_all(self, code: int, reason: str) -> None:

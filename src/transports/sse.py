@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
+from anyio import CancelScope
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from broker.broker import ConversationWSBroker
 from broker.errors import LimitExceeded, Unavailable
@@ -43,7 +45,9 @@ class _Stream:
         first = True
         while True:
             try:
-                text = await asyncio.wait_for(self._slot.get(), self._heartbeat_s)
+                # Not wait_for: before Python 3.12 it loses a cancellation that meets an arriving text.
+                async with asyncio.timeout(self._heartbeat_s):
+                    text = await self._slot.get()
             except TimeoutError:
                 yield ": hb\n"
                 continue
@@ -51,6 +55,28 @@ class _Stream:
                 return
             yield f"retry: {RETRY_MS}\n{text}" if first else text
             first = False
+
+
+class _EventStream(StreamingResponse):
+    """A response that ends with its connection: also when that is aborted while the server waits for its peer to read."""
+
+    def __init__(self, connection: QueuedConnection, texts: AsyncGenerator[str]) -> None:
+        super().__init__(
+            texts,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
+        self._connection = connection
+        self._texts = texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with CancelScope() as life:
+                self._connection.on_abort = life.cancel
+                await super().__call__(scope, receive, send)
+        finally:
+            # Starlette leaves a generator that was cut short to the garbage collector.
+            await in_any_case(self._texts.aclose())
 
 
 def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
@@ -86,7 +112,7 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
             if subscription is not None:
                 await broker.unsubscribe(subscription, "closed")
 
-        async def body() -> AsyncIterator[str]:
+        async def body() -> AsyncGenerator[str]:
             pool.add(connection)
             connection.start()
             try:
@@ -97,10 +123,6 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
                 pool.remove(connection.id)
                 await in_any_case(leave())
 
-        return StreamingResponse(
-            body(),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-        )
+        return _EventStream(connection, body())
 
     return endpoint

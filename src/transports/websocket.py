@@ -262,9 +262,16 @@ async def _read(websocket: WebSocket, messages: ClientMessages, connection: Queu
                 return
             text = event.get("text")
             message: str | bytes = text if text is not None else event.get("bytes") or b""
-            if len(message) > limit:
+            if _over(message, limit):
                 connection.close(1009, f"messages may have {limit} bytes")
                 return
             messages.take(message)
     except WebSocketDisconnect:
         return
+
+
+def _over(message: str | bytes, limit: int) -> bool:
+    """Say whether a message has more than `limit` bytes; texts are only encoded where it may matter."""
+    if isinstance(message, bytes) or len(message) > limit or len(message) * 4 <= limit:
+        return len(message) > limit
+    return len(message.encode("utf-8", "surrogatepass")) > limit

@@ -16,8 +16,10 @@ from broker.security import Principal
 from broker.subscription import SubscribeRequest
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "redis":
+        return str(request.getfixturevalue("redis_url"))
     return database(tmp_path, request.param)
 
 

@@ -16,8 +16,10 @@ from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, EventLog
 from broker.eventlog.memory import MemoryEventLog
+from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
-from broker.sequence import PER_MS
+from broker.redis_connection import RedisConnection
+from broker.sequence import PER_MS, stream_id_from_seq
 
 TIME_MS = 1_763_690_000_000
 
@@ -58,10 +60,18 @@ def sink() -> RecordingSink:
     return RecordingSink()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 async def log(
     request: pytest.FixtureRequest, clock: ManualClock, sink: RecordingSink, tmp_path: Path
 ) -> AsyncIterator[EventLog]:
+    if request.param == "redis":
+        connection = RedisConnection(request.getfixturevalue("redis_url"))
+        shared_log = RedisEventLog(connection, clock)
+        await shared_log.open(sink)
+        yield shared_log
+        await shared_log.close()
+        await connection.close()
+        return
     database = Database(tmp_path / "log.sqlite3")
     log: EventLog = MemoryEventLog(clock) if request.param == "memory" else SqliteEventLog(database, clock)
     await log.open(sink)
@@ -116,7 +126,8 @@ class TestAppend:
         )
         (read,) = (await log.read("c:1@x~y", after=0)).envelopes
         assert (read.conv_id, read.type, read.id, read.channel) == ("c:1@x~y", "tool.delta", "id 'ü'", "debug.trace")
-        assert (read.data_json, read.time_ms, read.stream_id, read.dedupe_key) == (data, 7, None, "k")
+        assert (read.data_json, read.time_ms, read.dedupe_key) == (data, 7, "k")
+        assert read.stream_id == (stream_id_from_seq(read.seq) if log.name == "redis" else None)
 
     async def test_concurrent_appends_keep_each_callers_order(self, log: EventLog, sink: RecordingSink) -> None:
         async def publish(conv_id: str) -> list[int]:

@@ -137,7 +137,9 @@ def test_a_short_answer_is_shown_while_it_grows() -> None:
 
 def test_what_does_not_grow_is_shown_at_once_and_once() -> None:
     timeline, envelope = begun(), EnvelopeFactory()
-    shown = timeline.fold([envelope("user.message", {"text": "one"}, id="u"), envelope("user.message", {"text": "two"}, id="u")])
+    shown = timeline.fold(
+        [envelope("user.message", {"text": "one"}, id="u"), envelope("user.message", {"text": "two"}, id="u")]
+    )
     assert [(entity.id, entity.props["text"]) for entity in shown] == [("u", "two")]
     assert not timeline.pending
 
@@ -178,7 +180,9 @@ def test_folding_again_changes_nothing() -> None:
 
 def test_what_comes_after_the_end_is_counted() -> None:
     timeline, envelope = begun(), EnvelopeFactory()
-    timeline.fold([envelope("llm.final", {"text": "done"}, id="m"), late := envelope("llm.delta", {"delta": "!"}, id="m")])
+    timeline.fold(
+        [envelope("llm.final", {"text": "done"}, id="m"), late := envelope("llm.delta", {"delta": "!"}, id="m")]
+    )
     assert timeline.late == 1
     assert timeline.live()["m"].props["text"] == "done"
     assert timeline.position == late.seq
@@ -405,6 +409,8 @@ def test_a_quote_is_not_folded_again_over_a_newer_message() -> None:
 def test_saved_entities_are_what_a_store_can_keep(value: dict[str, str]) -> None:
     """Growing text is written as a string: what comes back from the store equals what memory had."""
     timeline, store, envelope = begun(), Store(), EnvelopeFactory()
-    timeline.fold([envelope("llm.delta", {"delta": "a"}, id="m"), envelope("user.message", {"text": "q", **value}, id="u")])
+    timeline.fold(
+        [envelope("llm.delta", {"delta": "a"}, id="m"), envelope("user.message", {"text": "q", **value}, id="u")]
+    )
     flush(timeline, store, everything=True)
     assert encode_json(store.reopened().live()["m"].to_wire()) == encode_json(timeline.live()["m"].to_wire())

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from broker.database import Database
+from broker.redis_connection import RedisConnection
 from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
+from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import _PAGE_BY_VERSION, SqliteTimelineStore
 from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
 from broker.timeline.text import Text
@@ -29,8 +31,13 @@ def ids(entities: list[Entity]) -> list[str]:
     return [one.id for one in entities]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TimelineStore]:
+    if request.param == "redis":
+        connection = RedisConnection(request.getfixturevalue("redis_url"))
+        yield RedisTimelineStore(connection)
+        await connection.close()
+        return
     database = Database(tmp_path / "timeline.sqlite3")
     store: TimelineStore = MemoryTimelineStore() if request.param == "memory" else SqliteTimelineStore(database)
     await store.open()

@@ -1,7 +1,5 @@
 """The SQLite stores under real faults: kill -9, full disks, locks, missing permissions. I3, I12."""
 
-
-
 from __future__ import annotations
 
 import asyncio

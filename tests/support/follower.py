@@ -82,6 +82,15 @@ class Follower:
         kinds = [event["type"] for event in self.client.control if event["type"] in ("ws.hello", "ws.caught_up")]
         return self.connected and kinds[-1:] == ["ws.caught_up"]
 
+    @property
+    def complete(self) -> bool:
+        """Whether no state is announced that did not arrive in full."""
+        kinds = [event["type"] for event in self.client.control]
+        announced = "ws.hello" if "hydrate" in self._query else "ws.reset"
+        if announced == "ws.hello" and "ws.caught_up" in kinds:
+            announced = "ws.reset"
+        return not any(kind == announced for kind in kinds[_last(kinds, "ws.caught_up") + 1 :])
+
     def stall(self) -> None:
         """Read nothing more until `read`."""
         self._reading.clear()
@@ -111,7 +120,10 @@ class Follower:
         query = dict(self._query)
         if self.client.epoch is not None:
             query |= {"since": str(self.client.last), "epoch": self.client.epoch}
-            query.pop("hydrate", None)
+            if self.complete:
+                query.pop("hydrate", None)
+            else:
+                query["hydrate"] = "1"
         elif self._since_asked is not None:
             query["since"] = str(self._since_asked)
         return f"{self._broker.ws_url}ws?{urlencode(query)}"
@@ -125,6 +137,8 @@ class Follower:
             self.connections += 1
             async for message in self._socket:
                 self.client.take(message)
+                if self._since_asked is None and not self.client.last:  # live only: it begins where the server says
+                    self.client.last = int(self.client.controls("ws.hello")[0]["from"])
                 await self._reading.wait()
 
     async def _small_socket(self, url: str) -> socket.socket:
@@ -134,6 +148,10 @@ class Follower:
         parts = urlsplit(url)
         await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
         return sock
+
+
+def _last(kinds: list[str], kind: str) -> int:
+    return max((index for index, one in enumerate(kinds) if one == kind), default=-1)
 
 
 def told(events: Iterable[Mapping[str, Any]]) -> tuple[list[int], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from broker.envelope import Envelope
 
@@ -14,11 +14,13 @@ class Committed:
     """What one commit made durable of a conversation, with its link to what came before: the coordinator checks the chain.
 
     prev_seq: the conversation's last seq before `envelopes` (0: there was none). envelopes: in seq order, not empty.
+    own: appended by this process; others' appends come from logs that several processes share.
     """
 
     conv_id: str
     prev_seq: int
     envelopes: list[Envelope]
+    own: bool = True
 
 
 @dataclass(slots=True)
@@ -58,6 +60,52 @@ class Page:
 
 Sink = Callable[[list[Committed]], None]
 """Called on the event loop with everything that one commit made durable, before the append calls return."""
+
+
+class Follower(Protocol):
+    """The process that a shared log works for: which conversations it has open, and how far each is."""
+
+    def position(self, conv_id: str) -> tuple[str, int] | None:
+        """Return epoch and position of an open conversation (all up to there came through the sink or was read), else None.
+
+        None also while it is being opened: the log is asked again by `Interest.opened`.
+        """
+        ...
+
+    def on_reset(self, conv_id: str) -> None:
+        """Take note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
+        ...
+
+
+@runtime_checkable
+class Interest(Protocol):
+    """What a log offers in addition when other processes write to it too: their appends reach the sink as well.
+
+    Only for conversations that this process is interested in. The sink sees each conversation's envelopes in order, an
+    envelope perhaps twice: `Committed.prev_seq` says where it belongs. What a wake-up failed to announce is found by
+    looking at the positions now and then.
+    """
+
+    def follow(self, follower: Follower) -> None:
+        """Begin to follow conversations for `follower`. To be called before `open`."""
+        ...
+
+    def interest(self, conv_id: str, on: bool) -> None:
+        """Begin or cease to follow a conversation. On: before its state is read, so that nothing falls in between."""
+        ...
+
+    def opened(self, conv_id: str) -> None:
+        """Take note that a conversation of interest is open now: its position is known."""
+        ...
+
+
+@runtime_checkable
+class Fenced(Protocol):
+    """What a log offers in addition when runs are leased to nodes (runs/leases.py)."""
+
+    async def append_fenced(self, conv_id: str, envelopes: Sequence[Envelope], fence: str) -> list[int]:
+        """As `append`; raises RunEnded, and stores nothing, unless `fence` is the conversation's newest lease token."""
+        ...
 
 
 class EventLog(Protocol):

@@ -13,7 +13,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, LogState, Page, Sink
-from broker.eventlog.life import epoch_of
+from broker.eventlog.life import Promises, epoch_of
 from broker.sequence import next_seq
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class MemoryEventLog:
         self._clock = clock
         self._life = secrets.token_hex(8)
         self._erasures = 0
+        self._promises = Promises()
         self._conversations: dict[str, _Conversation] = {}
         self._sink: Sink | None = None
         self._pending: list[tuple[str, list[Envelope], asyncio.Future[None]]] = []
@@ -98,7 +99,9 @@ class MemoryEventLog:
         for conv_id, envelopes, _ in pending:
             conversation = self._conversations.get(conv_id)
             if conversation is None:
-                conversation = self._conversations[conv_id] = _Conversation(self._epoch())
+                conversation = self._conversations[conv_id] = _Conversation(
+                    epoch_of(self._life, self._promises.kept(conv_id, self._erasures))
+                )
             for envelope in envelopes:
                 prev_seq = conversation.head_seq
                 if conversation.add(envelope, now_ms):
@@ -112,13 +115,10 @@ class MemoryEventLog:
             if not done.done():
                 done.set_result(None)
 
-    def _epoch(self) -> str:
-        return epoch_of(self._life, self._erasures)
-
     async def state(self, conv_id: str) -> LogState:
         known = self._conversations.get(conv_id)
         if known is None:
-            return LogState(self._epoch())
+            return LogState(epoch_of(self._life, self._promises.told(conv_id, self._erasures)))
         return LogState(known.epoch, known.head_seq, known.trimmed_seq, len(known.seqs), known.bytes)
 
     async def read(
@@ -191,6 +191,7 @@ class MemoryEventLog:
     async def erase(self, conv_id: str) -> None:
         if self._conversations.pop(conv_id, None) is not None:
             self._erasures += 1
+            self._promises.void(conv_id)
 
     async def ping(self) -> None:
         if self._sink is None:

@@ -16,7 +16,7 @@ from broker.clock import Clock
 from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
-from broker.eventlog.life import epoch_of
+from broker.eventlog.life import Promises, epoch_of
 from broker.eventlog.sqlite_append import Append, Appends, Heads
 from broker.sequence import MAX_SEQ
 
@@ -52,7 +52,8 @@ class SqliteEventLog:
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
-        self._heads = Heads()
+        self._promises = Promises()
+        self._heads = Heads(self._promises)
         self._appends = Appends(self._heads, clock)
         database.register("event_log", _TABLES)
         database.on_rollback(self._heads.forget_all)
@@ -68,7 +69,9 @@ class SqliteEventLog:
         if not envelopes:
             return []
         mine = list(envelopes)
-        size_bytes = sum([len(envelope.data_json) for envelope in mine])
+        size_bytes = len(mine[0].data_json)
+        if len(mine) > 1:
+            size_bytes = sum([len(envelope.data_json) for envelope in mine])
         append = Append(self._appends, self._database.new_future(), conv_id, mine, size_bytes)
         try:
             await self._database.submit(append)
@@ -89,7 +92,7 @@ class SqliteEventLog:
         ).fetchone()
         if row is None:
             erasures = connection.execute("SELECT erasures FROM event_log").fetchone()[0]
-            return 0, LogState(epoch_of(self._database.epoch, erasures))
+            return 0, LogState(epoch_of(self._database.epoch, self._promises.told(conv_id, erasures)))
         return row[0], LogState(epoch_of(self._database.epoch, row[1]), *row[2:])
 
     async def read(
@@ -203,6 +206,7 @@ class SqliteEventLog:
             connection.execute("DELETE FROM conversation WHERE conv = ?", (head.conv,))
             connection.execute("UPDATE event_log SET erasures = erasures + 1")
             self._heads.forget(conv_id)
+            self._promises.void(conv_id)
 
         await self._database.write(erase_rest)
         # Also when nothing was there: an erase that was cut off after its commit is completed by repeating it.

@@ -15,6 +15,7 @@ import orjson
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, Sink
+from broker.eventlog.life import Promises
 from broker.group_commit import Job
 from broker.sequence import next_seq
 
@@ -71,7 +72,8 @@ class Head:
 class Heads:
     """The conversations' rows, cached. Belongs to the writer thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, promises: Promises) -> None:
+        self._promises = promises
         self._cached: OrderedDict[str, Head] = OrderedDict()
         self._next_conv: int | None = None
 
@@ -108,8 +110,8 @@ class Heads:
         """Return the head of a new conversation; its row is written by the caller."""
         if self._next_conv is None:
             self._next_conv = connection.execute("SELECT coalesce(max(conv), 0) + 1 FROM conversation").fetchone()[0]
-        generation = connection.execute("SELECT erasures FROM event_log").fetchone()[0]
-        head = Head(self._next_conv, conv_id, generation)
+        erasures = connection.execute("SELECT erasures FROM event_log").fetchone()[0]
+        head = Head(self._next_conv, conv_id, self._promises.kept(conv_id, erasures))
         self._next_conv += 1
         return self._keep(head)
 

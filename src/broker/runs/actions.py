@@ -10,10 +10,13 @@ from typing import Any, Literal
 from broker.envelope import check_conv_id
 from broker.errors import NotFound, shown
 from broker.runs.ending import run_draft
+from broker.runs.leases import LeaseKeeper, Leases
 from broker.runs.queue import Ended, Line, Lines
 from broker.runs.runtime import Runtime
 from broker.runs.state import ACTIVE, Run
 from broker.runs.tool_round import decision_drafts
+
+ELSEWHERE_POLL_S = 0.1
 
 State = Callable[[str], Awaitable[dict[str, Any]]]
 
@@ -40,7 +43,13 @@ class Actions:
         self._lines = lines
         self._state = state
         self._on_ended = on_ended
+        self._leases: Leases | None = None
+        self._keeper: LeaseKeeper | None = None
         self.busy: set[asyncio.Task[None]] = set()
+
+    def share(self, leases: Leases, keeper: LeaseKeeper) -> None:
+        """Act on runs that other nodes work on, too."""
+        self._leases, self._keeper = leases, keeper
 
     async def approve_tools(self, conv_id: str, call_ids: Sequence[str] | None, by: str) -> ActionResult:
         """Approve tool calls that wait; None: all that wait. Approving twice, or a call of the past, is harmless."""
@@ -68,14 +77,16 @@ class Actions:
                     try:
                         await self._runtime.publish(conv_id, [d for call in fresh for d in decision_drafts(run, call)])
                     finally:
-                        self._wake(line, run)
+                        await self._wake(line, run)
         status = decision if decision in outcomes.values() else "nothing_to_decide"
         return ActionResult(status, await self._state(conv_id), outcomes)
 
-    def _wake(self, line: Line, run: Run) -> None:
+    async def _wake(self, line: Line, run: Run) -> None:
         """Let the run go on with a decision; one that awaits it since before a restart is taken up now."""
         if line.task is not None:
             line.task.decided()
+        elif not await self._is_ours(run.conv_id):
+            return
         elif not self._runtime.closing:
             self._lines.hold(line)
             self._lines.work_on(line, run)
@@ -115,6 +126,8 @@ class Actions:
             if line.task is not None and line.task.run.run_id == run.run_id:
                 line.task.stop("cancelled")
                 work = line.work
+            elif not await self._is_ours(run.conv_id):
+                work = self._spawn(self._ended_elsewhere(run.run_id))
             else:
                 # Awaits approval since before a restart: nothing is at work, its end is all there is to do.
                 await self._settle(asked)
@@ -124,6 +137,22 @@ class Actions:
             await self._until_ended(run.run_id, work)
         now_run = await self._store.get(run.run_id)
         return "cancelling" if now_run is None or not now_run.ended else now_run.status
+
+    async def _is_ours(self, conv_id: str) -> bool:
+        """Say whether what has to be done about a run is done here; the node that works on it is told otherwise."""
+        if self._leases is None or self._keeper is None or await self._keeper.owns(conv_id):
+            return True
+        await self._leases.poke(conv_id)
+        return False
+
+    async def _ended_elsewhere(self, run_id: str) -> None:
+        """Wait until another node has ended a run, for a bounded time."""
+        deadline = asyncio.get_running_loop().time() + self._runtime.limits.stop_grace_s + 2.0
+        while asyncio.get_running_loop().time() < deadline:
+            run = await self._store.get(run_id)
+            if run is None or (run.ended and run.terminal_published):
+                return
+            await asyncio.sleep(ELSEWHERE_POLL_S)
 
     async def _settle(self, run: Run) -> None:
         """Write the end of a cancelled run that nothing works on. Goes on in the background when that takes long."""

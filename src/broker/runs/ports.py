@@ -11,6 +11,9 @@ from broker.timeline.entity import Entity
 Publish = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
 """`(conv_id, drafts) -> seqs`: all or none, durable on return."""
 
+PublishFenced = Callable[[str, Sequence[Draft], str], Awaitable[list[int]]]
+"""`(conv_id, drafts, token) -> seqs`: as Publish; RunEnded when `token` is not that of the newest lease."""
+
 Hold = Callable[[str], object]
 """`(conv_id)`: keep the conversation from being evicted (counted), or let go once."""
 

@@ -57,6 +57,10 @@ class Lines:
         """Lines with a run at work."""
         return [line for line in self._lines.values() if line.task is not None]
 
+    def held_idle(self) -> list[Line]:
+        """Return lines that keep their conversation in memory although nothing is at work here."""
+        return [line for line in self._lines.values() if line.held and line.task is None and not line.users]
+
     def get(self, conv_id: str) -> Line | None:
         """Return the conversation's line if something goes on there."""
         return self._lines.get(conv_id)

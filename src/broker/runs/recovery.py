@@ -37,15 +37,16 @@ async def recover(runtime: Runtime, lines: Lines, announce: Announce, on_ended: 
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
         async with at_once:
-            await _recover_conversation(runtime, lines, announce, on_ended, conv_id, runs)
+            await recover_conversation(runtime, lines, announce, on_ended, conv_id, runs)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
     await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
 
 
-async def _recover_conversation(
+async def recover_conversation(
     runtime: Runtime, lines: Lines, announce: Announce, on_ended: Ended, conv_id: str, runs: list[Run]
 ) -> None:
+    """Settle the unsettled runs of one conversation, in which nobody works any more. Raises StoreError."""
     async with lines.enter(conv_id) as line:
         place = 0
         for run in runs:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, TypeVar
 
 from broker.envelope import SEM, Draft
-from broker.errors import BrokerError, EngineError, LimitExceeded
+from broker.errors import BrokerError, EngineError, LimitExceeded, RunEnded
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
 from broker.runs.engine import ChatMessage, EngineProfile, EngineRequest
@@ -30,8 +30,9 @@ from broker.runs.turn_recorder import TurnRecorder
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-StopReason = Literal["cancelled", "interrupted", "timeout", "detached"]
-"""`detached`: the process goes down, and the run goes on awaiting approval after the next start."""
+StopReason = Literal["cancelled", "interrupted", "timeout", "detached", "lost"]
+"""`detached`: the process goes down, and the run goes on awaiting approval after the next start. `lost`: another node
+has taken the run over; whatever there is to write about it, that one writes."""
 
 
 class RunStopped(Exception):
@@ -53,7 +54,7 @@ class RunTask:
         self._resumed = run.status == "awaiting_tool_approval"
         self._loop = asyncio.get_running_loop()
         self._stop: asyncio.Future[StopReason] = self._loop.create_future()
-        self._published = RunPublisher(run.conv_id, run.run_id, runtime.publish)
+        self._published = RunPublisher(run.conv_id, run.run_id, runtime.publish_as_holder(run.conv_id))
         self._recorder = TurnRecorder(
             run, runtime.turns, runtime.plugins, runtime.clock, keep=self._limits.turns_per_conversation
         )
@@ -100,10 +101,13 @@ class RunTask:
             await self._begin()
             await self._steps()
         except RunStopped as stop:
-            if stop.reason == "detached":
+            if stop.reason in ("detached", "lost"):
                 await self._detach()
                 return None
             status, error = self._stopped(stop.reason)
+        except RunEnded:  # the log refused it: another node has taken the run over
+            await self._detach()
+            return None
         except BrokerError as exc:
             status, error = "failed", describe(exc)
         except Exception as exc:

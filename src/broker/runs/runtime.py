@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from broker.runs.ending import closing_drafts, terminal_draft
 from broker.runs.engines import EngineCache
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles
-from broker.runs.ports import Plugins, Publish, TimelineReader
+from broker.runs.ports import Plugins, Publish, PublishFenced, TimelineReader
 from broker.runs.state import ACTIVE, TERMINAL, Run, RunStatus
 from broker.runs.store import RunStore
 from broker.runs.tool_runner import ToolRunner
@@ -29,7 +29,10 @@ END_RETRY_MAX_S = 5.0
 
 @dataclass(slots=True)
 class Runtime:
-    """The parts that runs share. closing: the process goes down; nothing is tried again any more."""
+    """The parts that runs share. closing: the process goes down; nothing is tried again any more.
+
+    token_of, publish_fenced: where several nodes share the store (runs/leases.py).
+    """
 
     store: RunStore
     turns: TurnStore
@@ -42,6 +45,16 @@ class Runtime:
     engines: EngineCache
     tools: ToolRunner
     closing: bool = False
+    token_of: Callable[[str], str | None] | None = None
+    publish_fenced: PublishFenced | None = None
+
+    def publish_as_holder(self, conv_id: str) -> Publish:
+        """Return what publishes only as long as this node holds the lease on the conversation, where there are leases."""
+        token = self.token_of(conv_id) if self.token_of is not None else None
+        publish = self.publish_fenced
+        if token is None or publish is None:
+            return self.publish
+        return lambda conv_id, drafts: publish(conv_id, drafts, token)
 
     async def settle(self, run: Run, status: RunStatus, changes: Mapping[str, Any]) -> Run | None:
         """End a run: durable status first, then everything open closed and its one terminal event.

@@ -17,11 +17,12 @@ from broker.errors import (
 from broker.runs.actions import ActionResult, Actions
 from broker.runs.engines import EngineCache
 from broker.runs.intake import Intake, SendResult
+from broker.runs.leases import LeaseKeeper, Leases
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles, RunRequest
-from broker.runs.ports import Hold, Plugins, Publish, TimelineReader
+from broker.runs.ports import Hold, Plugins, Publish, PublishFenced, TimelineReader
 from broker.runs.queue import Lines
-from broker.runs.recovery import recover
+from broker.runs.recovery import recover, recover_conversation
 from broker.runs.runtime import Runtime
 from broker.runs.snapshot import snapshot, state_etag
 from broker.runs.state import Run
@@ -52,12 +53,14 @@ class RunService:
         hold: Hold | None = None,
         release: Hold | None = None,
         head: Head | None = None,
+        publish_fenced: PublishFenced | None = None,
         limits: RunLimits | None = None,
     ) -> None:
         """store, turns: opened and closed by the caller. publish: must work from `start` until `stop` returned.
 
-        head: tells a conversation's newest seq for its state, None: states say 0. limits: None takes them from
-        settings. Raises PluginError for duplicate engine profiles or tools.
+        publish_fenced: as `publish`, for runs that are leased. head: tells a conversation's newest seq for its state,
+        None: states say 0. limits: None takes them from settings. Raises PluginError for duplicate engine profiles or
+        tools.
         """
         self.store = store
         self.turns = turns
@@ -80,6 +83,11 @@ class RunService:
         self._lines = Lines(self._runtime, hold=hold or nobody, release=release or nobody, on_ended=self._run_ended)
         self._intake = Intake(self._runtime, self._lines)
         self._actions = Actions(self._runtime, self._lines, state=self.state, on_ended=self._run_ended)
+        self._leases: LeaseKeeper | None = None
+        if isinstance(store, Leases):
+            self._runtime.token_of, self._runtime.publish_fenced = store.token, publish_fenced
+            self._leases = LeaseKeeper(self._runtime, self._lines, store, self._settle_conversation)
+            self._actions.share(store, self._leases)
         self._telling: set[asyncio.Task[None]] = set()
         self._head = head
         self._accepting = False
@@ -92,7 +100,11 @@ class RunService:
             return
         self._runtime.closing = False
         # Observers are told beside it: one that stalls must not keep the server from starting.
-        await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
+        if self._leases is not None:
+            await self._leases.look(at_start=True)
+            self._leases.start()
+        else:
+            await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
         await self.sweep()
         self._accepting = True
 
@@ -113,6 +125,8 @@ class RunService:
         await self._drained(self.limits.stop_grace_s + 5.0)
         if busy := {*self._intake.busy, *self._actions.busy, *self._telling}:
             await asyncio.wait(busy, timeout=5.0)
+        if self._leases is not None:
+            await self._leases.stop()
         await self._runtime.engines.aclose()
 
     async def sweep(self) -> None:
@@ -232,6 +246,9 @@ class RunService:
         await self.turns.erase(conv_id)
 
     # -- inner ------------------------------------------------------------------------------------------------------
+
+    async def _settle_conversation(self, conv_id: str, runs: list[Run]) -> None:
+        await recover_conversation(self._runtime, self._lines, self._intake.announce, self._tell_ended, conv_id, runs)
 
     def _tell_ended(self, run: Run) -> None:
         task = asyncio.create_task(self._run_ended(run))

@@ -19,13 +19,18 @@ from broker.timeline.store import DeadLetter, TimelineSave
 
 logger = logging.getLogger(__name__)
 
+DEBUG_CHANNELS = "debug."
+"""What is published to these is not folded: it is not for those who may only see the timeline (I14)."""
 BUDGET_FACTOR = 4
 BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
 REFOLD_MAX = 2000
-"""Envelopes folded before the cursor is saved even though no entity changed: what opening has to fold again at most."""
+"""Envelopes folded before the cursor is saved even though no entity changed, or one waits for its budget: what opening has
+to fold again at most."""
+REFOLD_BYTES = 256
+"""Unless what waits is larger than so much per envelope: it is saved beyond its budget only as often as bytes stay linear."""
 
 
 class _Budget:
@@ -66,6 +71,7 @@ class ConversationTimeline:
         "complete",
         "conv_id",
         "dead_letters",
+        "epoch",
         "late",
         "pending",
         "position",
@@ -75,6 +81,7 @@ class ConversationTimeline:
     def __init__(self, conv_id: str, handlers: Mapping[str, TimelineHandler]) -> None:
         self.conv_id = conv_id
         self.position = 0
+        self.epoch = ""  # life of the log that is folded here
         self.complete = False  # every entity that exists is in memory: nothing needs to be looked up
         self.late = 0
         self.dead_letters = 0
@@ -87,7 +94,7 @@ class ConversationTimeline:
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
         self._dead: list[DeadLetter] = []
         self._cursor = 0  # what the store has
-        self._folded = 0  # envelopes since then
+        self._folded = 0  # about how many envelopes since then
         self._cache_floor = 0  # newest version that memory may lack
         self._linked_seq = 0  # newest envelope whose fold looked at several entities
 
@@ -104,7 +111,7 @@ class ConversationTimeline:
         wanted: set[str] = set()
         for envelope in envelopes:
             handler = self._handlers.get(envelope.type)
-            if handler is not None:
+            if handler is not None and not envelope.channel.startswith(DEBUG_CHANNELS):
                 try:
                     wanted.update(handler.keys(envelope))
                 except Exception:  # the fold meets the same envelope and dead-letters it with its reason
@@ -124,7 +131,7 @@ class ConversationTimeline:
         touched: dict[str, None] = {}
         for envelope in envelopes:
             handler = self._handlers.get(envelope.type)
-            if handler is not None:
+            if handler is not None and not envelope.channel.startswith(DEBUG_CHANNELS):
                 for id in self._fold_one(handler, envelope):
                     touched[id] = None
             self.position = envelope.seq
@@ -142,6 +149,10 @@ class ConversationTimeline:
         try:
             keys = handler.keys(envelope)
             known = {id: self._entities[id] for id in keys if id in self._entities}
+            if self._contained(keys, known, envelope.seq):
+                return []
+            if len(keys) > 1:  # also if it changes nothing now: over a newer state of one of them it might
+                self._linked_seq = envelope.seq
             changed = list(handler.fold(known, envelope))
         except LateEnvelope:
             self.late += 1
@@ -168,9 +179,15 @@ class ConversationTimeline:
             elif self._unsaved[entity.id].first_seq == 0:
                 self._unsaved[entity.id].first_seq = envelope.seq
             touched.append(entity.id)
-        if touched and len(keys) > 1:
-            self._linked_seq = envelope.seq
         return touched
+
+    def _contained(self, keys: Sequence[str], known: Mapping[str, Entity], seq: int) -> bool:
+        """Say whether an envelope is folded again whose entities are newer already: it has nothing to say any more."""
+        for id in keys:
+            entity = known.get(id)
+            if entity is None or entity.version < seq:
+                return False
+        return bool(keys)
 
     def _bury(self, envelope: Envelope, error: Exception) -> None:
         self.dead_letters += 1
@@ -251,6 +268,7 @@ class ConversationTimeline:
             return None
         entities = []
         waiting = []
+        waiting_bytes = 0
         for id, unsaved in self._unsaved.items():
             if not unsaved.first_seq:
                 continue
@@ -260,17 +278,18 @@ class ConversationTimeline:
                 entities.append(entity)
             else:
                 waiting.append(unsaved.first_seq)
-        if waiting and self._linked_seq > self._cursor and not everything:
+                waiting_bytes += size
+        if waiting and self._folded >= max(REFOLD_MAX, waiting_bytes // REFOLD_BYTES):
+            return self.take_save(everything=True)
+        if waiting and self._linked_seq > self._cursor:
             # A fold read one entity to change another. Folded again over a newer state of the one, it would change the
             # other to something else: the stored entities have to be of one moment, so all of them wait.
-            if self._folded >= REFOLD_MAX:
-                return self.take_save(everything=True)
-            return TimelineSave(self.conv_id, [], self._cursor, tuple(self._dead)) if self._dead else None
+            return TimelineSave(self.conv_id, [], self._cursor, tuple(self._dead), self.epoch) if self._dead else None
         cursor = max(min(waiting) - 1 if waiting else self.position, self._cursor)
         overdue = self._folded >= REFOLD_MAX or (everything and self._folded)
         if not entities and not self._dead and not (overdue and cursor > self._cursor):
             return None
-        return TimelineSave(self.conv_id, entities, cursor, tuple(self._dead))
+        return TimelineSave(self.conv_id, entities, cursor, tuple(self._dead), self.epoch)
 
     def saved(self, save: TimelineSave) -> None:
         """Take note that `save` is durable, and forget finished entities that are safe in the store."""
@@ -287,9 +306,11 @@ class ConversationTimeline:
                 unsaved.first_seq = 0
             else:
                 del self._unsaved[entity.id]
-        del self._dead[: len(save.dead_letters)]
-        self._cursor = max(self._cursor, save.cursor)
-        self._folded = 0
+        if save.dead_letters:  # not the first so many: another save of them may have been under way too
+            self._dead = [letter for letter in self._dead if letter not in save.dead_letters]
+        if save.cursor > self._cursor:
+            self._cursor = save.cursor
+            self._folded = 0
         self._shrink()
 
     def _shrink(self) -> None:

@@ -47,39 +47,57 @@ class TimelineReader:
     async def page_of(
         self, conversation: Conversation, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
     ) -> TimelinePage:
-        """As `page`, for a conversation that the caller keeps open."""
+        """As `page`, for a conversation that the caller keeps open.
+
+        Entities that one envelope created share a position; they come together, also where that makes more than `limit`.
+        """
         timeline = conversation.timeline
         version = timeline.position
         live = timeline.live()
         if timeline.complete:
-            stored: list[Entity] = []
-            more_stored = False
+            stored, horizon = [], None
         else:
             # While this counter is up nothing is saved: what the store answers is not newer than `version`, so the
             # overlay of what memory had at that moment makes the page exact.
             timeline.readers += 1
             try:
-                stored = await self._store.page(
-                    conversation.conv_id, after_position=after_position, since_version=since_version, limit=limit + 1
-                )
+                stored, horizon = await self._stored(conversation.conv_id, since_version, after_position, limit)
             finally:
                 timeline.readers -= 1
-            more_stored = len(stored) > limit
-        by_id = {entity.id: entity for entity in stored[:limit]}
-        horizon = stored[limit - 1].position if more_stored else None
+        by_id = {entity.id: entity for entity in stored}
         for entity in live.values():
             if entity.position > after_position and (horizon is None or entity.position <= horizon):
                 by_id[entity.id] = entity
         found = sorted(
-            (entity for entity in by_id.values() if entity.version > since_version), key=lambda entity: entity.position
+            (entity for entity in by_id.values() if entity.version > since_version),
+            key=lambda entity: (entity.position, entity.id),
         )
+        end = limit
+        while 0 < end < len(found) and found[end].position == found[end - 1].position:
+            end += 1
         return TimelinePage(
             conv_id=conversation.conv_id,
             version=version,
             epoch=conversation.epoch,
-            entities=found[:limit],
-            more=more_stored or len(found) > limit,
+            entities=found[:end],
+            more=horizon is not None or end < len(found),
         )
+
+    async def _stored(
+        self, conv_id: str, since_version: int, after_position: int, limit: int
+    ) -> tuple[list[Entity], int | None]:
+        """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
+        while True:
+            stored = await self._store.page(
+                conv_id, after_position=after_position, since_version=since_version, limit=limit + 1
+            )
+            if len(stored) <= limit:
+                return stored, None
+            cut = stored[-1].position  # of which there may be more
+            whole = [entity for entity in stored if entity.position < cut]
+            if whole:
+                return whole, whole[-1].position
+            limit *= 2
 
     async def entities(self, conv_id: str) -> list[Entity]:
         """Return all entities of a conversation by position."""

@@ -25,12 +25,14 @@ class TimelineSave:
 
     entities: each with its explicit version; the store ignores those not newer than what it has. cursor: every
     envelope with seq <= cursor is contained in the saved entities, so folding may start after it. It never goes back.
+    epoch: life of the log that was folded; stores that several nodes share ignore what is of another one. "" = not known.
     """
 
     conv_id: str
     entities: Sequence[Entity]
     cursor: int
     dead_letters: Sequence[DeadLetter] = field(default_factory=tuple)
+    epoch: str = ""
 
 
 class TimelineStore(Protocol):

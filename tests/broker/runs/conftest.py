@@ -1,4 +1,4 @@
-"""Stores for the tests of runs: each contract test runs over memory and SQLite."""
+"""Stores for the tests of runs: each contract test runs over memory, SQLite and Redis."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from pathlib import Path
 import pytest
 
 from broker.database import Database
+from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.redis import RedisRunStore
+from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[RunStore, TurnStore]]:
     """An open run store and turn store."""
     if request.param == "memory":
         yield MemoryRunStore(), MemoryTurnStore()
+        return
+    if request.param == "redis":
+        connection = RedisConnection(request.getfixturevalue("redis_url"))
+        yield RedisRunStore(connection), RedisTurnStore(connection)
+        await connection.close()
         return
     database = Database(tmp_path / "runs.db")
     runs, turns = SqliteRunStore(database), SqliteTurnStore(database)

@@ -11,9 +11,11 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, ca
 from broker.runs.tools import Tool
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where the broker keeps its things."""
+    if request.param == "redis":
+        return str(request.getfixturevalue("redis_url"))
     return database(tmp_path, request.param)
 
 

@@ -1,0 +1,1 @@
+"""The delivery benchmarks: servers, the load client, workloads, report."""

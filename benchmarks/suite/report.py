@@ -1,0 +1,122 @@
+"""Medians and spread over the rounds, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+RATIOS = ("W1", "W1 saturated", "W2")
+
+
+class Results:
+    """Figures of all rounds: by workload, then by server."""
+
+    def __init__(self) -> None:
+        self.rounds: defaultdict[str, defaultdict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        self.notes: list[str] = []
+
+    def add(self, workload: str, server: str, figures: Mapping[str, Any]) -> None:
+        """Take one measurement and show it."""
+        self.rounds[workload][server].append(dict(figures))
+        shown = {name: value for name, value in figures.items() if name not in ("bytes", "samples", "deliveries")}
+        print(f"  {workload:14s} {server:18s} {shown}", flush=True)
+
+    def median(self, workload: str, server: str, figure: str) -> float | None:
+        """Return the median of a figure over the rounds, None where it was not measured."""
+        values = [float(figures[figure]) for figures in self.rounds[workload][server] if figure in figures]
+        return statistics.median(values) if values else None
+
+    def spread(self, workload: str, server: str, figure: str) -> str:
+        """Return median (smallest to largest)."""
+        values = sorted(float(figures[figure]) for figures in self.rounds[workload][server] if figure in figures)
+        return f"{_short(statistics.median(values))} ({_short(values[0])} to {_short(values[-1])})" if values else "–"
+
+    def ratio(self, workload: str, server: str, figure: str, reference: str = "limit") -> list[float]:
+        """Return `server` over `reference`, round by round: what was measured side by side."""
+        pairs = zip(self.rounds[workload][server], self.rounds[workload][reference], strict=False)
+        return sorted(float(ours[figure]) / float(theirs[figure]) for ours, theirs in pairs if theirs.get(figure))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, with the machine."""
+        return {"machine": machine(), "notes": self.notes, "rounds": self.rounds}
+
+    def as_markdown(self) -> str:
+        """Return the tables of the delivery workloads and a list of the rest."""
+        servers = list(dict.fromkeys(server for by_server in self.rounds.values() for server in by_server))
+        lines = [machine(), ""]
+        for workload in [name for name in RATIOS if name in self.rounds]:
+            lines += [
+                f"### {workload}",
+                "",
+                "| server | deliveries/s | speed, limit = 1 | server CPU us per delivery | CPU, limit = 1 | p99 ms | client busy |",
+            ]
+            lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+            lines += [self._row(workload, server) for server in servers if self.rounds[workload].get(server)]
+            lines.append("")
+        if "W3" in self.rounds:
+            lines += ["### W3", "", "| server | p50 ms | p99 ms | p99, limit = 1 |", "|---|--:|--:|--:|"]
+            for server in [server for server in servers if self.rounds["W3"].get(server)]:
+                p50, p99 = self.spread("W3", server, "p50_ms"), self.spread("W3", server, "p99_ms")
+                lines.append(f"| {server} | {p50} | {p99} | {_middle(self.ratio('W3', server, 'p99_ms'))} |")
+            lines.append("")
+        for workload in self.rounds:
+            if workload not in (*RATIOS, "W3"):
+                for server, measured in self.rounds[workload].items():
+                    figures = ", ".join(
+                        f"{name} {self.spread(workload, server, name)}"
+                        for name in measured[0]
+                        if _number(measured[0][name])
+                    )
+                    lines.append(f"- {workload}, {server}: {figures}")
+        return "\n".join([*lines, "", *self.notes, ""])
+
+    def _row(self, workload: str, server: str) -> str:
+        cpu = "server_cpu_us_per_delivery"
+        cells = [
+            server,
+            self.spread(workload, server, "deliveries_per_s"),
+            _middle(self.ratio(workload, server, "deliveries_per_s")),
+            self.spread(workload, server, cpu),
+            _middle(self.ratio(workload, server, cpu)),
+            _short(self.median(workload, server, "p99_ms") or 0.0),
+            _short(self.median(workload, server, "client_busy") or 0.0),
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+
+def growth_table(found: Mapping[str, Sequence[tuple[object, Mapping[str, Any]]]]) -> str:
+    """Return a table per dimension."""
+    lines = ["### Growth", ""]
+    for dimension, steps in found.items():
+        lines += [
+            f"| {dimension} | " + " | ".join(str(step) for step, _ in steps) + " |",
+            "|---|" + "--:|" * len(steps),
+        ]
+        costs = [_short(float(figures["server_cpu_us_per_delivery"])) for _, figures in steps]
+        lines += ["| CPU us per delivery | " + " | ".join(costs) + " |", ""]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Return what was measured with."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "orjson"))
+    return (
+        f"{platform.machine()}, {platform.system()} {platform.release()}, Python {sys.version.split()[0]}, {packages}"
+    )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _middle(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})" if values else "–"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,188 @@
+"""Server processes to be measured: started on one core, told to end, their memory read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from suite.tools import SERVER_CPU, Tools
+
+BENCHMARKS = Path(__file__).parent.parent
+START_TIMEOUT_S = 30.0
+SUBSCRIBE = "/ws?conv_id={c}"
+TWO_VIEWS = (SUBSCRIBE, SUBSCRIBE + "&channels=sem")
+
+
+@dataclass
+class Launch:
+    """How to start a server and how to speak to it. ports: those that open when it is ready."""
+
+    command: list[str]
+    port: int
+    control: int
+    dialect: str
+    paths: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+Recipe = Callable[[Path], Launch]
+"""Makes a Launch, given a fresh folder."""
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on at present."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """A running server: `with Server(recipe) as server`. folder: None makes a fresh one that goes with the server."""
+
+    def __init__(self, recipe: Recipe, folder: Path | None = None) -> None:
+        self._recipe = recipe
+        self._given = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.launch: Launch
+        self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Server:
+        if self._given is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="broker-bench-")
+        self.folder = self._given or Path(self._temporary.name)  # type: ignore[union-attr]
+        self.launch = self._recipe(self.folder)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                ["taskset", "-c", SERVER_CPU, *self.launch.command],
+                stdout=log,
+                stderr=log,
+                env={**environment, **self.launch.environment},
+                start_new_session=True,
+            )
+        try:
+            for port in {self.launch.port, self.launch.control}:
+                self._wait_for(port)
+        except BaseException:
+            self.end(signal.SIGKILL)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(signal.SIGTERM)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _wait_for(self, port: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.02)
+        log = (self.folder / "server.log").read_text(errors="replace")[-600:]
+        raise RuntimeError(f"{self.launch.command[0]} did not open port {port}: {log}")
+
+    def end(self, signal_number: int) -> None:
+        """Send a signal and wait for the end; a server that takes more than 10 s is killed."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def command(self, line: str, timeout_s: float = 120.0) -> tuple[float, float]:
+        """Send a line to the control port; return (seconds, median seconds of one publish)."""
+        with socket.create_connection(("127.0.0.1", self.launch.control), timeout=timeout_s) as control:
+            control.sendall(line.encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                part = control.recv(4096)
+                if not part:
+                    raise RuntimeError(f"the server closed the control connection after {answer!r}")
+                answer += part
+        numbers = [float(word) for word in answer.split()[1:]]
+        return (numbers[0], numbers[1]) if len(numbers) == 2 else (0.0, 0.0)
+
+    def load(self, tools: Tools, **options: object) -> dict[str, object]:
+        """Run the load client against this server. path or paths in `options`: instead of the server's own."""
+        paths = options.pop("paths", self.launch.paths)
+        assert isinstance(paths, Sequence)
+        speak = {"port": self.launch.port, "control": self.launch.control, "dialect": self.launch.dialect}
+        return tools.load({**speak, **options}, list(paths), [self.process.pid])
+
+    def memory_kib(self) -> float:
+        """Return the process's own memory (Pss)."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    return float(line.split()[1])
+        raise RuntimeError("the server's memory cannot be read")
+
+
+def limit(tools: Tools) -> Recipe:
+    """The reference in C."""
+
+    def make(folder: Path) -> Launch:
+        port, control = free_port(), free_port()
+        return Launch([str(tools.limit), str(port), str(control)], port, control, "plain", ("/{c}",))
+
+    return make
+
+
+def ours(
+    *,
+    paths: Sequence[str] = TWO_VIEWS,
+    settings: Mapping[str, object] | None = None,
+    event: str = "note",
+    frame_bytes: int = 220,
+    profiles: int = 0,
+    more_plugins: int = 0,
+    db: str | None = None,
+) -> Recipe:
+    """`broker serve` with its SQLite file and the control plugin. db: `:memory:` in place of a file."""
+
+    def make(folder: Path) -> Launch:
+        port, control = free_port(), free_port()
+        plugins = folder / "plugins"
+        plugins.mkdir(exist_ok=True)
+        shutil.copy(BENCHMARKS / "control_plugin" / "bench_control.py", plugins)
+        for number in range(more_plugins):
+            (plugins / f"more{number}.py").write_text(_FILTER_PLUGIN)
+        flags = {"db": db or str(folder / "broker.db"), "plugins_dir": str(plugins), "port": port, **(settings or {})}
+        environment = {f"BROKER_{name.upper()}": str(value) for name, value in flags.items()}
+        own = {"PORT": control, "EVENT": event, "BYTES": frame_bytes, "PROFILES": profiles}
+        environment |= {f"BROKER_PLUGIN_BENCH_CONTROL_{name}": str(value) for name, value in own.items()}
+        command = [str(Path(sys.executable).with_name("broker")), "serve"]
+        return Launch(command, port, control, "broker", tuple(paths), environment)
+
+    return make
+
+
+_FILTER_PLUGIN = '''"""One more filter, for measuring what plugins cost."""
+
+from broker.hookspecs import hookimpl
+
+
+@hookimpl
+def build_filter(profile):
+    return lambda envelope: envelope.type != "never"
+'''

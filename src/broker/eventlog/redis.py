@@ -1,0 +1,281 @@
+"""The event log on Redis Streams: one stream per conversation, shared by many nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from broker.clock import Clock
+from broker.envelope import Envelope
+from broker.errors import StoreUnavailable
+from broker.eventlog.base import Committed, Follower, LogState, Page, Sink
+from broker.eventlog.life import epoch_of
+from broker.eventlog.redis_append import Appends, Flight
+from broker.eventlog.redis_following import Following
+from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys
+from broker.eventlog.redis_scripts import ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.redis_connection import RedisConnection
+from broker.sequence import PER_MS, seq_from_stream_id, stream_id_from_seq
+
+logger = logging.getLogger(__name__)
+
+_TRIM_ENTRIES = 500  # per script: a few ms, so that others do not wait for a long trim
+_LOOK_ENTRIES = 10_000
+_INDEX_PAGE = 200
+_INDEX_WAIT_S = 0.5
+
+
+class RedisEventLog:
+    """Event log over a `RedisConnection`, which its owner closes.
+
+    An append that fails with StoreUnavailable because Redis went away was not made, unless Redis took it and went away
+    before it answered: then it shows up in the log like any other. It is never made twice, and never after the failure
+    was reported.
+    """
+
+    name = "redis"
+
+    def __init__(self, connection: RedisConnection, clock: Clock | None = None) -> None:
+        """clock: gives the seqs their time; None: the server's clock, the only one that all nodes share."""
+        self._connection = connection
+        connection.register(*SCRIPTS)
+        self._sink: Sink | None = None
+        self._appends = Appends(connection, clock, self._new_epoch, self._landed)
+        self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
+        self._index: dict[str, int] = {}
+        self._indexing: asyncio.Task[None] | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def open(self, sink: Sink) -> None:
+        first = self._sink is None
+        self._sink = sink
+        if first:
+            try:
+                await self._appends.start()
+                await self._life()
+            except BaseException:
+                self._sink = None
+                raise
+            self.following.start()
+
+    async def close(self) -> None:
+        if self._sink is None:
+            return
+        await self._appends.close()
+        await self.following.close()
+        if self._indexing is not None:  # a hint only: not worth waiting for a Redis that is away
+            await asyncio.wait({self._indexing}, timeout=_INDEX_WAIT_S)
+        if self._indexing is not None:
+            self._indexing.cancel()
+        self._sink = None
+
+    def follow(self, follower: Follower) -> None:
+        self.following.follow(follower)
+
+    def interest(self, conv_id: str, on: bool) -> None:
+        self.following.interest(conv_id, on)
+
+    def opened(self, conv_id: str) -> None:
+        self.following.opened(conv_id)
+
+    async def ping(self) -> None:
+        if self._sink is None:
+            raise StoreUnavailable("the Redis event log is not open: open it first")
+        command = ("SET", "broker:ping", self._connection.node, "PX", 10_000)
+        for reply in await self._connection.execute([command], patience_s=0):  # whoever asks wants to know now
+            self._connection.checked(reply)
+
+    # -- appending --------------------------------------------------------------------------------------------------
+
+    async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        if self._sink is None:
+            raise StoreUnavailable("the Redis event log is not open: open it first")
+        if not envelopes:
+            return []
+        mine = list(envelopes)
+        await self._appends.submit(conv_id, mine)
+        return [envelope.seq for envelope in mine]
+
+    async def append_fenced(self, conv_id: str, envelopes: Sequence[Envelope], fence: str) -> list[int]:
+        """As `append`, as long as `fence` is the token of the conversation's newest run lease. Raises RunEnded."""
+        if self._sink is None:
+            raise StoreUnavailable("the Redis event log is not open: open it first")
+        mine = list(envelopes)
+        if mine:
+            await self._appends.submit(conv_id, mine, fence)
+        return [envelope.seq for envelope in mine]
+
+    def _landed(self, flights: list[Flight]) -> None:
+        """Hand on what a round trip made durable, then look for what others appended meanwhile."""
+        committed = []
+        for flight in flights:
+            own = flight.committed
+            if own is None:
+                continue
+            self._index[own.conv_id] = own.envelopes[-1].seq // PER_MS
+            if self.following.own_landed(own.conv_id, flight.epoch, own.prev_seq, own.envelopes[0].seq):
+                committed.append(own)
+        if self._index and self._indexing is None:
+            self._indexing = asyncio.get_running_loop().create_task(self._write_index())
+        if committed:
+            self._hand_on(committed)
+        for flight in flights:
+            self.following.own_settled(flight.conv_id)
+
+    def _hand_on(self, committed: list[Committed]) -> None:
+        if self._sink is not None:
+            try:
+                self._sink(committed)
+            except Exception:
+                logger.exception("the event log's sink failed after the commit")
+
+    # -- the epoch --------------------------------------------------------------------------------------------------
+
+    async def _life(self) -> tuple[str, int]:
+        """Return the identity of this data set, given to it by whoever comes first, and how much was erased in it."""
+        _, life, erasures = await self._connection.all(
+            [
+                ("HSETNX", LIFE, "life", secrets.token_hex(8)),
+                ("HGET", LIFE, "life"),
+                ("HGET", LIFE, "erasures"),
+            ]
+        )
+        return life.decode(), int(erasures or 0)
+
+    async def _new_epoch(self) -> str:
+        return epoch_of(*await self._life())
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    async def state(self, conv_id: str) -> LogState:
+        stream, log, _ = log_keys(conv_id)
+        (epoch, head, trimmed, size), count, life, erasures = await self._connection.all(
+            [
+                ("HMGET", log, "epoch", "head", "trimmed", "bytes"),
+                ("XLEN", stream),
+                ("HGET", LIFE, "life"),
+                ("HGET", LIFE, "erasures"),
+            ]
+        )
+        if epoch is None:
+            return LogState(epoch_of(life.decode(), int(erasures or 0)) if life else await self._new_epoch())
+        return LogState(epoch.decode(), _seq(head), _seq(trimmed), count, int(size or 0))
+
+    async def read(
+        self, conv_id: str, *, after: int, upto: int | None = None, limit: int = 512, max_bytes: int = 262_144
+    ) -> Page:
+        end = "+" if upto is None else stream_id_from_seq(upto)
+        reply = await self._connection.one(
+            READ.command(log_keys(conv_id)[:2], (stream_id_from_seq(after), end, limit, max_bytes, 0))
+        )
+        if reply is None:
+            return Page(through=after)
+        found = Stretch(conv_id, reply)
+        target = found.head_seq if upto is None else min(upto, found.head_seq)
+        through = found.envelopes[-1].seq if found.more else max(after, target)
+        return Page(found.envelopes, through, found.more, found.trimmed_seq)
+
+    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
+        key = escaped(dedupe_key)
+        members = await self._by_name(conv_id, f"[{key}\x00", f"({key}\x01")
+        return seq_from_stream_id(members[0].rpartition(b"\x00")[2].decode()) if members else None
+
+    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
+        key = escaped(prefix).encode()
+        return bool(await self._by_name(conv_id, b"[" + key, b"(" + key + b"\xff"))
+
+    async def _by_name(self, conv_id: str, low: bytes | str, high: bytes | str) -> list[bytes]:
+        keys = log_keys(conv_id)[2]
+        found: list[bytes] = await self._connection.one(("ZRANGEBYLEX", keys, low, high, "LIMIT", 0, 1))
+        return found
+
+    async def contains(self, conv_id: str, seq: int) -> bool:
+        id = stream_id_from_seq(seq)
+        return bool(await self._connection.one(("XRANGE", log_keys(conv_id)[0], id, id)))
+
+    async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
+        if self._indexing is not None:
+            await asyncio.shield(self._indexing)
+        found: list[tuple[int, str]] = []
+        start = 0
+        high = "+inf" if before_seq is None else str(before_seq // PER_MS)
+        while True:
+            rows = await self._connection.one(
+                ("ZREVRANGEBYSCORE", INDEX, high, "-inf", "WITHSCORES", "LIMIT", start, _INDEX_PAGE)
+            )
+            start += _INDEX_PAGE
+            names = [row.decode() for row in rows[::2]]
+            heads = await self._connection.all([("HGET", log_keys(name)[1], "head") for name in names])
+            for name, head in zip(names, heads, strict=True):
+                if head is not None and (before_seq is None or _seq(head) < before_seq):
+                    found.append((_seq(head), name))
+            if len(names) < _INDEX_PAGE:
+                break
+            found.sort(key=lambda one: (-one[0], one[1]))
+            # Conversations that share a head_seq stay on one page: go on until the times are older than the last one's.
+            if len(found) > limit and float(rows[-1]) < found[limit - 1][0] // PER_MS:
+                break
+        found.sort(key=lambda one: (-one[0], one[1]))
+        last = found[limit - 1][0] if len(found) > limit else 0
+        return [(name, head) for head, name in found if head >= last]
+
+    async def _write_index(self) -> None:
+        """Note in the index what was written to. Together for all conversations, beside the appends."""
+        try:
+            while self._index:
+                entries, self._index = self._index, {}
+                arguments: list[Any] = []
+                for conv_id, time_ms in entries.items():
+                    arguments += (time_ms, conv_id)
+                await self._connection.all([("ZADD", INDEX, "GT", *arguments)])
+        except Exception as exc:
+            logger.warning("the index of conversations is behind: %s", exc)
+        finally:
+            self._indexing = None
+
+    # -- retention --------------------------------------------------------------------------------------------------
+
+    async def trim(self, conv_id: str, *, through: int) -> int:
+        removed = 0
+        command = TRIM.command(log_keys(conv_id), (stream_id_from_seq(through), _TRIM_ENTRIES))
+        while count := await self._connection.one(command):
+            removed += count
+        return removed
+
+    async def trim_candidate(self, conv_id: str, *, max_count: int, max_bytes: int, min_time_ms: int) -> int:
+        return _seq(
+            await self._connection.one(
+                TRIM_CANDIDATE.command(log_keys(conv_id)[:2], (max_count, max_bytes, min_time_ms, _LOOK_ENTRIES))
+            )
+        )
+
+    async def erase(self, conv_id: str) -> None:
+        """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
+        existed = await self._connection.one(ERASE.command(log_keys(conv_id), ("PUBLISH", live_channel(conv_id))))
+        if self._indexing is not None:
+            await asyncio.shield(self._indexing)
+        commands: list[Any] = [("ZREM", INDEX, conv_id)]
+        if existed:
+            commands.append(("HINCRBY", LIFE, "erasures", 1))
+        await self._connection.all(commands)
+
+    def stats(self) -> dict[str, int]:
+        """Return counters: followed conversations, wake-ups, reads, what only the position check found, resets."""
+        following = self.following
+        return {
+            "followed": len(following),
+            "wakeups": following.wakeups.received,
+            "reads": following.reads,
+            "envelopes_read": following.envelopes_read,
+            "found_by_check": following.found_by_check,
+            "resets": following.resets,
+            "reconnects": self._connection.reconnects,
+        }
+
+
+def _seq(id: bytes | None) -> int:
+    return seq_from_stream_id(id.decode()) if id else 0

@@ -1,0 +1,245 @@
+"""The writing half of the Redis event log: appends that arrive together travel together, each exactly once.
+
+Per conversation one flight is under way; what comes meanwhile goes with the next one. So a conversation's appends keep
+their order whatever happens to the connection, and its newest flight is all that Redis has to remember of this node.
+Flights of many conversations share a round trip, and round trips overlap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from broker.clock import Clock
+from broker.envelope import Envelope, topic
+from broker.errors import BrokerError, RunEnded, StoreError, StoreUnavailable
+from broker.eventlog.base import Committed
+from broker.eventlog.redis_keys import escaped, live_channel, log_keys
+from broker.eventlog.redis_scripts import APPEND
+from broker.redis_connection import RedisConnection
+from broker.redis_resp import Command, RedisReplyError
+from broker.sequence import seq_from_stream_id
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIP_BYTES = 4 * 1024 * 1024
+MAX_TRIP_FLIGHTS = 1024
+
+
+class _Append:
+    __slots__ = ("envelopes", "fence", "future", "size_bytes")
+
+    def __init__(self, envelopes: list[Envelope], future: asyncio.Future[None], fence: str) -> None:
+        self.fence = fence
+        self.envelopes = envelopes
+        self.future = future
+        self.size_bytes = sum([len(envelope.data_json) for envelope in envelopes])
+
+
+class Flight:
+    """Appends of one conversation, with one fence, on their way. id: by which Redis recognises a repetition."""
+
+    __slots__ = ("appends", "committed", "conv_id", "epoch", "error", "fence", "id", "size_bytes")
+
+    def __init__(self, conv_id: str, appends: list[_Append], id: str) -> None:
+        self.conv_id = conv_id
+        self.appends = appends
+        self.id = id
+        self.fence = appends[0].fence
+        self.epoch = ""
+        self.error: BrokerError | None = None
+        self.committed: Committed | None = None
+        self.size_bytes = sum(append.size_bytes for append in appends)
+
+    def envelopes(self) -> list[Envelope]:
+        return [envelope for append in self.appends for envelope in append.envelopes]
+
+    def landed(self, epoch: str, prev: str, ids: Sequence[str]) -> None:
+        """Take the places that Redis gave."""
+        self.epoch = epoch
+        fresh = []
+        for envelope, id in zip(self.envelopes(), ids, strict=True):
+            known = id.endswith("=")
+            envelope.stream_id = id[:-1] if known else id
+            envelope.seq = seq_from_stream_id(envelope.stream_id)
+            if not known:
+                fresh.append(envelope)
+        if fresh:
+            self.committed = Committed(self.conv_id, seq_from_stream_id(prev), fresh)
+
+
+class Appends:
+    """Takes appends, sees them through. deliver: gets every round trip's flights before their publishers are answered."""
+
+    def __init__(
+        self,
+        connection: RedisConnection,
+        clock: Clock | None,
+        new_epoch: Callable[[], Awaitable[str]],
+        deliver: Callable[[list[Flight]], None],
+    ) -> None:
+        self._connection = connection
+        self._clock = clock
+        self._new_epoch = new_epoch
+        self._deliver = deliver
+        self._queues: dict[str, list[_Append]] = {}
+        self._flying: set[str] = set()
+        self._launching = False
+        self._trips: set[asyncio.Task[None]] = set()
+        self._count = 0
+        self._server_ahead_ms = 0.0
+        """Server's clock minus the loop's."""
+
+    def flying(self, conv_id: str) -> bool:
+        """Say whether an append of this conversation is under way."""
+        return conv_id in self._flying
+
+    async def start(self) -> None:
+        """Learn what time it is in Redis. Raises StoreUnavailable."""
+        seconds, micros = await self._connection.one(("TIME",), lane="append")
+        self._note_time(int(seconds) * 1000 + int(micros) // 1000)
+
+    def submit(self, conv_id: str, envelopes: list[Envelope], fence: str = "") -> asyncio.Future[None]:
+        """Queue an append; the future is done when it is durable and delivered, or has its StoreError or RunEnded.
+
+        fence: the append is refused with RunEnded unless this is the token of the conversation's newest run lease.
+        """
+        loop = asyncio.get_running_loop()
+        append = _Append(envelopes, loop.create_future(), fence)
+        self._queues.setdefault(conv_id, []).append(append)
+        if not self._launching and conv_id not in self._flying:
+            self._launching = True
+            loop.call_soon(self._launch)
+        return append.future
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        while self._trips or self._launching:
+            await asyncio.gather(*self._trips, return_exceptions=True)
+            await asyncio.sleep(0)
+
+    def _launch(self) -> None:
+        """Send off what is queued of conversations that have nothing under way."""
+        self._launching = False
+        trip: list[Flight] = []
+        size = 0
+        for conv_id in [conv_id for conv_id in self._queues if conv_id not in self._flying]:
+            self._count += 1
+            flight = Flight(conv_id, self._next(conv_id), f"{self._connection.node}{self._count:x}")
+            self._flying.add(conv_id)
+            trip.append(flight)
+            size += flight.size_bytes
+            if size >= MAX_TRIP_BYTES or len(trip) >= MAX_TRIP_FLIGHTS:
+                self._travel(trip)
+                trip, size = [], 0
+        if trip:
+            self._travel(trip)
+
+    def _next(self, conv_id: str) -> list[_Append]:
+        """Take what flies together: the appends of a conversation up to one with another fence."""
+        waiting = self._queues.pop(conv_id)
+        same = 1
+        while same < len(waiting) and waiting[same].fence == waiting[0].fence:
+            same += 1
+        if same < len(waiting):
+            self._queues[conv_id] = waiting[same:]
+        return waiting[:same]
+
+    def _travel(self, trip: list[Flight]) -> None:
+        task = asyncio.get_running_loop().create_task(self._see_through(trip))
+        self._trips.add(task)
+        task.add_done_callback(self._trips.discard)
+
+    async def _see_through(self, trip: list[Flight]) -> None:
+        try:
+            await self._send(trip)
+        except BrokerError as exc:
+            for flight in trip:
+                if flight.committed is None:
+                    flight.error = flight.error or exc
+        except Exception as exc:
+            logger.exception("appending to Redis failed")
+            for flight in trip:
+                flight.error = StoreError(f"appending to Redis failed: {exc!r}")
+        for flight in trip:
+            self._flying.discard(flight.conv_id)
+        try:
+            self._deliver(trip)
+        except Exception:
+            logger.exception("the event log's sink failed after the commit")
+        for flight in trip:
+            self._answer(flight)
+        if self._queues and not self._launching:
+            self._launch()
+
+    def _answer(self, flight: Flight) -> None:
+        for append in flight.appends:
+            if append.future.done():
+                continue
+            if flight.error is None:
+                append.future.set_result(None)
+            else:
+                # Its own object for each: a raise adds its traceback.
+                append.future.set_exception(type(flight.error)(flight.error.message, **flight.error.fields))
+
+    async def _send(self, trip: list[Flight]) -> None:
+        """Append what is in `trip`, again and again until every flight has landed or failed."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._connection.patience_s
+        epoch = ""
+        left = trip
+        while left:
+            deadline_ms = int(until_s * 1000 + self._server_ahead_ms)
+            patience_s = max(0.0, until_s - loop.time())
+            commands = [self._command(flight, deadline_ms, epoch) for flight in left]
+            replies = await self._connection.execute(commands, lane="append", patience_s=patience_s)
+            again = []
+            for flight, reply in zip(left, replies, strict=True):
+                word = self._take(flight, reply)
+                if word == "late" and loop.time() >= until_s:
+                    flight.error = StoreUnavailable("Redis did not take the append in time: nothing was written")
+                elif word is not None:
+                    again.append(flight)
+                    if word == "new" and not epoch:
+                        epoch = await self._new_epoch()
+            left = again
+
+    def _take(self, flight: Flight, reply: Any) -> str | None:
+        """Take a reply; return why the flight has to be sent again, None if it is settled."""
+        if isinstance(reply, RedisReplyError):
+            try:
+                self._connection.checked(reply)
+            except StoreError as exc:
+                flight.error = exc
+            return None
+        word, now, *rest = reply.decode().split(" ")
+        self._note_time(int(now))
+        if word == "fenced":
+            flight.error = RunEnded(
+                f"a run of {flight.conv_id} was taken over by another node: this one writes no more"
+            )
+            return None
+        if word != "ok":
+            return str(word)
+        flight.landed(rest[0], rest[1], rest[2:])
+        return None
+
+    def _note_time(self, server_ms: int) -> None:
+        self._server_ahead_ms = server_ms - asyncio.get_running_loop().time() * 1000
+
+    def _command(self, flight: Flight, deadline_ms: int, epoch: str) -> Command:
+        """Return the append. Redis refuses it after the deadline, so that one that was given up is not made later on."""
+        conv_id = flight.conv_id
+        name = topic(conv_id)
+        keys = (*log_keys(conv_id), f"{name}:append:{self._connection.node}", f"{name}:run-state")
+        clock = self._clock.wall_ms() if self._clock is not None else ""
+        arguments: list[bytes | str | int] = [
+            flight.id, deadline_ms, clock, epoch, self._connection.node, "PUBLISH", live_channel(conv_id),
+            flight.fence,
+        ]  # fmt: skip
+        for envelope in flight.envelopes():
+            key = escaped(envelope.dedupe_key) if envelope.dedupe_key is not None else ""
+            arguments += (envelope.type, envelope.id, envelope.channel, envelope.time_ms, key, envelope.data_json)
+        return APPEND.command(keys, arguments)

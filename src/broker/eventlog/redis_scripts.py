@@ -1,0 +1,170 @@
+"""What the event log does inside Redis, each script atomic within one conversation.
+
+Per conversation, all in one slot (`chat:{conv_id}` is its topic):
+
+    chat:{c}            the stream; entry ID `ms-n` is the seq; fields t type, i id, c channel, m time (ms), k dedupe key, d data
+    chat:{c}:log        hash: epoch, head (last ID given), trimmed (last ID removed), bytes (retained)
+    chat:{c}:keys       sorted set of `dedupe key NUL entry ID` of retained entries, by name
+    chat:{c}:append:N   what node N's newest append got, for a minute: a repetition after a lost reply gets the same
+
+IDs are handled as text or as their two halves: as one number they would not fit Lua's 53 bits.
+"""
+
+from __future__ import annotations
+
+from broker.redis_script import Script
+
+_PARTS = """
+local function parts(id) local ms, n = string.match(id, '^(%d+)-(%d+)$') return tonumber(ms), tonumber(n) end
+local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
+"""
+
+# KEYS stream, log, keys, append, run-state.
+# ARGV: append id, deadline (ms, server's clock), clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
+#       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
+#       then per envelope: type, id, channel, time_ms, dedupe key, data.
+# Reply: `ok <now> <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `late <now>`, `new <now>`,
+#       `fenced <now>`: then nothing was done.
+APPEND = Script(
+    _PARTS
+    + """
+local stamp = redis.call('TIME')
+local now = tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000)
+local now_text = string.format('%.0f', now)
+local done = redis.call('GET', KEYS[4])
+if done then
+  local blank = string.find(done, ' ', 1, true)
+  if string.sub(done, 1, blank - 1) == ARGV[1] then return string.sub(done, blank + 1) end
+end
+if now > tonumber(ARGV[2]) then return 'late ' .. now_text end
+if ARGV[8] ~= '' and redis.call('HGET', KEYS[5], 'holder') ~= ARGV[8] then return 'fenced ' .. now_text end
+local log = redis.call('HMGET', KEYS[2], 'epoch', 'head')
+local epoch, head = log[1], log[2]
+if not epoch then
+  epoch = ARGV[4]
+  if epoch == '' then return 'new ' .. now_text end
+  local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+  head = found[1] and found[1][1] or '0-0'
+end
+local ms, n = parts(head)
+local clock = ARGV[3] == '' and now or tonumber(ARGV[3])
+local reply = {'ok', now_text, epoch, head}
+local size, fresh = 0, false
+for at = 9, #ARGV, 6 do
+  local key = ARGV[at + 4]
+  local known
+  if key ~= '' then
+    local from = key .. '\\0'
+    for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '[' .. from, '(' .. key .. '\\1', 'LIMIT', 0, 1)) do
+      known = string.sub(member, #from + 1)
+    end
+  end
+  if known then
+    reply[#reply + 1] = known .. '='
+  else
+    if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
+    local id = text(ms, n)
+    redis.call('XADD', KEYS[1], id, 't', ARGV[at], 'i', ARGV[at + 1], 'c', ARGV[at + 2], 'm', ARGV[at + 3],
+      'k', key, 'd', ARGV[at + 5])
+    if key ~= '' then redis.call('ZADD', KEYS[3], 0, key .. '\\0' .. id) end
+    size = size + #ARGV[at] + #ARGV[at + 1] + #ARGV[at + 2] + #ARGV[at + 5]
+    reply[#reply + 1] = id
+    fresh = true
+  end
+end
+local answer = table.concat(reply, ' ')
+redis.call('SET', KEYS[4], ARGV[1] .. ' ' .. answer, 'PX', 60000)
+if fresh then
+  local last = text(ms, n)
+  redis.call('HSET', KEYS[2], 'epoch', epoch, 'head', last)
+  redis.call('HINCRBY', KEYS[2], 'bytes', size)
+  redis.call(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
+end
+return answer
+"""
+)
+
+# KEYS stream, log. ARGV: after, upto ('+' = the end), limit, max_bytes, '1' to say whether `after` is a place in here.
+# Reply: JSON [epoch, head, trimmed, more, known, [[id, t, i, c, m, k, d], …]], nil for a conversation that does not exist.
+READ = Script(
+    """
+local log = redis.call('HMGET', KEYS[2], 'epoch', 'head', 'trimmed')
+if not log[1] then return false end
+local limit, max_bytes = tonumber(ARGV[3]), tonumber(ARGV[4])
+local out, size, more, known, from, ask = {}, 0, 0, 1, '(' .. ARGV[1], 16
+if ARGV[5] == '1' and #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then known = 0 end
+while more == 0 do
+  local got = redis.call('XRANGE', KEYS[1], from, ARGV[2], 'COUNT', ask)
+  for _, entry in ipairs(got) do
+    if #out >= limit or size >= max_bytes then more = 1 break end
+    local f = entry[2]
+    out[#out + 1] = {entry[1], f[2], f[4], f[6], f[8], f[10], f[12]}
+    size = size + #f[2] + #f[4] + #f[6] + #f[12]
+  end
+  if #got < ask then break end
+  from = '(' .. got[#got][1]
+  ask = math.min(ask * 2, 128)
+end
+return cjson.encode({log[1], log[2], log[3] or '0-0', more, known, out})
+"""
+)
+
+# KEYS stream, log, keys. ARGV: through, most entries to remove. Reply: how many were removed.
+TRIM = Script(
+    _PARTS
+    + """
+local got = redis.call('XRANGE', KEYS[1], '-', ARGV[1], 'COUNT', tonumber(ARGV[2]))
+if #got == 0 then return 0 end
+local size = 0
+for _, entry in ipairs(got) do
+  local f = entry[2]
+  size = size + #f[2] + #f[4] + #f[6] + #f[12]
+  if f[10] ~= '' then redis.call('ZREM', KEYS[3], f[10] .. '\\0' .. entry[1]) end
+end
+local last = got[#got][1]
+local ms, n = parts(last)
+redis.call('XTRIM', KEYS[1], 'MINID', text(ms, n + 1))
+redis.call('HSET', KEYS[2], 'trimmed', last)
+redis.call('HINCRBY', KEYS[2], 'bytes', -size)
+return #got
+"""
+)
+
+# KEYS stream, log. ARGV: max_count, max_bytes, min_time_ms, most entries to look at. Reply: ID to trim through, or nil.
+TRIM_CANDIDATE = Script(
+    """
+local count = redis.call('XLEN', KEYS[1])
+local bytes = tonumber(redis.call('HGET', KEYS[2], 'bytes') or '0')
+local max_count, max_bytes, min_time, look = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local excess = max_count > 0 and count - max_count or 0
+local excess_bytes = max_bytes > 0 and bytes - max_bytes or 0
+local drop, last, from, ask = 0, false, '-', 1
+while drop < count - 1 and drop < look do
+  local got = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', ask)
+  if #got == 0 then return last end
+  for _, entry in ipairs(got) do
+    local f = entry[2]
+    -- The first young entry ends it: after a clock that jumped back old stamps may follow, which are not old.
+    if drop >= count - 1 or (drop >= excess and excess_bytes <= 0 and tonumber(f[8]) >= min_time) then return last end
+    drop = drop + 1
+    excess_bytes = excess_bytes - (#f[2] + #f[4] + #f[6] + #f[12])
+    last = entry[1]
+  end
+  from = '(' .. last
+  ask = math.min(ask * 4, 128)
+end
+return last
+"""
+)
+
+# KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel. Reply: 1 if the conversation existed.
+ERASE = Script(
+    """
+local existed = redis.call('EXISTS', KEYS[2])
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+if existed == 1 then redis.call(ARGV[1], ARGV[2], 'erased') end
+return existed
+"""
+)
+
+SCRIPTS = (APPEND, READ, TRIM, TRIM_CANDIDATE, ERASE)

@@ -1,0 +1,256 @@
+"""The library as callers from outside use it, their permissions checked: find conversations, describe, copy, move them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from broker.envelope import check_conv_id
+from broker.errors import BrokerError, NotFound, PermissionDenied
+from broker.library.copying import Copier, check_metadata, check_title
+from broker.library.indexing import messages_of
+from broker.library.store import LibraryEntry, LibraryStore
+from broker.library.terms import query_terms
+from broker.security import Principal
+from broker.sequence import PER_MS
+
+if TYPE_CHECKING:
+    from broker.broker import ConversationWSBroker
+
+logger = logging.getLogger(__name__)
+
+MAX_LIST = 200
+EXAMINED_PER_PAGE = 1000
+"""Conversations looked at for one page: a caller who may see few of many gets a short page and goes on."""
+HEAL_S = 10.0
+HEAL_CONVERSATIONS_MAX = 1000
+_NOTE_ENTITIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationInfo:
+    """A conversation as people see it in a list. seq: of its newest envelope, or of its newest message in a search."""
+
+    entry: LibraryEntry
+    seq: int
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return it in the form of the HTTP API."""
+        entry = self.entry
+        fork = entry.forked_from
+        return {
+            "convId": entry.conv_id,
+            "title": entry.shown_title,
+            "titleSet": entry.title is not None,
+            "metadata": dict(entry.metadata),
+            "createdAtMs": entry.created_at_ms,
+            "updatedAtMs": self.seq // PER_MS if self.seq else entry.created_at_ms,
+            "seq": str(self.seq),
+            "forkedFrom": {"convId": fork.conv_id, "messageId": fork.message_id} if fork else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ListPage:
+    """Conversations, newest first. before: go on with it, None at the end."""
+
+    conversations: list[ConversationInfo]
+    before: int | None
+
+
+class Library:
+    """What exists, and what it is called."""
+
+    def __init__(self, broker: ConversationWSBroker, store: LibraryStore) -> None:
+        self._broker = broker
+        self._store = store
+        self._copier = Copier(broker, store)
+        self._task: asyncio.Task[None] | None = None
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Settle, in the background, what an earlier process left: half copies, and messages not noted yet.
+
+        Which they are is found out here, before anybody can begin a new copy. Raises StoreError.
+        """
+        half = await self._store.pending()
+        newest_seq = await self._store.newest_seq()
+        self._task = asyncio.get_running_loop().create_task(self._settle(half, newest_seq))
+
+    async def stop(self) -> None:
+        """Stop settling; the next start goes on."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _settle(self, half: Sequence[str], newest_seq: int) -> None:
+        try:
+            for conv_id in half:
+                logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
+                await self._broker.erase(conv_id)
+            await self._note_newest(newest_seq - int(HEAL_S * 1000) * PER_MS)
+        except BrokerError as exc:
+            logger.warning("the library could not be settled; titles and search may lack the newest messages: %s", exc)
+
+    async def _note_newest(self, floor: int) -> None:
+        """Note the conversations that were written to after `floor`: shortly before the process died."""
+        newest = await self._broker.log.conversations(limit=HEAL_CONVERSATIONS_MAX)
+        for conv_id, head_seq in newest:
+            if head_seq <= floor:
+                return
+            await self._note(conv_id, head_seq // PER_MS)
+
+    async def _note(self, conv_id: str, created_at_ms: int) -> None:
+        """Note a whole conversation. created_at_ms: for one that has no entity, and so nothing but its existence."""
+        conversations = self._broker.conversations
+        conversation = await conversations.open(conv_id)
+        conversations.hold(conv_id)
+        try:
+            entities = await self._broker.timeline.entities(conv_id)
+            created_at_ms = entities[0].created_at_ms if entities else created_at_ms
+            # In parts: splitting texts into terms takes time, and between the parts others have their turn.
+            for start in range(0, max(1, len(entities)), _NOTE_ENTITIES):
+                messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES])
+                if not conversation.position or conversations.get(conv_id) is not conversation:
+                    return  # erased, before or meanwhile: it must not come back
+                await self._store.note({conv_id: created_at_ms}, messages)
+        finally:
+            conversations.release(conv_id)
+
+    # -- find -----------------------------------------------------------------------------------------------------
+
+    async def find(
+        self, principal: Principal, *, query: str | None = None, before: int | None = None, limit: int = 50
+    ) -> ListPage:
+        """Return conversations that the caller may read, the most recently used first.
+
+        query: words, each of which a message or the title has, or begins with. A page may be shorter than `limit` though
+        more follow, and a little longer where conversations share a seq. Raises PermissionDenied.
+        """
+        await self._broker.access.authorize(principal, "list", None)
+        terms = query_terms(query) if query is not None else None
+        if terms == [] and query is not None and query.strip():
+            return ListPage([], None)  # signs only: nothing has them
+        found: list[ConversationInfo] = []
+        examined = 0
+        while True:
+            batch = await self._batch(terms, before, limit)
+            found += await self._readable(principal, batch)
+            examined += len(batch)
+            if len(batch) < limit:
+                return ListPage(found, None)
+            before = batch[-1][1]
+            if len(found) >= limit or examined >= EXAMINED_PER_PAGE:
+                return ListPage(found, before)
+
+    async def _batch(self, terms: Sequence[str] | None, before: int | None, limit: int) -> list[tuple[str, int]]:
+        if terms:
+            return await self._store.search(terms, before_seq=before, limit=limit)
+        return await self._broker.log.conversations(before_seq=before, limit=limit)
+
+    async def _readable(self, principal: Principal, batch: Sequence[tuple[str, int]]) -> list[ConversationInfo]:
+        """Return those of a batch that the caller may read; what the library lacks of them is noted now."""
+        allowed = [(conv_id, seq) for conv_id, seq in batch if await self._may_read(principal, conv_id)]
+        entries = await self._store.entries([conv_id for conv_id, _ in allowed])
+        missing = [(conv_id, seq) for conv_id, seq in allowed if conv_id not in entries]
+        if missing:
+            for conv_id, seq in missing:
+                await self._note(conv_id, seq // PER_MS)
+            entries |= await self._store.entries([conv_id for conv_id, _ in missing])
+        return [
+            ConversationInfo(entry, seq)
+            for conv_id, seq in allowed
+            if (entry := entries.get(conv_id)) is not None and not entry.pending
+        ]
+
+    async def _may_read(self, principal: Principal, conv_id: str) -> bool:
+        try:
+            await self._broker.access.authorize(principal, "read", conv_id)
+        except PermissionDenied:
+            return False
+        return True
+
+    # -- one ------------------------------------------------------------------------------------------------------
+
+    async def get(self, principal: Principal, conv_id: str) -> ConversationInfo:
+        """Return one conversation. Raises NotFound, PermissionDenied."""
+        await self._broker.access.authorize(principal, "read", check_conv_id(conv_id))
+        return await self._existing(conv_id)
+
+    async def _existing(self, conv_id: str) -> ConversationInfo:
+        state = await self._broker.log.state(conv_id)
+        entry = (await self._store.entries([conv_id])).get(conv_id)
+        if entry is None and state.exists:
+            await self._note(conv_id, state.head_seq // PER_MS)
+            entry = (await self._store.entries([conv_id])).get(conv_id)
+        if entry is None or not state.exists or entry.pending:
+            raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
+        return ConversationInfo(entry, state.head_seq)
+
+    async def change(self, principal: Principal, conv_id: str, changes: Mapping[str, Any]) -> ConversationInfo:
+        """Change title and metadata of a conversation; return it as it is then.
+
+        changes: `title` (None: the automatic one again) and `metadata`, a JSON merge patch (RFC 7396): keys are set, null
+        removes them, objects are merged. What is absent stays. Raises InvalidInput, NotFound, PermissionDenied.
+        """
+        await self._broker.access.authorize(principal, "act", check_conv_id(conv_id))
+        known = await self._existing(conv_id)
+        if "title" in changes:
+            check_title(changes["title"])
+
+        def apply(entry: LibraryEntry) -> LibraryEntry:
+            title = changes.get("title", entry.title)
+            metadata = merged(entry.metadata, changes["metadata"]) if "metadata" in changes else entry.metadata
+            check_metadata(metadata)
+            return replace(entry, title=title, metadata=metadata)
+
+        entry = await self._store.change(conv_id, apply)
+        if entry is None:
+            raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
+        return ConversationInfo(entry, known.seq)
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    async def fork(
+        self,
+        principal: Principal,
+        conv_id: str,
+        message_id: str,
+        *,
+        new_id: str | None = None,
+        title: str | None = None,
+    ) -> ConversationInfo:
+        """Begin a new conversation with a copy up to and including a message. See `Copier.fork`."""
+        check_title(title)
+        entry = await self._copier.fork(principal, check_conv_id(conv_id), message_id, new_id=new_id, title=title)
+        return await self._made(entry)
+
+    async def import_(self, principal: Principal, body: bytes, *, new_id: str | None = None) -> ConversationInfo:
+        """Make a conversation of an exported file, all or nothing. See `Copier.import_`."""
+        return await self._made(await self._copier.import_(principal, body, new_id=new_id))
+
+    async def _made(self, entry: LibraryEntry) -> ConversationInfo:
+        await self._note(entry.conv_id, entry.created_at_ms)  # so that its title is there at once
+        return await self._existing(entry.conv_id)
+
+    async def export(self, principal: Principal, conv_id: str, *, profile: str = "default") -> AsyncIterator[bytes]:
+        """Return the lines of a conversation's file. See `Copier.export`."""
+        return await self._copier.export(principal, check_conv_id(conv_id), profile)
+
+
+def merged(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `target` with a JSON merge patch (RFC 7396) applied."""
+    result = dict(target)
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping):
+            below = result.get(key)
+            result[key] = merged(below if isinstance(below, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,393 @@
+"""Runs in Redis: any node reads and changes them; a run that is worked on is leased to the node that does."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeVar
+
+import orjson
+
+from broker.envelope import topic
+from broker.errors import IdempotencyPending, StoreUnavailable
+from broker.eventlog.redis_wakeups import Wakeups
+from broker.redis_connection import RedisConnection
+from broker.runs.memory import MemoryRunStore
+from broker.runs.redis_scripts import (
+    COMMIT,
+    KEYS_BY_AGE,
+    LOAD,
+    RELEASE,
+    RENEW,
+    SCRIPTS,
+    TAKE_OVER,
+    UNSETTLED,
+    run_keys,
+)  # fmt: skip
+from broker.runs.state import Run, RunStatus, run_from_json
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of
+
+T = TypeVar("T")
+
+LEASE_S = 10.0
+POKES = "broker:pokes"
+_ATTEMPTS = 100
+_DANGLING_S = 10.0
+_CONVERSATIONS_OF_RUNS = 10_000
+
+
+class _Model(MemoryRunStore):
+    """One conversation's open runs, loaded: operations change it, the difference is written."""
+
+    def __init__(self, conv_id: str, reply: list[Any]) -> None:
+        super().__init__()
+        revision, state, _, lease, newest, *runs = reply
+        self.conv_id = conv_id
+        self.revision: bytes = revision
+        self.leased = lease is not None
+        by_id: dict[str, Run] = {}
+        for value in ([newest] if newest else []) + [run for run in runs if run]:
+            run = run_from_json(orjson.loads(value))
+            by_id.setdefault(run.run_id, run)
+        # The newest is known for its number; it stands last.
+        if newest:
+            last = next(iter(by_id))
+            by_id[last] = by_id.pop(last)
+        self._runs = by_id
+        self._by_conv = {conv_id: list(by_id)}
+        if state:
+            self._conversations[conv_id] = ConversationState(**orjson.loads(state))
+        self._before = (dict(by_id), self._conversations.get(conv_id))
+
+    def changes(self) -> tuple[list[Run], list[str], ConversationState | None]:
+        """Return changed runs, ids of removed ones, and the conversation's state if it changed."""
+        runs, state = self._before
+        now = self._conversations.get(self.conv_id)
+        changed = [run for id, run in self._runs.items() if runs.get(id) is not run]
+        return changed, [id for id in runs if id not in self._runs], now if now != state else None
+
+
+class RedisRunStore:
+    """A RunStore over a `RedisConnection`, which its owner closes. Also a `Leases`: see runs/leases.py."""
+
+    name = "redis"
+
+    def __init__(self, connection: RedisConnection, *, lease_s: float = LEASE_S) -> None:
+        """lease_s: how long a node that says nothing keeps its runs."""
+        self._connection = connection
+        connection.register(*SCRIPTS)
+        self.lease_s = lease_s
+        self._tokens: dict[str, str] = {}
+        self._conv_of: dict[str, str] = {}
+        self._pokes: Wakeups | None = None
+        self._saves = 0
+        self._saves_skipped = 0
+
+    async def open(self) -> None:
+        """Nothing to open: the connection opens itself."""
+
+    async def close(self) -> None:
+        """Stop listening for pokes."""
+        if self._pokes is not None:
+            await self._pokes.close()
+            self._pokes = None
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    async def _load(self, conv_id: str, *run_ids: str) -> _Model:
+        return _Model(conv_id, await self._connection.one(LOAD.command(run_keys(conv_id), run_ids)))
+
+    async def _change(
+        self,
+        conv_id: str,
+        operation: Callable[[_Model], Awaitable[T]],
+        *run_ids: str,
+        lease: bool = False,
+        before: Callable[[T], Awaitable[None]] | None = None,
+    ) -> T:
+        """Load, compute, write if nobody was faster, else again. before: done ahead of each try to write.
+
+        lease: with the change, this node takes the lease on the conversation's active run.
+        """
+        name = topic(conv_id)
+        for _ in range(_ATTEMPTS):
+            model = await self._load(conv_id, *run_ids)
+            result = await operation(model)
+            saves = model.stats()
+            changed, removed, state = model.changes()
+            if not changed and not removed and state is None:
+                self._saves_skipped += saves["saves_skipped"]
+                return result
+            if before is not None:
+                await before(result)
+            keys = (*run_keys(conv_id), f"{name}:run-change:{secrets.token_hex(8)}", f"{name}:run-keys")
+            arguments: list[bytes | str | int] = [
+                model.revision, orjson.dumps(asdict(state)) if state else "",
+                int(self.lease_s * 1000) if lease else "", self._connection.node, len(changed),
+            ]  # fmt: skip
+            for run in changed:
+                settled = run.ended and run.terminal_published
+                arguments += (run.run_id, int(settled), orjson.dumps(run.to_json()))
+            arguments += removed
+            if any(not run.ended for run in changed):
+                await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
+            token = await self._connection.one(COMMIT.command(keys, arguments), lane="append")
+            if token is not None:
+                if token:
+                    self._tokens[conv_id] = token.decode()
+                self._saves += saves["saves"]
+                self._saves_skipped += saves["saves_skipped"]
+                return result
+        raise StoreUnavailable(f"the runs of {conv_id} are being changed from too many sides: try again")
+
+    async def prepare(self, run: Run, *, record: KeyRecord | None, max_queued: int) -> Prepared:
+        name = _key_name(record.scope, record.key) if record is not None else ""
+        if record is not None and (known := await self._record(name)):
+            return Prepared(None, record=known)
+        mine: list[KeyRecord] = []
+
+        async def operation(model: _Model) -> Prepared:
+            prepared = await model.prepare(run, record=None, max_queued=max_queued)
+            if record is None or prepared.run is None:
+                return prepared
+            answer = answer_of(prepared.run, prepared.status, prepared.queue_position)
+            return replace(prepared, record=replace(record, conv_id=run.conv_id, answer=answer))
+
+        async def before(prepared: Prepared) -> None:
+            await self._connection.one(("SET", f"run:{run.run_id}", run.conv_id), lane="append")
+            if prepared.record is not None:
+                await self._put_record(name, prepared.record, run, first=not mine)
+                mine[:] = [prepared.record]
+
+        try:
+            return await self._change(run.conv_id, operation, before=before)
+        except _Taken as taken:
+            return Prepared(None, record=taken.record)
+        except BaseException:
+            if mine:
+                await self._drop_keys({name: run.conv_id})
+            raise
+
+    async def discard(self, run_id: str) -> bool:
+        conv_id = await self._conversation_of(run_id)
+        if conv_id is None:
+            return False
+        key = await self._connection.one(("HGET", f"{topic(conv_id)}:run-keys", run_id))
+        discarded = await self._change(conv_id, lambda model: model.discard(run_id), run_id)
+        if discarded and key is not None:
+            await self._drop_keys({key.decode(): conv_id})
+        return discarded
+
+    async def claim(self, conv_id: str, now_ms: int) -> Run | None:
+        return await self._change(conv_id, lambda model: model.claim(conv_id, now_ms), lease=True)
+
+    async def update(
+        self, run_id: str, expect: frozenset[RunStatus], changes: Mapping[str, Any], now_ms: int
+    ) -> Run | None:
+        return await self._on_run(run_id, lambda model: model.update(run_id, expect, changes, now_ms), None)
+
+    async def decide(
+        self,
+        run_id: str,
+        call_ids: frozenset[str] | None,
+        decision: Literal["approved", "denied"],
+        by: str,
+        now_ms: int,
+    ) -> tuple[Run | None, dict[str, str]]:
+        return await self._on_run(
+            run_id, lambda model: model.decide(run_id, call_ids, decision, by, now_ms), (None, {})
+        )
+
+    async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
+        return await self._on_run(run_id, lambda model: model.move_to_front(run_id, now_ms), None)
+
+    async def _on_run(self, run_id: str, operation: Callable[[_Model], Awaitable[T]], nobody: T) -> T:
+        conv_id = await self._conversation_of(run_id)
+        return await self._change(conv_id, operation, run_id) if conv_id is not None else nobody
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    async def _conversation_of(self, run_id: str) -> str | None:
+        known = self._conv_of.get(run_id)
+        if known is None:
+            found = await self._connection.one(("GET", f"run:{run_id}"))
+            if found is None:
+                return None
+            known = found.decode()
+            if len(self._conv_of) >= _CONVERSATIONS_OF_RUNS:
+                self._conv_of.clear()
+            self._conv_of[run_id] = known
+        return known
+
+    async def get(self, run_id: str) -> Run | None:
+        conv_id = await self._conversation_of(run_id)
+        if conv_id is None:
+            return None
+        value = await self._connection.one(("HGET", run_keys(conv_id)[0], run_id))
+        return run_from_json(orjson.loads(value)) if value is not None else None
+
+    async def active(self, conv_id: str) -> Run | None:
+        return await (await self._load(conv_id)).active(conv_id)
+
+    async def queued(self, conv_id: str) -> list[Run]:
+        return await (await self._load(conv_id)).queued(conv_id)
+
+    async def runs(self, conv_id: str, *, limit: int | None) -> list[Run]:
+        runs, order, *_ = run_keys(conv_id)
+        ids = await self._connection.one(("ZREVRANGE", order, 0, -1 if limit is None else limit - 1))
+        if not ids:
+            return []
+        values = await self._connection.one(("HMGET", runs, *ids))
+        return [run_from_json(orjson.loads(value)) for value in values if value is not None]
+
+    async def unsettled(self) -> list[Run]:
+        found: list[Run] = []
+        for conv_id in sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED))):
+            open_runs = await (await self._load(conv_id)).unsettled()
+            if not open_runs:
+                # Taken off the list, then looked at again: somebody may have put it there for a new run in between.
+                await self._connection.one(("SREM", UNSETTLED, conv_id), lane="append")
+                open_runs = await (await self._load(conv_id)).unsettled()
+                if open_runs:
+                    await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
+            found.extend(open_runs)
+        return found
+
+    # -- idempotency keys -------------------------------------------------------------------------------------------
+
+    async def key(self, scope: str, key: str) -> KeyRecord | None:
+        return await self._record(_key_name(scope, key))
+
+    async def _record(self, name: str) -> KeyRecord | None:
+        """Return what a key got. One whose run never came to be (its node died in between) is free after a while."""
+        value = await self._connection.one(("GET", name))
+        if value is None:
+            return None
+        record = KeyRecord(**orjson.loads(value))
+        run_id = record.answer.get("run_id")
+        if run_id is None or await self._connection.one(("HEXISTS", run_keys(record.conv_id)[0], run_id)):
+            return record
+        idle_s = await self._connection.one(("OBJECT", "IDLETIME", name)) if not self._connection.is_cluster else 0
+        if idle_s is not None and idle_s < _DANGLING_S:
+            raise IdempotencyPending(record.key)
+        await self._drop_keys({name: record.conv_id})
+        return None
+
+    async def _put_record(self, name: str, record: KeyRecord, run: Run, *, first: bool) -> None:
+        """Claim the key, or correct the answer of one that is claimed. Raises _Taken."""
+        value = orjson.dumps(asdict(record))
+        taken = await self._connection.one(("SET", name, value, *(("NX",) if first else ())), lane="append")
+        if taken is None:
+            known = await self._connection.one(("GET", name))
+            if known is not None and known != value:
+                raise _Taken(KeyRecord(**orjson.loads(known)))
+        await self._connection.all(
+            [
+                ("ZADD", KEYS_BY_AGE, record.created_at_ms, name),
+                ("HSET", f"{topic(run.conv_id)}:run-keys", run.run_id, name),
+            ],
+            lane="append",
+        )
+
+    async def _drop_keys(self, names: Mapping[str, str]) -> None:
+        commands: list[Any] = [("DEL", name) for name in names]
+        if commands:
+            await self._connection.all([*commands, ("ZREM", KEYS_BY_AGE, *names)], lane="append")
+
+    async def prune_keys(self, before_ms: int) -> int:
+        names = await self._connection.one(("ZRANGEBYSCORE", KEYS_BY_AGE, "-inf", f"({before_ms}"))
+        await self._drop_keys({name.decode(): "" for name in names})
+        return len(names)
+
+    # -- the conversation -------------------------------------------------------------------------------------------
+
+    async def conversation(self, conv_id: str) -> ConversationState | None:
+        value = await self._connection.one(("HGET", run_keys(conv_id)[3], "state"))
+        return ConversationState(**orjson.loads(value)) if value else None
+
+    async def save_conversation(self, state: ConversationState) -> None:
+        await self._change(state.conv_id, lambda model: model.save_conversation(state))
+
+    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
+        value = orjson.dumps(list(data))
+        await self._connection.one(("HSET", f"{topic(conv_id)}:run-opaque", message_id, value), lane="append")
+
+    async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
+        found = await self._connection.one(("HGETALL", f"{topic(conv_id)}:run-opaque"))
+        return {id.decode(): orjson.loads(value) for id, value in zip(found[::2], found[1::2], strict=True)}
+
+    async def erase(self, conv_id: str) -> None:
+        name = topic(conv_id)
+        run_ids = await self._connection.one(("HKEYS", run_keys(conv_id)[0]))
+        key_names = await self._connection.one(("HVALS", f"{name}:run-keys"))
+        await self._drop_keys({key.decode(): conv_id for key in key_names})
+        commands: list[Any] = [("DEL", f"run:{id.decode()}") for id in run_ids]
+        commands += [("SREM", UNSETTLED, conv_id)]
+        commands += [("DEL", *run_keys(conv_id), f"{name}:run-keys", f"{name}:run-opaque")]
+        await self._connection.all(commands, lane="append")
+        for id in run_ids:
+            self._conv_of.pop(id.decode(), None)
+        self._tokens.pop(conv_id, None)
+
+    def stats(self) -> dict[str, int]:
+        return {"saves": self._saves, "saves_skipped": self._saves_skipped}
+
+    # -- leases -----------------------------------------------------------------------------------------------------
+
+    def token(self, conv_id: str) -> str | None:
+        """Return the token under which this node works in a conversation: what fences its appends."""
+        return self._tokens.get(conv_id)
+
+    def forget(self, conv_id: str) -> None:
+        self._tokens.pop(conv_id, None)
+
+    def held(self) -> list[str]:
+        return list(self._tokens)
+
+    def listen(self, on_poke: Callable[[str], None]) -> None:
+        """Have `on_poke` called with what `poke` names on any node. Pokes are hints: one may be lost."""
+        if self._pokes is None:
+            self._pokes = Wakeups(
+                self._connection, on_message=lambda _, conv_id: on_poke(conv_id), on_listening=lambda _: None
+            )
+            self._pokes.listen(POKES, True)
+            self._pokes.start()
+
+    async def poke(self, conv_id: str) -> None:
+        await self._connection.one(("PUBLISH", POKES, conv_id))
+
+    async def renew(self, conv_ids: Sequence[str]) -> list[str]:
+        """Prolong this node's leases; return the conversations that another node has taken over. Raises StoreError."""
+        held = [(conv_id, self._tokens[conv_id]) for conv_id in conv_ids if conv_id in self._tokens]
+        replies = await self._connection.all(
+            [RENEW.command(run_keys(conv_id), (token, int(self.lease_s * 1000))) for conv_id, token in held]
+        )
+        return [conv_id for (conv_id, _), kept in zip(held, replies, strict=True) if not kept]
+
+    async def take_over(self, conv_id: str) -> bool:
+        """Take the lease on a conversation that nobody works in; say whether it is this node's now. Raises StoreError."""
+        command = TAKE_OVER.command(run_keys(conv_id), (self._connection.node, int(self.lease_s * 1000)))
+        token = await self._connection.one(command, lane="append")
+        if token is not None:
+            self._tokens[conv_id] = token.decode()
+        return token is not None
+
+    async def release(self, conv_id: str) -> None:
+        """Give the lease back: nothing is worked on in this conversation any more. Raises StoreError."""
+        token = self._tokens.pop(conv_id, None)
+        if token is not None:
+            await self._connection.one(RELEASE.command(run_keys(conv_id), (token,)), lane="append")
+
+
+class _Taken(Exception):
+    """Another node was faster with the same idempotency key."""
+
+    def __init__(self, record: KeyRecord) -> None:
+        super().__init__(record.key)
+        self.record = record
+
+
+def _key_name(scope: str, key: str) -> str:
+    return "run-key:" + hashlib.sha256(orjson.dumps([scope, key])).hexdigest()

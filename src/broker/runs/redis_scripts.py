@@ -1,0 +1,120 @@
+"""How runs are kept in Redis, and the scripts that change them.
+
+Per conversation, in the slot of its stream:
+
+    chat:{c}:runs            hash: run id -> JSON
+    chat:{c}:run-order       sorted set: run id by number of creation
+    chat:{c}:run-open        set: runs that have not ended, or whose terminal event may be missing
+    chat:{c}:run-state       hash: revision, number (last given), token (of the newest lease), state (JSON of ConversationState)
+    chat:{c}:run-lease       token of the node that works on the active run; expires unless it is renewed
+    chat:{c}:run-keys        hash: run id -> name of its idempotency key
+    chat:{c}:run-opaque      hash: message id -> JSON
+    chat:{c}:run-change:X    that change X was made, for a minute: a repetition after a lost reply is recognised
+
+Over all conversations, hints that are written before what they hint at: `run:{id}` (conversation of a run),
+`broker:unsettled` (conversations with open runs); and idempotency keys: `run-key:X`, `broker:run-keys` (by age).
+
+The rules of the state machine are in Python: a change is computed from what was loaded, and made only if the
+conversation's revision is still the same.
+"""
+
+from __future__ import annotations
+
+from broker.envelope import topic
+from broker.redis_script import Script
+
+UNSETTLED = "broker:unsettled"
+KEYS_BY_AGE = "broker:run-keys"
+
+
+def run_keys(conv_id: str) -> tuple[str, str, str, str, str]:
+    """Return the keys of runs, order, open runs, state and lease."""
+    name = topic(conv_id)
+    return f"{name}:runs", f"{name}:run-order", f"{name}:run-open", f"{name}:run-state", f"{name}:run-lease"
+
+
+# KEYS as run_keys. ARGV: ids of settled runs that are needed too. Reply: revision, state, token, lease or nil, newest run
+# or nil, open runs in order of creation …, asked ones ….
+LOAD = Script(
+    """
+local state = redis.call('HMGET', KEYS[4], 'revision', 'state', 'token')
+local newest = redis.call('ZREVRANGE', KEYS[2], 0, 0)[1]
+local out = {state[1] or '0', state[2] or '', state[3] or '0', redis.call('GET', KEYS[5]),
+  newest and redis.call('HGET', KEYS[1], newest) or false}
+local open = {}
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  open[#open + 1] = {tonumber(redis.call('ZSCORE', KEYS[2], id) or 0), id}
+end
+table.sort(open, function(a, b) return a[1] < b[1] end)
+for _, one in ipairs(open) do out[#out + 1] = redis.call('HGET', KEYS[1], one[2]) end
+for _, id in ipairs(ARGV) do out[#out + 1] = redis.call('HGET', KEYS[1], id) end
+return out
+"""
+)
+
+# KEYS as run_keys, change, run-keys. ARGV: revision, state JSON ('' = unchanged), lease to take for so many ms ('' = none),
+# node, count of changed runs, then (id, '1' if settled, JSON) each, then ids of runs to remove.
+# Reply: nil when the revision is another one, else the lease's token ('' where none was taken).
+COMMIT = Script(
+    """
+local made = redis.call('GET', KEYS[6])
+if made then return made end
+if (redis.call('HGET', KEYS[4], 'revision') or '0') ~= ARGV[1] then return false end
+redis.call('HINCRBY', KEYS[4], 'revision', 1)
+if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'state', ARGV[2]) end
+local token = ''
+if ARGV[3] ~= '' then
+  token = redis.call('HINCRBY', KEYS[4], 'token', 1) .. ':' .. ARGV[4]
+  redis.call('HSET', KEYS[4], 'holder', token)
+  redis.call('SET', KEYS[5], token, 'PX', ARGV[3])
+end
+local at = 6
+for _ = 1, tonumber(ARGV[5]) do
+  local id = ARGV[at]
+  if redis.call('HEXISTS', KEYS[1], id) == 0 then
+    redis.call('ZADD', KEYS[2], redis.call('HINCRBY', KEYS[4], 'number', 1), id)
+  end
+  redis.call('HSET', KEYS[1], id, ARGV[at + 2])
+  if ARGV[at + 1] == '1' then redis.call('SREM', KEYS[3], id) else redis.call('SADD', KEYS[3], id) end
+  at = at + 3
+end
+for here = at, #ARGV do
+  redis.call('HDEL', KEYS[1], ARGV[here])
+  redis.call('ZREM', KEYS[2], ARGV[here])
+  redis.call('SREM', KEYS[3], ARGV[here])
+  redis.call('HDEL', KEYS[7], ARGV[here])
+end
+redis.call('SET', KEYS[6], token, 'PX', 60000)
+return token
+"""
+)
+
+# KEYS as run_keys. ARGV: token, lease in ms. Reply: 1 if the lease is still (or again) this node's, 0 if another took it.
+RENEW = Script(
+    """
+if redis.call('HGET', KEYS[4], 'holder') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[5], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+)
+
+# KEYS as run_keys. ARGV: node, lease in ms. Reply: the token, nil while somebody holds the lease.
+TAKE_OVER = Script(
+    """
+if redis.call('EXISTS', KEYS[5]) == 1 then return false end
+local token = redis.call('HINCRBY', KEYS[4], 'token', 1) .. ':' .. ARGV[1]
+redis.call('HSET', KEYS[4], 'holder', token)
+redis.call('SET', KEYS[5], token, 'PX', ARGV[2])
+return token
+"""
+)
+
+# KEYS as run_keys. ARGV: token. Gives the lease back if it is this node's.
+RELEASE = Script(
+    """
+if redis.call('GET', KEYS[5]) == ARGV[1] then return redis.call('DEL', KEYS[5]) end
+return 0
+"""
+)
+
+SCRIPTS = (LOAD, COMMIT, RENEW, TAKE_OVER, RELEASE)

@@ -1,0 +1,199 @@
+"""The timeline in Redis: every node saves what it folded, the version guard makes the second save of it harmless.
+
+Per conversation, in the slot of its stream:
+
+    chat:{c}:entities      hash: entity id -> version (19 digits), blank, position (19 digits), blank, JSON
+    chat:{c}:by-position   sorted set by name: position (19 digits), blank, entity id
+    chat:{c}:by-version    sorted set by name: version (19 digits), blank, entity id
+    chat:{c}:cursor        19 digits
+    chat:{c}:dead          hash: seq -> JSON of a dead letter
+
+Versions and positions have a fixed width, so that text compares as numbers do: as numbers they would not fit Lua's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from broker.envelope import topic
+from broker.redis_connection import RedisConnection
+from broker.redis_resp import Command
+from broker.redis_script import Script
+from broker.sequence import MAX_SEQ, stream_id_from_seq
+from broker.timeline.entity import Entity
+from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.text import Text
+
+_ENTITIES_PER_SCRIPT = 500
+
+# KEYS entities, by-position, by-version, cursor, dead, log. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
+# count of dead letters, then (seq, JSON) of each, then per entity: id, version, position, value.
+# A save is refused whole when the log is not any more the one that was folded: another epoch, or one that ends before.
+SAVE = Script(
+    """
+if ARGV[2] ~= '' then
+  local log = redis.call('HMGET', KEYS[6], 'epoch', 'head')
+  if log[1] ~= ARGV[2] then return 0 end
+  local ms, n = string.match(log[2], '^(%d+)-(%d+)$')
+  local own_ms, own_n = string.match(ARGV[3], '^(%d+)-(%d+)$')
+  ms, own_ms = tonumber(ms), tonumber(own_ms)
+  if own_ms > ms or (own_ms == ms and tonumber(own_n) > tonumber(n)) then return 0 end
+end
+local cursor = redis.call('GET', KEYS[4])
+if not cursor or cursor < ARGV[1] then redis.call('SET', KEYS[4], ARGV[1]) end
+local at = 5
+for _ = 1, tonumber(ARGV[4]) do
+  redis.call('HSETNX', KEYS[5], ARGV[at], ARGV[at + 1])
+  at = at + 2
+end
+for here = at, #ARGV, 4 do
+  local id, version, position = ARGV[here], ARGV[here + 1], ARGV[here + 2]
+  local known = redis.call('HGET', KEYS[1], id)
+  local old = known and string.sub(known, 1, 19)
+  if not old or old < version then
+    if old then
+      redis.call('ZREM', KEYS[3], old .. ' ' .. id)
+      local was = string.sub(known, 21, 39)
+      if was ~= position then redis.call('ZREM', KEYS[2], was .. ' ' .. id) end
+    end
+    redis.call('HSET', KEYS[1], id, version .. ' ' .. position .. ' ' .. ARGV[here + 3])
+    redis.call('ZADD', KEYS[2], 0, position .. ' ' .. id)
+    redis.call('ZADD', KEYS[3], 0, version .. ' ' .. id)
+  end
+end
+return 1
+"""
+)
+
+# KEYS entities, by-position, by-version. ARGV: after position, since version, limit. Reply: id, value, id, value, …
+# Who asks for what is newer than a version gets few of many entities: found by version, sorted by the caller.
+PAGE = Script(
+    """
+local after, since, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local out = {}
+if since > after then
+  for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', '+')) do
+    local id = string.sub(member, 21)
+    local value = redis.call('HGET', KEYS[1], id)
+    if value and string.sub(value, 21, 39) > after then out[#out + 1] = id out[#out + 1] = value end
+  end
+  return out
+end
+local from, ask = '(' .. after .. '\\255', math.min(limit, 256)
+while #out < 2 * limit do
+  local members = redis.call('ZRANGEBYLEX', KEYS[2], from, '+', 'LIMIT', 0, ask)
+  for _, member in ipairs(members) do
+    local id = string.sub(member, 21)
+    local value = redis.call('HGET', KEYS[1], id)
+    if #out < 2 * limit and value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
+  end
+  if #members < ask then break end
+  from = '(' .. members[#members]
+end
+return out
+"""
+)
+
+
+class RedisTimelineStore:
+    """Timeline store over a `RedisConnection`, which its owner closes.
+
+    A save that covers several conversations is all or nothing for each of them. Saves of a life of the log that is over
+    (`TimelineSave.epoch`) are ignored.
+    """
+
+    name = "redis"
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        connection.register(SAVE, PAGE)
+
+    async def open(self) -> None:
+        """Nothing to open: the connection opens itself."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def save(self, saves: Sequence[TimelineSave]) -> None:
+        if saves:
+            await self._connection.all([command for save in saves for command in _save_commands(save)], lane="append")
+
+    async def cursor(self, conv_id: str) -> int:
+        return int(await self._connection.one(("GET", _keys(conv_id)[3])) or 0)
+
+    async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
+        if not ids:
+            return {}
+        values = await self._connection.one(("HMGET", _keys(conv_id)[0], *ids))
+        return {id: _entity(id, value) for id, value in zip(ids, values, strict=True) if value is not None}
+
+    async def page(
+        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
+    ) -> list[Entity]:
+        found = await self._connection.one(
+            PAGE.command(_keys(conv_id)[:3], (_digits(after_position), _digits(since_version), limit))
+        )
+        entities = [_entity(id.decode(), value) for id, value in zip(found[::2], found[1::2], strict=True)]
+        entities.sort(key=lambda entity: (entity.position, entity.id))
+        return entities[:limit]
+
+    async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
+        found = await self._connection.one(("HGETALL", _keys(conv_id)[4]))
+        letters = [
+            DeadLetter(conv_id, int(seq), *orjson.loads(value))
+            for seq, value in zip(found[::2], found[1::2], strict=True)
+        ]
+        letters.sort(key=lambda letter: letter.seq)
+        return letters[:limit]
+
+    async def erase(self, conv_id: str) -> None:
+        await self._connection.one(("DEL", *_keys(conv_id)[:5]), lane="append")
+
+
+def _keys(conv_id: str) -> tuple[str, str, str, str, str, str]:
+    name = topic(conv_id)
+    return (
+        f"{name}:entities", f"{name}:by-position", f"{name}:by-version", f"{name}:cursor", f"{name}:dead", f"{name}:log"
+    )  # fmt: skip
+
+
+def _digits(seq: int) -> str:
+    return f"{min(seq, MAX_SEQ):019d}"
+
+
+def _save_commands(save: TimelineSave) -> list[Command]:
+    """Return the scripts of a save. The cursor goes with the last one: what it covers is stored when it is."""
+    newest = max([save.cursor, *(entity.version for entity in save.entities)])
+    commands: list[Command] = []
+    entities = list(save.entities)
+    parts = [entities[at : at + _ENTITIES_PER_SCRIPT] for at in range(0, len(entities), _ENTITIES_PER_SCRIPT)] or [[]]
+    for part in parts:
+        last = part is parts[-1]
+        arguments: list[bytes | str | int] = [
+            _digits(save.cursor if last else 0), save.epoch, stream_id_from_seq(newest),
+            len(save.dead_letters) if last else 0,
+        ]  # fmt: skip
+        for letter in save.dead_letters if last else ():
+            arguments += (letter.seq, orjson.dumps([letter.type, letter.error]))
+        for entity in part:
+            arguments += (entity.id, _digits(entity.version), _digits(entity.position), _value(entity))
+        commands.append(SAVE.command(_keys(save.conv_id), arguments))
+    return commands
+
+
+def _value(entity: Entity) -> bytes:
+    texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else []
+    head = [entity.kind, entity.created_at_ms, entity.updated_at_ms, entity.growing, texts]
+    # The props are JSON already, and may be long: they are not encoded a second time.
+    return orjson.dumps(head)[:-1] + b"," + entity.props_json() + b"]"
+
+
+def _entity(id: str, value: bytes) -> Entity:
+    kind, created_at_ms, updated_at_ms, growing, texts, props = orjson.loads(value[40:])
+    fields: dict[str, Any] = props
+    for name in texts:
+        fields[name] = Text(fields[name])
+    return Entity(id, kind, created_at_ms, updated_at_ms, int(value[:19]), int(value[20:39]), fields, growing)

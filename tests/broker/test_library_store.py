@@ -1,0 +1,186 @@
+"""The library's stores: what holds for both, over memory and SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from broker.database import Database
+from broker.errors import InvalidInput
+from broker.library.indexing import TITLE_CHARS, title_from
+from broker.library.memory import MemoryLibraryStore
+from broker.library.sqlite import SqliteLibraryStore
+from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore, Message
+from broker.library.terms import MAX_TERM_CHARS, query_terms, terms_of
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LibraryStore]:
+    if request.param == "memory":
+        yield MemoryLibraryStore()
+        return
+    database = Database(tmp_path / "library.db")
+    sqlite = SqliteLibraryStore(database)
+    await sqlite.open()
+    yield sqlite
+    await database.close()
+
+
+def message(conv_id: str, seq: int, text: str, *, user: bool = True, position: int = 0) -> Message:
+    return Message(conv_id, position or seq, seq, seq * 10, title_from(text) if user else None, terms_of(text))
+
+
+async def found(store: LibraryStore, query: str, before: int | None = None, limit: int = 10) -> list[str]:
+    return [one for one, _ in await store.search(query_terms(query), before_seq=before, limit=limit)]
+
+
+async def test_the_first_prompt_gives_the_title_in_whatever_order_messages_are_noted(store: LibraryStore) -> None:
+    await store.note({}, [message("c", 5, "later words"), message("c", 3, "an answer", user=False)])
+    await store.note({}, [message("c", 1, "first words")])
+    await store.note({}, [message("c", 9, "last words"), message("c", 1, "first words")])
+    entry = (await store.entries(["c", "unknown"]))["c"]
+    assert (entry.shown_title, entry.title, entry.updated_seq, entry.created_at_ms) == ("first words", None, 9, 50)
+    # The same message again, edited: it is still the first one.
+    await store.note({}, [message("c", 11, "first words, edited", position=1)])
+    assert (await store.entries(["c"]))["c"].shown_title == "first words, edited"
+
+
+async def test_noting_a_conversation_again_changes_nothing(store: LibraryStore) -> None:
+    await store.note({"c": 100}, [])
+    await store.note({"c": 200}, [])
+    assert (await store.entries(["c"]))["c"] == LibraryEntry("c", 100)
+
+
+async def test_search_wants_every_word_and_takes_beginnings(store: LibraryStore) -> None:
+    await store.note({}, [message("a", 1, "The quick brown fox"), message("b", 2, "A quick answer", user=False)])
+    await store.note({}, [message("a", 3, "jumps over the lazy dog", user=False)])
+    assert await found(store, "quick") == ["a", "b"]
+    assert await found(store, "QUI ANS") == ["b"]
+    assert await found(store, "fox dog") == ["a"], "words of different messages count together"
+    assert await found(store, "ick") == []
+    assert await found(store, "quick cat") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("Straße und Größe", "STRASSE"),
+        ("ｆｕｌｌ ｗｉｄｔｈ", "full"),
+        ("机器学习很有趣", "学习"),
+        ("机器学习很有趣", "趣"),
+        ("機械学習モデルを使う", "モデル"),
+        ("สวัสดีครับ", "ครับ"),
+        ("Привет, мир", "мир"),
+        ("x" * 100, "x" * 90),
+        ("a_b c-d 1.5", "c d 5"),
+        ("emoji 👍 here", "here"),
+    ],
+)
+async def test_search_in_any_script(store: LibraryStore, text: str, query: str) -> None:
+    await store.note({}, [message("c", 1, text)])
+    assert await found(store, query) == ["c"]
+    assert all(len(term) <= MAX_TERM_CHARS for term in terms_of(text))
+
+
+async def test_a_title_is_found_as_long_as_it_is_the_title(store: LibraryStore) -> None:
+    await store.note({}, [message("c", 1, "alpha beta")])
+    changed = await store.change("c", lambda entry: replace(entry, title="gamma alpha"))
+    assert changed is not None
+    assert changed.shown_title == "gamma alpha"
+    assert await found(store, "gamma") == ["c"]
+    await store.change("c", lambda entry: replace(entry, title="delta"))
+    assert await found(store, "gamma") == []
+    assert await found(store, "alpha") == ["c"], "the message still has it"
+    await store.change("c", lambda entry: replace(entry, title=None, metadata={"a": [1, {"b": None}]}))
+    assert await found(store, "delta") == []
+    entry = (await store.entries(["c"]))["c"]
+    assert (entry.shown_title, entry.metadata) == ("alpha beta", {"a": [1, {"b": None}]})
+    assert await store.change("unknown", lambda entry: entry) is None
+
+
+async def test_a_change_that_is_refused_changes_nothing(store: LibraryStore) -> None:
+    await store.create(LibraryEntry("c", 1, title="before"))
+
+    def refuse(entry: LibraryEntry) -> LibraryEntry:
+        raise InvalidInput("no")
+
+    with pytest.raises(InvalidInput):
+        await store.change("c", refuse)
+    assert (await store.entries(["c"]))["c"].title == "before"
+    assert await found(store, "before") == ["c"]
+
+
+async def test_creating_takes_a_free_id_once(store: LibraryStore) -> None:
+    entry = LibraryEntry("c", 5, title="t", metadata={"k": "v"}, forked_from=ForkedFrom("o", "m1"), pending=True)
+    answers = await asyncio.gather(*(store.create(entry) for _ in range(5)))
+    assert sorted(answers) == [False] * 4 + [True]
+    assert (await store.entries(["c"]))["c"] == entry
+    assert await store.pending() == ["c"]
+    await store.note({}, [message("c", 7, "inside")])
+    assert await found(store, "inside") == [], "a pending one is not found"
+    await store.change("c", lambda known: replace(known, pending=False))
+    assert await found(store, "inside t") == ["c"]
+    assert await store.pending() == []
+
+
+async def test_pages_of_a_search_hold_every_conversation_once(store: LibraryStore) -> None:
+    # Seqs are shared on purpose: those that were written in the same millisecond share theirs.
+    rng = random.Random(3)
+    seqs = {f"c{n}": rng.randrange(1, 40) for n in range(100)}
+    await store.note({}, [message(conv_id, seq, "needle") for conv_id, seq in seqs.items()])
+    await store.note({}, [message("other", 50, "hay")])
+    pages: list[tuple[str, int]] = []
+    before: int | None = None
+    while page := await store.search(["needle"], before_seq=before, limit=7):
+        assert len(page) >= 7 or page[-1][1] == min(seqs.values())
+        pages += page
+        before = page[-1][1]
+    assert dict(pages) == seqs
+    assert len(pages) == 100
+    assert [seq for _, seq in pages] == sorted(seqs.values(), reverse=True)
+    assert await store.newest_seq() == 50
+
+
+async def test_an_erased_conversation_is_gone_also_from_its_forks(store: LibraryStore) -> None:
+    await store.note({}, [message("a", 1, "shared secret"), message("b", 2, "shared")])
+    await store.create(LibraryEntry("fork", 3, title="shared", forked_from=ForkedFrom("a", "m")))
+    await store.erase("a")
+    await store.erase("a")
+    assert set(await store.entries(["a", "b", "fork"])) == {"b", "fork"}
+    assert (await store.entries(["fork"]))["fork"].forked_from is None
+    assert await found(store, "secret") == []
+    assert await found(store, "shared") == ["b", "fork"]
+
+
+async def test_no_term_outlives_its_last_conversation(tmp_path: Path) -> None:
+    database = Database(tmp_path / "library.db")
+    store = SqliteLibraryStore(database)
+    await store.open()
+    await store.note({}, [message("a", 1, "common alone"), message("b", 2, "common other")])
+    await store.change("a", lambda entry: replace(entry, title="titled common"))
+    await store.erase("a")
+
+    def texts(connection: object) -> set[str]:
+        return {row[0] for row in connection.execute("SELECT text FROM library_term")}  # type: ignore[attr-defined]
+
+    assert await database.read(texts) == {"common", "other"}
+    await store.erase("b")
+    assert await database.read(texts) == set()
+    await database.close()
+
+
+def test_titles_are_one_short_line() -> None:
+    assert title_from("  Hello\n\nworld ") == "Hello world"
+    assert title_from(" \n ") is None
+    long = title_from("word " * 100)
+    assert long is not None
+    assert long.endswith("word…")
+    assert len(long) <= TITLE_CHARS
+    unspaced = title_from("长" * 300)
+    assert unspaced is not None
+    assert len(unspaced) == TITLE_CHARS

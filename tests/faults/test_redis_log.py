@@ -1,0 +1,231 @@
+"""The event log over a real Redis that crashes, hangs, refuses, forgets; and over a network that loses answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from tests.support.redis_server import RedisServer
+from tests.support.tcp_proxy import TcpProxy
+
+from broker.envelope import Envelope
+from broker.errors import StoreUnavailable
+from broker.eventlog.base import Committed
+from broker.eventlog.redis import RedisEventLog
+from broker.redis_connection import RedisConnection
+from broker.sequence import PER_MS, seq_from_stream_id
+
+pytestmark = pytest.mark.needs_redis
+
+HOUR_MS = 3_600_000
+
+
+def envelope(n: int = 0, *, key: str | None = None) -> Envelope:
+    return Envelope("c1", "note.said", f"n{n}", "sem", b'{"n":%d}' % n, 1, dedupe_key=key)
+
+
+class Sink:
+    """Keeps what it gets and checks that it is in order."""
+
+    def __init__(self) -> None:
+        self.seqs: list[int] = []
+
+    def __call__(self, committed: list[Committed]) -> None:
+        for part in committed:
+            assert part.prev_seq == (self.seqs[-1] if self.seqs else 0)
+            self.seqs += [one.seq for one in part.envelopes]
+
+
+Open = Callable[..., Awaitable[tuple[RedisEventLog, Sink]]]
+
+
+@pytest.fixture
+async def open_log() -> AsyncIterator[Open]:
+    opened: list[tuple[RedisEventLog, RedisConnection]] = []
+
+    async def open_log(url: str, **limits: float) -> tuple[RedisEventLog, Sink]:
+        connection = RedisConnection(url, **limits)
+        log, sink = RedisEventLog(connection), Sink()
+        await log.open(sink)
+        opened.append((log, connection))
+        return log, sink
+
+    yield open_log
+    for log, connection in opened:
+        await log.close()
+        await connection.close()
+
+
+def stored(server: RedisServer) -> list[int]:
+    """Return the seqs of the stream as another client sees them."""
+    with server.client() as client:
+        return [seq_from_stream_id(id.decode()) for id, _ in client.xrange("chat:{c1}")]
+
+
+async def test_a_swallowed_reply_appends_nothing_twice(redis_server: RedisServer, open_log: Open) -> None:
+    """The client's own retry after a lost answer is recognised: one entry, and its publisher gets its seq."""
+    async with TcpProxy(redis_server.port) as proxy:
+        log, sink = await open_log(proxy.url)
+        (first,) = await log.append("c1", [envelope()])
+        for n in range(1, 6):
+            proxy.swallow_reply_to(b"EVALSHA")
+            await log.append("c1", [envelope(n), envelope(n)])
+        assert proxy.swallowed == 5
+        assert stored(redis_server) == sink.seqs
+        assert len(sink.seqs) == 11
+        assert sink.seqs[0] == first
+
+
+async def test_cut_connections_lose_and_repeat_nothing(redis_server: RedisServer, open_log: Open) -> None:
+    """Connections that break at any moment of many concurrent appends: every acknowledged one is there once."""
+    async with TcpProxy(redis_server.port) as proxy:
+        log, sink = await open_log(proxy.url)
+
+        async def publish(who: int) -> list[int]:
+            return [(await log.append("c1", [envelope(who * 100 + n)]))[0] for n in range(40)]
+
+        async def disturb() -> None:
+            for _ in range(15):
+                await asyncio.sleep(0.01)
+                proxy.cut()
+
+        *results, _ = await asyncio.gather(*(publish(who) for who in range(5)), disturb())
+        given = sorted(seq for result in results if result for seq in result)
+        assert len(given) == len(set(given)) == 200
+        assert stored(redis_server) == sink.seqs == given
+
+
+async def test_killed_connections_are_opened_again(redis_server: RedisServer, open_log: Open) -> None:
+    """CLIENT KILL of every connection between appends."""
+    log, sink = await open_log(redis_server.url)
+    for n in range(5):
+        await log.append("c1", [envelope(n)])
+        with redis_server.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+    assert stored(redis_server) == sink.seqs
+    assert len(sink.seqs) == 5
+
+
+async def test_a_crash_with_an_append_only_file_loses_nothing_acknowledged(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """kill -9 and restart amid appends: the same epoch, everything acknowledged is there once, numbers go on."""
+    log, sink = await open_log(redis_server.url, patience_s=15.0)
+    epoch = (await log.state("c1")).epoch
+    acknowledged: list[int] = []
+
+    async def publish() -> None:
+        for n in range(200):
+            acknowledged.extend(await log.append("c1", [envelope(n)]))
+
+    publishing = asyncio.create_task(publish())
+    for _ in range(2):
+        before = len(acknowledged)
+        while len(acknowledged) < before + 20:
+            await asyncio.sleep(0.002)
+        await asyncio.to_thread(redis_server.restart)
+    await publishing
+    assert acknowledged == sorted(set(acknowledged))
+    assert stored(redis_server) == sink.seqs == acknowledged
+    assert (await log.state("c1")).epoch == epoch
+
+
+async def test_a_stopped_redis_is_an_error_in_bounded_time_and_nothing_is_written_later(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """SIGSTOP: the publisher is told; what it was told has failed does not appear when Redis goes on."""
+    log, sink = await open_log(redis_server.url, timeout_s=0.3, patience_s=0.6)
+    await log.append("c1", [envelope(1)])
+    redis_server.pause()
+    with pytest.raises(StoreUnavailable, match="no answer"):
+        await asyncio.wait_for(log.append("c1", [envelope(2)]), 5)
+    with pytest.raises(StoreUnavailable):
+        await log.ping()
+    redis_server.resume()
+    await log.append("c1", [envelope(3)])
+    assert stored(redis_server) == sink.seqs
+    with redis_server.client() as client:
+        assert [fields[b"i"] for _, fields in client.xrange("chat:{c1}")] == [b"n1", b"n3"]
+
+
+async def test_an_append_waits_for_a_redis_that_comes_back_in_time(redis_server: RedisServer, open_log: Open) -> None:
+    log, _ = await open_log(redis_server.url, timeout_s=0.2, patience_s=10)
+    await log.append("c1", [envelope(1)])
+    redis_server.pause()
+    waiting = asyncio.create_task(log.append("c1", [envelope(2)]))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    redis_server.resume()
+    await asyncio.wait_for(waiting, 5)
+    assert len(stored(redis_server)) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"maxmemory": "1"}, "no memory left"),
+        ({"min-replicas-to-write": "1"}, "too few replicas"),
+        ({"replicaof": "127.0.0.1 1"}, "it is a replica"),
+    ],
+)
+async def test_a_redis_that_refuses_writes_is_named_and_comes_back(
+    redis_server: RedisServer, open_log: Open, settings: dict[str, str], says: str
+) -> None:
+    """Each refusal fails the append with its remedy, writes nothing, leaves reading alone."""
+    log, sink = await open_log(redis_server.url, patience_s=0.3)
+    await log.append("c1", [envelope(1)])
+    with redis_server.client() as client:
+        for name, value in settings.items():
+            if name == "replicaof":
+                client.execute_command("REPLICAOF", *value.split())
+            else:
+                client.config_set(name, value)
+        with pytest.raises(StoreUnavailable, match=says):
+            await log.append("c1", [envelope(2)])
+        with pytest.raises(StoreUnavailable, match=says):
+            await log.ping()
+        assert len((await log.read("c1", after=0)).envelopes) == 1
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        client.config_set("maxmemory", "0")
+        client.config_set("min-replicas-to-write", "0")
+    await log.append("c1", [envelope(3)])
+    assert stored(redis_server) == sink.seqs
+    assert len(sink.seqs) == 2
+
+
+async def test_numbers_go_on_after_redis_clock_jumped_back(redis_server: RedisServer, open_log: Open) -> None:
+    """A stream whose last ID lies in the future is what a clock that jumped back leaves behind."""
+    log, _ = await open_log(redis_server.url)
+    (first,) = await log.append("c1", [envelope(1)])
+    ahead = f"{first // PER_MS + HOUR_MS}-999998"
+    with redis_server.client() as client:
+        client.hset("chat:{c1}:log", "head", ahead)
+    seqs = await log.append("c1", [envelope(2), envelope(3)])
+    start = (first // PER_MS + HOUR_MS) * PER_MS
+    assert seqs == [start + 999_999, start + PER_MS]  # the carry into the next millisecond
+    assert stored(redis_server) == [first, *seqs]
+
+
+async def test_forgotten_scripts_are_loaded_again(redis_server: RedisServer, open_log: Open) -> None:
+    log, sink = await open_log(redis_server.url)
+    await log.append("c1", [envelope(1)])
+    with redis_server.client() as client:
+        client.script_flush()
+    await log.append("c1", [envelope(2)])
+    assert stored(redis_server) == sink.seqs
+
+
+async def test_a_flushed_redis_is_another_life(redis_server: RedisServer, open_log: Open) -> None:
+    """FLUSHALL: the conversation begins again with another epoch and greater numbers."""
+    log, _ = await open_log(redis_server.url)
+    (first,) = await log.append("c1", [envelope(1)])
+    epoch = (await log.state("c1")).epoch
+    with redis_server.client() as client:
+        client.flushall()
+    assert (await log.state("c1")).epoch != epoch
+    (second,) = await log.append("c1", [envelope(2)])
+    state = await log.state("c1")
+    assert (state.head_seq, state.count) == (second, 1)
+    assert state.epoch != epoch
+    assert second > first

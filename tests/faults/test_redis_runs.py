@@ -1,0 +1,147 @@
+"""Runs on several nodes that share a Redis: one queue, one owner per run, and somebody who goes on when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+
+import pytest
+from tests.support.core import CALLER, Core, until
+from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
+
+from broker.envelope import Draft
+from broker.errors import RunEnded
+from broker.runs.redis import RedisRunStore
+from broker.runs.tools import Tool
+
+pytestmark = pytest.mark.needs_redis
+
+LEASE_S = 1.0
+ASKS = Tool("delete", "deletes a file", {"type": "object"}, lambda given, _context: "deleted", requires_approval=True)
+
+Start = Callable[..., "asyncio.Future[Core]"]
+
+
+@pytest.fixture
+async def start(redis_url: str) -> AsyncIterator[Start]:
+    async with AsyncExitStack() as stack:
+
+        async def start_node(*plugins: object) -> Core:
+            return await stack.enter_async_context(Core(redis_url, plugins=plugins, run_lease_s=LEASE_S))
+
+        yield start_node  # type: ignore[misc]
+
+
+async def kinds(core: Core, conv_id: str = "conv") -> list[str]:
+    page = await core.broker.log.read(conv_id, after=0)
+    return [envelope.type for envelope in page.envelopes if envelope.type.startswith("run.")]
+
+
+def store(core: Core) -> RedisRunStore:
+    assert isinstance(core.broker.stores.runs, RedisRunStore)
+    return core.broker.stores.runs
+
+
+async def status(core: Core, run_id: str) -> str:
+    run = await core.broker.runs.store.get(run_id)
+    return run.status if run is not None else "gone"
+
+
+async def until_status(core: Core, run_id: str, wanted: str, timeout_s: float = 8.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while await status(core, run_id) != wanted:
+            await asyncio.sleep(0.02)
+
+
+async def test_prompts_from_all_nodes_make_one_queue(start: Start) -> None:
+    """Exactly one run at a time, in order, whichever node accepted and whichever answers."""
+    gates = [Gate() for _ in range(2)]
+    one = await start(EnginePlugin(ScriptedEngine([*text("first")[:1], gates[0], *text("!")])))
+    other = await start(EnginePlugin(ScriptedEngine(text("second"))))
+    first = await one.broker.runs.send(CALLER, "conv", "one")
+    await gates[0].reached.wait()
+    second = await other.broker.runs.send(CALLER, "conv", "two")
+    third = await one.broker.runs.send(CALLER, "conv", "three")
+    assert (first.status, second.status, third.queue_position) == ("started", "queued", 2)
+    assert await status(other, second.run_id) == "queued"
+    gates[0].open()
+    await until_status(other, third.run_id, "finished")
+    assert await status(one, second.run_id) == "finished"
+    assert [kind for kind in await kinds(one) if kind != "run.queued"] == ["run.started", "run.finished"] * 3
+    await until(lambda: not one.broker.conversations._holds and not other.broker.conversations._holds)
+
+
+async def test_a_run_is_stopped_from_another_node(start: Start) -> None:
+    gate = Gate()
+    one = await start(EnginePlugin(ScriptedEngine([*text("half")[:1], gate])))
+    other = await start(EnginePlugin())
+    sent = await one.broker.runs.send(CALLER, "conv", "one")
+    await gate.reached.wait()
+    result = await other.broker.runs.cancel("conv")
+    assert result.status == "cancelled"
+    assert await status(one, sent.run_id) == "cancelled"
+    assert await kinds(one) == ["run.started", "run.cancelled"]
+
+
+async def test_tools_are_approved_from_another_node(start: Start) -> None:
+    steps = (call("delete", {"path": "x"}, "c1") + text(reason="tool_calls"), text("done"))
+    one = await start(EnginePlugin(ScriptedEngine(*steps), tools=[ASKS]))
+    other = await start(EnginePlugin(tools=[ASKS]))
+    sent = await one.broker.runs.send(CALLER, "conv", "delete it")
+    await until_status(other, sent.run_id, "awaiting_tool_approval")
+    result = await other.broker.runs.approve_tools("conv", None, "somebody")
+    assert result.calls == {"c1": "approved"}
+    await until_status(other, sent.run_id, "finished")
+    assert await kinds(one) == ["run.started", "run.finished"]
+
+
+async def test_what_awaits_approval_goes_on_on_another_node_after_a_shutdown(redis_url: str) -> None:
+    ask = call("delete", {"path": "x"}, "c1") + text(reason="tool_calls")
+    other = Core(redis_url, plugins=[EnginePlugin(ScriptedEngine(text("done")), tools=[ASKS])], run_lease_s=LEASE_S)
+    async with other:
+        async with Core(redis_url, plugins=[EnginePlugin(ScriptedEngine(ask), tools=[ASKS])]) as one:
+            sent = await one.broker.runs.send(CALLER, "conv", "delete it")
+            await until_status(other, sent.run_id, "awaiting_tool_approval")
+        await other.broker.runs.approve_tools("conv", None, "somebody")
+        await until_status(other, sent.run_id, "finished")
+        assert await kinds(other) == ["run.started", "run.finished"]
+
+
+async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(start: Start) -> None:
+    """Its lease ends, another node settles the run and goes on with the queue; the late delta is refused."""
+    gate = Gate()
+    one = await start(EnginePlugin(ScriptedEngine([*text("half")[:1], gate, *text("too late")])))
+    sent = await one.broker.runs.send(CALLER, "conv", "one")
+    await gate.reached.wait()
+    queued = await one.broker.runs.send(CALLER, "conv", "two")
+    token = store(one).token("conv")
+    assert token is not None
+    keeper = one.broker.runs._leases
+    assert keeper is not None
+    for task in list(keeper._tasks):  # what a stopped process does: nothing
+        task.cancel()
+    other = await start(EnginePlugin(ScriptedEngine(text("second answer"))))
+    await until_status(other, queued.run_id, "finished")
+    assert await status(other, sent.run_id) == "interrupted"
+    with pytest.raises(RunEnded, match="taken over"):
+        await one.broker.publish("conv", [Draft("llm.delta", {"delta": "x", "runId": "r"}, "m")], fence=token)
+    gate.open()
+    await until(lambda: one.broker.runs.active == 0)
+    texts = [str(e.props.get("text")) for e in await other.broker.timeline.entities("conv") if e.kind == "message"]
+    assert texts == ["one", "half", "two", "second answer"]
+    assert (await kinds(other)).count("run.interrupted") == 1
+    await one.broker.conversations.open("conv")
+    assert await one.broker.timeline.entities("conv") == await other.broker.timeline.entities("conv")
+
+
+async def test_a_repeated_key_on_another_node_gets_the_first_answer(start: Start) -> None:
+    one, other = await start(EnginePlugin()), await start(EnginePlugin())
+    first, *rest = await asyncio.gather(
+        *(core.broker.runs.send(CALLER, "conv", "hi", idempotency_key="k") for core in (one, other)),
+        return_exceptions=True,
+    )
+    again = await other.broker.runs.send(CALLER, "conv", "hi", idempotency_key="k")
+    assert again.replayed
+    assert len(await one.broker.runs.store.runs("conv", limit=None)) == 1
+    del first, rest

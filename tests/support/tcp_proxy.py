@@ -1,0 +1,108 @@
+"""A TCP proxy that does to a connection what networks do: swallows an answer, cuts, holds back."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+
+class TcpProxy:
+    """Stands between clients and a server on this machine. `url` takes the place of the server's."""
+
+    def __init__(self, port: int) -> None:
+        """port: the server's."""
+        self._target = port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._marker: bytes | None = None
+        self._drop: bytes | None = None
+        self.swallowed = 0
+        self.dropped = 0
+
+    async def __aenter__(self) -> TcpProxy:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        for task in list(self._pumps):
+            task.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def swallow_reply_to(self, marker: bytes) -> None:
+        """Hand the next request that contains `marker` on, and cut the connection in place of its answer."""
+        self._marker = marker
+
+    def drop_replies_with(self, marker: bytes | None) -> None:
+        """Leave out what the server sends as long as it contains `marker`, and go on; None: no more."""
+        self._drop = marker
+
+    def cut(self) -> None:
+        """Break every connection."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        swallowing = asyncio.Event()
+        self._writers |= {writer, server_writer}
+        for pump in (
+            self._requests(reader, server_writer, swallowing),
+            self._replies(server_reader, writer, swallowing),
+        ):
+            task = asyncio.create_task(pump)
+            self._pumps.add(task)
+            task.add_done_callback(self._pumps.discard)
+
+    async def _requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, swallowing: asyncio.Event
+    ) -> None:
+        await self._pump(reader, writer, lambda data: self._note(data, swallowing))
+
+    async def _replies(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, swallowing: asyncio.Event
+    ) -> None:
+        def pass_on(data: bytes) -> bool:
+            if swallowing.is_set():
+                self.swallowed += 1
+                writer.transport.abort()
+                return False
+            if self._drop is not None and self._drop in data:
+                self.dropped += 1
+                return False
+            return True
+
+        await self._pump(reader, writer, pass_on)
+
+    def _note(self, data: bytes, swallowing: asyncio.Event) -> bool:
+        if self._marker is not None and self._marker in data:
+            self._marker = None
+            swallowing.set()
+        return True
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pass_on: object) -> None:
+        assert callable(pass_on)
+        try:
+            while data := await reader.read(65_536):
+                if pass_on(data):
+                    writer.write(data)
+                    await writer.drain()
+        except OSError:
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
