@@ -52,7 +52,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="smaller sizes: minutes instead of an hour")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="workloads, as a comma list: W1, W1s, W2 … W7, durable")
+    parser.add_argument("--only", default="", help="workloads, as a comma list: W1, W1s, W2 … W7, gaps, durable")
+    parser.add_argument("--deltas", type=int, default=50, help="W5: deltas per second in each of 100 conversations")
     parser.add_argument("--peers", action="store_true", help="measure other projects' servers too")
     parser.add_argument("--growth", action="store_true", help="cost per delivery over sizes")
     parser.add_argument("--out", type=Path)
@@ -62,7 +63,7 @@ def _options() -> argparse.Namespace:
 def _check_machine() -> None:
     if (os.cpu_count() or 1) < 2:
         raise CannotMeasure("one core: the load client would take from the server what it measures")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard < 12_000:
         raise CannotMeasure(f"{hard} open files are allowed, 12,000 are needed: raise the limit (ulimit -n)")
@@ -97,12 +98,15 @@ def _measure(tools: Tools, options: argparse.Namespace) -> Results:
             for server, recipe in {**servers, **(peers if options.peers and name in PEER_WORKLOADS else {})}.items():
                 take(name, server, lambda w=workload, r=recipe: w(tools, r, size))  # type: ignore[misc]
         if chosen("W5"):
-            take("W5", "nobody stalls", lambda: workloads.w5(tools, size, stalled=False, rate=100))
-            take("W5", "one in ten stalls", lambda: workloads.w5(tools, size, stalled=True, rate=100))
+            take("W5", "nobody stalls", lambda: workloads.w5(tools, size, stalled=False, rate=options.deltas))
+            take("W5", "one in ten stalls", lambda: workloads.w5(tools, size, stalled=True, rate=options.deltas))
         if chosen("W6") and number == 0:
             take("W6", "ours", lambda: workloads.w6(size))
         if chosen("W7") and "plain uvicorn" in peers:
             take("W7", "ours", lambda: workloads.w7(tools, size, peers["plain uvicorn"]))
+        if chosen("gaps"):
+            for connections in (100, 1000, 2000 if options.short else 9000):
+                take("gaps", f"{connections}", lambda n=connections: workloads.loop_gaps(tools, n))  # type: ignore[misc]
         if chosen("durable"):
             take("durable", "one by one", lambda: workloads.durable(size))
             take("durable", "batches of 10", lambda: workloads.durable(size, publishers=100, batch=10))

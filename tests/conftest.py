@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.broker_process import BrokerProcess
-from tests.support.redis_server import RedisServer, redis_executable
+from tests.support.redis_server import RedisCluster, RedisServer, redis_executable
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +81,22 @@ def redis_url(shared_redis: RedisServer) -> str:
     with shared_redis.client() as client:
         client.flushall()
     return shared_redis.url
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(redis_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def redis_cluster_url(shared_cluster: RedisCluster) -> str:
+    """URL of one node of a Redis Cluster of three that is empty."""
+    shared_cluster.flush()
+    return shared_cluster.url
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ The events take the broker's public way: `broker.publisher(conv_id).publish(...)
     FILL <conversations>       publish one event into each
     OPEN <conversations>       open them, without publishing
     LONE <messages>            publish one by one into one conversation
+    GAPS <seconds>             look how long the event loop lets others wait; the longest wait in place of the median
 
 Each is answered with `DONE <seconds> <median seconds of one publish>`. Environment: BROKER_PLUGIN_BENCH_CONTROL_PORT,
 …_EVENT (`note`: an event without state; `delta`: answers of 200 deltas), …_BYTES (of one frame's text), …_PROFILES (how
@@ -147,4 +148,14 @@ async def lone(broker: Any, messages: float) -> list[float]:
     return taken
 
 
-COMMANDS: dict[str, Any] = {"PUB": run, "FILL": fill, "OPEN": open_all, "LONE": lone}
+async def gaps(broker: Any, seconds: float) -> list[float]:
+    longest, before = 0.0, time.perf_counter()
+    end = before + seconds
+    while before < end:
+        await asyncio.sleep(0)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    return [longest]
+
+
+COMMANDS: dict[str, Any] = {"PUB": run, "FILL": fill, "OPEN": open_all, "LONE": lone, "GAPS": gaps}

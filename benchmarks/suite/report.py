@@ -10,6 +10,16 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+LEFT_OUT = (
+    "lost_connections",
+    "deliveries",
+    "bytes",
+    "samples",
+    "seconds",
+    "client_busy",
+    "server_cpu_share",
+    "max_ms",
+)
 RATIOS = ("W1", "W1 saturated", "W2")
 
 
@@ -53,7 +63,7 @@ class Results:
             lines += [
                 f"### {workload}",
                 "",
-                "| server | deliveries/s | speed, limit = 1 | server CPU us per delivery | CPU, limit = 1 | p99 ms | client busy |",
+                "| server | deliveries/s | limit = 1 | server CPU us per delivery | limit = 1 | p99 ms | client busy |",
             ]
             lines += ["|---|--:|--:|--:|--:|--:|--:|"]
             lines += [self._row(workload, server) for server in servers if self.rounds[workload].get(server)]
@@ -70,7 +80,7 @@ class Results:
                     figures = ", ".join(
                         f"{name} {self.spread(workload, server, name)}"
                         for name in measured[0]
-                        if _number(measured[0][name])
+                        if _number(measured[0][name]) and name not in LEFT_OUT
                     )
                     lines.append(f"- {workload}, {server}: {figures}")
         return "\n".join([*lines, "", *self.notes, ""])

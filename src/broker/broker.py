@@ -16,7 +16,7 @@ from broker.coordinator import StreamCoordinator
 from broker.dispatch import Dispatcher, Pool
 from broker.emitters import EmitterSupervisor
 from broker.envelope import Draft, Envelope, check_conv_id, seal
-from broker.errors import InvalidDraft, StoreUnavailable, Unavailable
+from broker.errors import InvalidDraft, NotFound, PermissionDenied, StoreUnavailable, Unavailable
 from broker.eventlog.base import Committed, Fenced, Interest, LogState
 from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
@@ -246,7 +246,9 @@ class ConversationWSBroker:
         times_ms: Sequence[int] | None = None,
         fence: str | None = None,
     ) -> list[int]:
-        """Publish drafts into a conversation, all or none; return their seqs once they are durable and dispatched.
+        """Publish drafts into a conversation, all or none; return their seqs once they are durable.
+
+        They are dispatched by then, unless the conversation waits for something that it has to read.
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
         of a run's lease, without which RunEnded is raised (runs/leases.py). A draft for a debug channel that is off is
@@ -362,6 +364,25 @@ class ConversationWSBroker:
     ) -> None:
         """Return if the caller may. Raises PermissionDenied."""
         await self.access.authorize(principal, action, conv_id, channels)
+
+    async def authorize_following(self, principal: Principal, conv_id: str, channels: Sequence[str]) -> None:
+        """Return if the caller may follow a conversation on these channels.
+
+        One that does not exist yet opens empty for those who may create it; NotFound for everybody else, before anything
+        is opened for them. Raises PermissionDenied, InvalidConversationId.
+        """
+        await self.access.authorize(principal, "read", check_conv_id(conv_id), channels)
+        known = self.conversations.get(conv_id)
+        if not self.plugins.has("authorize") or (known is not None and known.position):
+            return
+        if not (await self.log.state(conv_id)).exists:
+            try:
+                await self.access.authorize(principal, "create", conv_id)
+            except PermissionDenied as exc:
+                raise NotFound(
+                    f"conversation {conv_id!r} does not exist, and {principal.subject!r} may not create it",
+                    conv_id=conv_id,
+                ) from exc
 
     async def subscribe(self, connection_id: str, request: SubscribeRequest, principal: Principal) -> Subscription:
         """Subscribe a connection that the transport has put into the pool. See `Subscriptions.open`."""

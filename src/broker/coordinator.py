@@ -52,10 +52,13 @@ class StreamCoordinator:
             if conversation is None:
                 continue
             if not conversation.busy and not conversation.inbox and self._follows(conversation, batch):
-                self._hand_on(conversation, batch.envelopes)  # the common case: nothing waits, nothing is missing
-            else:
-                conversation.inbox.append(batch)
-                touched[batch.conv_id] = conversation
+                try:  # the common case: nothing waits, nothing is missing
+                    self._hand_on(conversation, batch.envelopes)
+                    continue
+                except Exception:  # the other conversations of this commit must not wait for it
+                    logger.exception("conversation %s cannot be advanced; tried again", batch.conv_id)
+            conversation.inbox.append(batch)
+            touched[batch.conv_id] = conversation
         for conversation in touched.values():
             if not conversation.busy:
                 self._advance(conversation)
@@ -65,9 +68,9 @@ class StreamCoordinator:
 
     def _holds_too_much(self, conversation: Conversation) -> bool:
         inbox = conversation.inbox
-        return len(inbox) > INBOX_BATCHES_MAX or INBOX_BYTES_MAX < sum(
+        return len(inbox) > INBOX_BATCHES_MAX or sum(
             len(envelope.data_json) for batch in inbox for envelope in batch.envelopes
-        )
+        ) > INBOX_BYTES_MAX
 
     def _follows(self, conversation: Conversation, batch: Committed) -> bool:
         """Say whether a batch is the next stretch after the conversation's position and can be folded without reading."""
@@ -76,15 +79,19 @@ class StreamCoordinator:
 
     def _advance(self, conversation: Conversation) -> None:
         """Fold and dispatch the inbox as far as memory allows; leave the rest to a task."""
-        envelopes = self._in_order(conversation)
-        if envelopes is None or conversation.timeline.missing(envelopes):
-            conversation.busy = True
-            task = asyncio.get_running_loop().create_task(self._catch_up(conversation))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        elif envelopes:
-            conversation.inbox.clear()
-            self._hand_on(conversation, envelopes)
+        try:
+            envelopes = self._in_order(conversation)
+            if envelopes is not None and not conversation.timeline.missing(envelopes):
+                if envelopes:
+                    self._hand_on(conversation, envelopes)
+                conversation.inbox.clear()
+                return
+        except Exception:
+            logger.exception("conversation %s cannot be advanced; tried again", conversation.conv_id)
+        conversation.busy = True
+        task = asyncio.get_running_loop().create_task(self._catch_up(conversation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _in_order(self, conversation: Conversation) -> list[Envelope] | None:
         """Return the inbox as one unbroken stretch after the conversation's position; None where the chain is broken.

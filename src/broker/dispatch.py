@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,8 @@ from broker.conversations import Conversation
 from broker.envelope import Envelope
 from broker.timeline.entity import Entity
 from broker.views import View, control_frame, event_frame, state_frame, upsert_envelope
+
+logger = logging.getLogger(__name__)
 
 
 class Message(NamedTuple):
@@ -107,14 +110,19 @@ class Dispatcher:
         built: dict[tuple[int, int], Message] = {}
         for audience in list(conversation.audiences.values()):
             mark = Mark(before.position, before.state, audience.prev)
-            # State before the events that made it: a connection that breaks in the middle of this write resumes after
-            # the last event it got, and must have the state up to there.
-            messages = self._state_messages(audience.view, upserts) if audience.view.state else []
-            messages.extend(self._event_messages(audience, envelopes, built))
-            if audience.hidden >= self._through_events:
-                messages.append(self._through(audience))
-            if messages:
-                self._pool.broadcast(audience, messages, mark)
+            try:
+                # State before the events that made it: a connection that breaks in the middle of this write resumes
+                # after the last event it got, and must have the state up to there.
+                messages = self._state_messages(audience.view, upserts) if audience.view.state else []
+                messages.extend(self._event_messages(audience, envelopes, built))
+                if audience.hidden >= self._through_events:
+                    messages.append(self._through(audience))
+                if messages:
+                    self._pool.broadcast(audience, messages, mark)
+            except Exception:
+                # The others must not miss anything, and these must see that they do: the next frame shows them a gap.
+                logger.exception("conversation %s: view %s cannot be shown", conversation.conv_id, audience.view.key)
+                audience.prev = envelopes[-1].seq
 
     def dispatch_state(self, conversation: Conversation, show: Sequence[Entity], before: Mark) -> None:
         """Send entities whose upsert was held back (trailing edge)."""

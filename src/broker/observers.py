@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 from broker.envelope import Envelope
@@ -12,6 +13,7 @@ from broker.plugins import PluginHost
 logger = logging.getLogger(__name__)
 
 BACKLOG_ENVELOPES_MAX = 50_000
+BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 """What may wait for slow observers; beyond, the oldest are skipped, counted and logged."""
 BATCH_ENVELOPES = 1000
 
@@ -21,7 +23,9 @@ class Observers:
 
     def __init__(self, plugins: PluginHost) -> None:
         self._plugins = plugins
-        self._backlog: list[Envelope] = []
+        self._backlog: deque[Envelope] = deque()
+        self._backlog_bytes = 0
+        self._stopping = False
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.skipped = 0
@@ -38,29 +42,30 @@ class Observers:
     async def stop(self) -> None:
         """Hand over what is left (bounded by the hooks' own time) and stop."""
         if self._task is not None:
-            self._task.cancel()
+            self._stopping = True
+            self._ready.set()
+            # Not cancelled: what it hands over just now is not in the backlog any more.
             await asyncio.gather(self._task, return_exceptions=True)
-            await self._hand_over()
 
     def take(self, envelopes: Sequence[Envelope]) -> None:
         """Note what was published. Never blocks."""
         self._backlog.extend(envelopes)
-        surplus = len(self._backlog) - BACKLOG_ENVELOPES_MAX
-        if surplus > 0:
-            del self._backlog[:surplus]
+        self._backlog_bytes += sum([envelope.size_bytes for envelope in envelopes])
+        while len(self._backlog) > BACKLOG_ENVELOPES_MAX or self._backlog_bytes > BACKLOG_BYTES_MAX:
+            self._backlog_bytes -= self._backlog.popleft().size_bytes
             if not self.skipped:
                 logger.error("on_published hooks are too slow: they now miss envelopes (the log still has them)")
-            self.skipped += surplus
+            self.skipped += 1
         self._ready.set()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             await self._ready.wait()
             self._ready.clear()
             await self._hand_over()
 
     async def _hand_over(self) -> None:
         while self._backlog:
-            batch = self._backlog[:BATCH_ENVELOPES]
-            del self._backlog[:BATCH_ENVELOPES]
+            batch = [self._backlog.popleft() for _ in range(min(BATCH_ENVELOPES, len(self._backlog)))]
+            self._backlog_bytes -= sum([envelope.size_bytes for envelope in batch])
             await self._plugins.acall_all("on_published", envelopes=batch)

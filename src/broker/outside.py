@@ -75,7 +75,7 @@ class Outside:
         """
         broker = self._broker
         view = broker.views.compile(principal, profile, channels)
-        await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
+        await broker.authorize_following(principal, conv_id, view.channel_names)
         deadline_s = time.monotonic() + wait_s
         while True:
             conversation = await broker.conversations.open(conv_id)
@@ -189,12 +189,17 @@ class Outside:
             state = await broker.log.state(conv_id)
             if not state.exists:
                 return TimelinePage(conv_id, 0, state.epoch, [])
-        page = await broker.timeline.page(
-            conv_id, since_version=since_version, after_position=after_position, limit=limit
-        )
-        if view.filters or view.transforms:
-            page.entities = broker.dispatcher.entities_as_shown(conv_id, view, page.entities)
-        return page
+        while True:
+            page = await broker.timeline.page(
+                conv_id, since_version=since_version, after_position=after_position, limit=limit
+            )
+            if not view.filters and not view.transforms:
+                return page
+            shown_entities = broker.dispatcher.entities_as_shown(conv_id, view, page.entities)
+            if shown_entities or not page.more:
+                page.entities = shown_entities
+                return page
+            after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
 
     # -- publishing -----------------------------------------------------------------------------------------------
 

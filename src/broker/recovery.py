@@ -41,16 +41,15 @@ class Recovery:
         self._page_bytes = page_bytes
         self.resets_late = 0
 
-    async def run(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
+    async def run(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
         """Bring `subscription` up to date and make it live.
 
-        state_after: send entities newer than this first. lag: it is behind because it is slow: merge neighbours.
+        state_first: send entities newer than its state cursor before anything else. lag: it is behind because it is
+        slow: merge neighbours.
         Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
         """
-        if state_after is not None and subscription.view.state:
-            subscription.state_cursor = state_after
-            if not await self._send_state(subscription):
-                return
+        if state_first and subscription.view.state and not await self._send_state(subscription):
+            return
         if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
             return
         while subscription.status != "closed":
@@ -112,8 +111,6 @@ class Recovery:
         if not await self._send(subscription, event_messages(shown, subscription.told)):
             return False
         subscription.cursor = max(page.through, subscription.cursor)
-        if shown:
-            subscription.told = shown[-1].seq
         return True
 
     def _not_seen_before(self, subscription: Subscription, shown: list[Envelope]) -> list[Envelope]:
@@ -133,19 +130,20 @@ class Recovery:
         """Retention overtook a connection that was behind: say so, and give it the state instead."""
         self.resets_late += 1
         conversation = subscription.conversation
-        subscription.cursor = conversation.position if subscription.view.state else trimmed_seq
+        # The cursor moves when this is sent, not before: a change of view may end the wait for it.
+        after = conversation.position if subscription.view.state else trimmed_seq
+        subscription.end_view(subscription.cursor, after)
         reset = control_message(
             "ws.reset",
             {
                 "reason": "expired",
                 "epoch": conversation.epoch,
                 "oldestSeq": str(trimmed_seq),
-                "from": str(subscription.cursor),
+                "from": str(after),
             },
             subscription.connection_id,
         )
-        subscription.told = subscription.cursor
-        if not await self._send(subscription, [reset, through_message(subscription.conv_id, subscription.cursor)]):
+        if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
             return False
         subscription.state_cursor = 0
         return not subscription.view.state or await self._send_state(subscription)
@@ -158,6 +156,8 @@ class Recovery:
         cursor, dropped_through = subscription.cursor, subscription.cursor
         while cursor < conversation.position:
             page = await self._log.read(subscription.conv_id, after=cursor, upto=conversation.position)
+            if page.trimmed_seq > cursor:
+                return True  # nobody knows how many are gone: what follows finds the same, and resets
             for envelope in page.envelopes:
                 if view.admits(envelope):
                     kept.append(envelope)
@@ -171,15 +171,16 @@ class Recovery:
             if not page.more:
                 break
         if dropped:
-            subscription.skipped += dropped
-            subscription.cursor = subscription.told = dropped_through
+            subscription.end_view(subscription.cursor, dropped_through)
             notice = control_message(
                 "ws.dropped",
                 {"count": dropped, "seq": str(dropped_through)},
                 subscription.connection_id,
                 dropped_through,
             )
-            return await self._send(subscription, [notice])
+            if not await self._send(subscription, [notice]):
+                return False
+            subscription.skipped += dropped
         return True
 
     # -- the switch to live ---------------------------------------------------------------------------------------

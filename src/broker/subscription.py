@@ -16,6 +16,10 @@ ResetReason = Literal["expired", "epoch", "ahead"]
 Status = Literal["starting", "behind", "live", "parked", "closed"]
 
 
+VIEWS_REMEMBERED = 32
+"""How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
+
+
 @dataclass(frozen=True, slots=True)
 class SubscribeRequest:
     """What a client asks for when it connects.
@@ -99,6 +103,12 @@ class Subscription:
     def conv_id(self) -> str:
         return self.conversation.conv_id
 
+    def end_view(self, through: int, next_after: int) -> None:
+        """Remember that the present view has shown what there was up to `through`; what follows begins after `next_after`."""
+        self.history.append(Viewed(self.view, self.viewed_after, through))
+        del self.history[:-VIEWS_REMEMBERED]
+        self.viewed_after = next_after
+
     @property
     def profile(self) -> str:
         return self.view.profile.name
@@ -148,7 +158,8 @@ async def decide_start(
         reset = "epoch"
     elif since > max(head, state.head_seq):
         reset = "ahead"
-    elif 0 < since < state.trimmed_seq:
+    elif since < state.trimmed_seq and (since or epoch is not None):
+        # 0 of a known life is a position as well: who was there before the first event has lost the trimmed ones.
         reset = "expired"
     elif epoch is not None and since not in (0, state.trimmed_seq) and not await log.contains(conv_id, since):
         reset = "epoch"

@@ -12,7 +12,7 @@ from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_m
 from broker.errors import BrokerError, InvalidInput, LimitExceeded, NotFound, Unavailable
 from broker.recovery import Recovery
 from broker.security import Principal
-from broker.subscription import Start, SubscribeRequest, Subscription, Viewed, decide_start
+from broker.subscription import Start, SubscribeRequest, Subscription, decide_start
 
 if TYPE_CHECKING:
     from broker.broker import ConversationWSBroker
@@ -24,8 +24,6 @@ RECONNECT_SPREAD_MS = 5000
 STATE_OVERLAP_S = 2.0
 """A resume is sent the entities of this time before its position again (and of `upsert_interval_s`): the upsert of a
 growing entity may have been held back when the connection broke. The client drops those it has by their version."""
-VIEW_CHANGES_REMEMBERED = 32
-"""How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
 
 
 class Subscriptions:
@@ -55,8 +53,8 @@ class Subscriptions:
     async def open(self, connection_id: str, request: SubscribeRequest, principal: Principal) -> Subscription:
         """Subscribe a connection that is in the pool: `ws.hello`, then what it missed, then live.
 
-        Raises InvalidConversationId, UnknownProfile, UnknownChannel, PermissionDenied, StoreError, Unavailable; then
-        nothing was sent.
+        Raises InvalidConversationId, UnknownProfile, UnknownChannel, PermissionDenied, NotFound, StoreError, Unavailable;
+        then nothing was sent.
         """
         broker = self._broker
         if broker.draining:
@@ -64,7 +62,7 @@ class Subscriptions:
         if connection_id in self._by_connection:
             raise LimitExceeded(f"connection {connection_id} is subscribed already: one conversation per connection")
         view = broker.views.compile(principal, request.profile, request.channels)
-        await broker.access.authorize(principal, "read", request.conv_id, view.channel_names)
+        await broker.authorize_following(principal, request.conv_id, view.channel_names)
         conversation = await broker.conversations.open(request.conv_id)
         if broker.draining:  # since it was asked above; whoever comes later than `close` would be told nothing
             raise Unavailable("this process is shutting down: connect again")
@@ -115,7 +113,10 @@ class Subscriptions:
             "from": str(start.after),
             "viewChanged": request.view is not None and request.view != view.key,
         }
-        return control_message("ws.hello", data, subscription.connection_id)
+        # Who only follows has a position from this frame on, and an event stream an id to come back with; who is sent
+        # state first has it only once that is complete.
+        position = start.after if start.state_after is None else None
+        return control_message("ws.hello", data, subscription.connection_id, position)
 
     def _reset(self, subscription: Subscription, start: Start) -> list[Message]:
         if start.reset is None:
@@ -152,13 +153,16 @@ class Subscriptions:
 
     def _catch_up(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
         subscription.status = "behind"
+        if state_after is not None and subscription.view.state:
+            # At once: a change of view may cancel the task before it has begun, and goes on from here.
+            subscription.state_cursor = state_after
         subscription.task = asyncio.get_running_loop().create_task(
-            self._run_recovery(subscription, state_after=state_after, lag=lag)
+            self._run_recovery(subscription, state_first=state_after is not None, lag=lag)
         )
 
-    async def _run_recovery(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
+    async def _run_recovery(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
         try:
-            await self._recovery.run(subscription, state_after=state_after, lag=lag)
+            await self._recovery.run(subscription, state_first=state_first, lag=lag)
         except asyncio.CancelledError:
             raise
         except Exception as exc:
@@ -224,14 +228,14 @@ class Subscriptions:
         if subscription.status == "closed":
             return
         position, old = subscription.position, subscription.view
+        if subscription.status == "live":
+            subscription.state_cursor = conversation.timeline.shown_floor
         self._pool.leave(subscription.connection_id)
-        subscription.view = view
-        subscription.history.append(Viewed(old, subscription.viewed_after, position))
-        del subscription.history[:-VIEW_CHANGES_REMEMBERED]
         subscription.cursor = position
         if since is not None and state is not None:
             subscription.cursor = min(max(since, state.trimmed_seq), position)
-        subscription.viewed_after = subscription.cursor
+        subscription.end_view(position, subscription.cursor)
+        subscription.view = view
         subscription.told = subscription.cursor
         changed = control_message(
             "ws.profile",

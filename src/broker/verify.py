@@ -20,6 +20,7 @@ from broker.stores import choose_stores
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import ConversationTimeline
+from broker.timeline.reader import stored_page
 from broker.timeline.store import TimelineStore
 
 MAX_DIFFERENCES = 20
@@ -131,10 +132,10 @@ def _compare(report: ConversationReport, stored: Mapping[str, Entity], folded: E
 
 async def _all_entities(store: TimelineStore, conv_id: str) -> dict[str, Entity]:
     found: dict[str, Entity] = {}
-    after = 0
-    while page := await store.page(conv_id, after_position=after, limit=1000):
+    after: int | None = 0
+    while after is not None:
+        page, after = await stored_page(store, conv_id, after_position=after)
         found.update({entity.id: entity for entity in page})
-        after = page[-1].position
     return found
 
 

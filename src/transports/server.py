@@ -25,6 +25,7 @@ from broker.telemetry import configure_logging
 from transports import garbage_collector
 from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_protocol
 from transports.app import create_app
+from transports.workers import Workers
 
 logger = logging.getLogger("broker.server")
 
@@ -50,15 +51,28 @@ def serve(settings: Settings) -> int:
     except BrokerError as exc:
         return _cannot_start(exc)
     try:
+        if settings.workers == 1:
+            return _serve_on(listener, settings)
+        workers = Workers(
+            settings.workers,
+            lambda index: _serve_on(listener, settings, announce=index == 0),
+            final_codes=frozenset({EXIT_OK, EXIT_CANNOT_START}),
+        )
+        return workers.run()
+    finally:
+        listener.close()
+
+
+def _serve_on(listener: socket.socket, settings: Settings, *, announce: bool = True) -> int:
+    """Serve on a listening socket until a signal comes; return the exit code. announce: print the ready line."""
+    try:
         app = create_app(settings)
         check_auth(settings, app.state.broker.plugins.describe())
-        server = BrokerServer(_config(app, settings), app, settings)
+        server = BrokerServer(_config(app, settings), app, settings, announce=announce)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.run_until_stopped(listener))
     except (BrokerError, OSError) as exc:
         return _cannot_start(exc)
-    finally:
-        listener.close()
     return EXIT_OK
 
 
@@ -157,8 +171,10 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 class BrokerServer(uvicorn.Server):
     """uvicorn's server, with the broker's start before and its drain ahead of uvicorn's own shutdown."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, *, announce: bool = True) -> None:
+        """announce: print the line that says where clients can connect."""
         super().__init__(config)
+        self._announce_urls = announce
         self._app = app
         self._settings = settings
         self._announcing: asyncio.Task[None] | None = None
@@ -179,7 +195,7 @@ class BrokerServer(uvicorn.Server):
     async def _announce(self, urls: list[str]) -> None:
         """Say that clients can connect: at once, or when the broker has found its Redis."""
         await self._app.state.broker.until_started()
-        for url in urls:
+        for url in urls if self._announce_urls else ():
             print(f"Conversation broker is ready: {url}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -95,7 +95,7 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
             wanted = replace(wanted, since=parse_seq(last_id, "Last-Event-ID"), hydrate=False)
         principal = await broker.authenticate(credentials_of(request))
         view = broker.views.compile(principal, wanted.profile, wanted.channels)
-        await broker.authorize(principal, "read", wanted.conv_id, view.channel_names)
+        await broker.authorize_following(principal, wanted.conv_id, view.channel_names)
         stream = _Stream(broker.settings.sse_heartbeat_s)
         connection = QueuedConnection(
             uuid.uuid4().hex,

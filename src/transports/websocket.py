@@ -120,7 +120,7 @@ async def _admit(
     request = parse_subscribe_request(websocket.query_params)
     principal = await broker.authenticate(credentials_of(websocket))
     view = broker.views.compile(principal, request.profile, request.channels)
-    await broker.authorize(principal, "read", request.conv_id, view.channel_names)
+    await broker.authorize_following(principal, request.conv_id, view.channel_names)
     return request, principal
 
 
@@ -161,6 +161,10 @@ class _TakenOver:
             self._pool.remove(self.id)
             self.close(_close_code(exc), exc.message[:120])
             return
+        except BaseException:  # nobody else knows this connection: it would stay open, and in the pool, unserved
+            self._pool.remove(self.id)
+            self.close(4500, "internal error")
+            raise
         if self._closed:  # the peer left while we subscribed it
             self._pool.remove(self.id)
             await self._broker.unsubscribe(subscription, "gone")

@@ -12,6 +12,8 @@ from tests.support.wire import Client, Peer
 
 from broker.envelope import Draft
 from broker.errors import InvalidDraft, PermissionDenied, UnknownChannel, UnknownProfile
+from broker.hookspecs import hookimpl
+from broker.profiles import Profile
 from broker.security import Principal
 from broker.subscription import SubscribeRequest
 
@@ -256,3 +258,110 @@ async def test_what_is_published_together_has_neighbouring_places(core: Core) ->
     for batch in batches:
         start = flat.index(batch[0])
         assert flat[start : start + 10] == batch
+
+
+async def test_position_zero_of_a_known_life_is_a_position(db: str) -> None:
+    """Who was there before the first event, and comes back after retention removed it, is told that it is gone."""
+    async with Core(db, retention_count=5) as core:
+        peer, _ = await core.connect("c1")
+        await core.disconnect(peer)
+        publisher = core.broker.publisher("c1")
+        for n in range(20):
+            await publisher.publish("user.message", {"text": str(n)}, id=f"u{n}")
+        await core.broker.housekeeping.sweep()
+        back = Client(since=0)
+        await core.connect("c1", client=back, since=0, epoch=peer.client.epoch)
+        await until(lambda: bool(back.controls("ws.caught_up")))
+        assert back.controls("ws.hello")[0]["recovered"] is False
+        assert back.controls("ws.reset")[0]["reason"] == "expired"
+        assert len(back.entities) == 20
+
+
+async def test_who_was_slow_is_not_told_again_that_it_has_caught_up(core: Core) -> None:
+    """`ws.caught_up` comes exactly once after each hello and each change of view."""
+    slow, subscription = await core.connect("c1", buffer_bytes=1000)
+    slow.stall()
+    seqs = [await core.say("c1", "x" * 100) for _ in range(50)]
+    slow.read()
+    await until(lambda: subscription.status == "live")
+    assert slow.client.seqs() == seqs
+    assert len(slow.client.controls("ws.caught_up")) == 1
+
+
+async def test_two_changes_of_view_at_once_lose_no_state(core: Core) -> None:
+    """A view without state, then two with it before the first could send any: the whole state comes all the same."""
+    for n in range(5):
+        await core.broker.publisher("c1").publish("user.message", {"text": str(n)}, id=f"u{n}")
+    peer, subscription = await core.connect("c1", profile="text")
+    await core.broker.change_view(subscription, profile="timeline", channels=None, since=None)
+    await core.broker.change_view(subscription, profile="default", channels=None, since=None)
+    await until(lambda: subscription.status == "live")
+    assert len(peer.client.entities) == 5
+
+
+async def test_what_a_reset_passed_over_is_shown_by_a_replay(db: str) -> None:
+    """No view of the connection has shown it, so a change of view with `since` does, as far as it is retained."""
+    async with Core(db, retention_count=20) as core:
+        peer, subscription = await core.connect("c1", buffer_bytes=1000)
+        peer.stall()
+        seqs = [await core.say("c1", "x" * 100) for _ in range(60)]
+        await core.broker.housekeeping.trim("c1")
+        peer.read()
+        await until(lambda: subscription.status == "live")
+        assert peer.client.controls("ws.reset")
+        shown = peer.client.seqs()
+        await core.broker.change_view(subscription, profile="debug", channels=None, since=0)
+        await until(lambda: len(peer.client.events) > len(shown) and subscription.status == "live")
+        assert peer.client.seqs()[len(shown) :] == [seq for seq in seqs[-20:] if seq not in shown]
+
+
+LOSSY = Profile("lossy", channels=("sem",), slow="drop_oldest")
+
+
+class LossyPlugin:
+    @hookimpl
+    def register_profiles(self) -> list[Profile]:
+        return [LOSSY]
+
+
+async def test_a_change_of_view_does_not_swallow_the_notice_of_what_was_dropped(db: str) -> None:
+    """What is skipped counts as skipped once the client has been told, not while that still waits to be sent."""
+    async with Core(db, plugins=[LossyPlugin()], replay_page_bytes=1024) as core:
+        peer, subscription = await core.connect("c1", profile="lossy", buffer_bytes=1000)
+        peer.stall()
+        seqs = [await core.say("c1", "x" * 100) for _ in range(60)]
+        peer.read()
+        peer.stall()
+        while peer.writable:  # full again, just as the catch-up begins
+            core.broker.refuse(subscription, "test", "x" * 200)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        await core.broker.change_view(subscription, profile="default", channels=None, since=None)
+        peer.read()
+        await until(lambda: subscription.status == "live")
+        assert len(peer.client.events) + peer.client.dropped == len(seqs)
+
+
+async def test_a_lossy_reader_that_retention_overtakes_is_reset(db: str) -> None:
+    """Nobody can count what is no longer there: `ws.dropped` would say less than the truth."""
+    async with Core(db, plugins=[LossyPlugin()], retention_count=30, replay_page_bytes=1024) as core:
+        peer, subscription = await core.connect("c1", profile="lossy", buffer_bytes=1000)
+        peer.stall()
+        for _ in range(60):
+            await core.say("c1", "x" * 100)
+        await core.broker.housekeeping.trim("c1")
+        peer.read()
+        await until(lambda: subscription.status == "live")
+        assert [reset["reason"] for reset in peer.client.controls("ws.reset")] == ["expired"]
+
+
+async def test_who_only_follows_has_a_position_from_the_hello_on(core: Core) -> None:
+    """Also in a conversation that is still empty: an event stream gets an id to come back with, and loses nothing."""
+    peer = Peer(core.pool, Client())
+    peer.stall()
+    await core.broker.subscribe(peer.id, SubscribeRequest("c1"), CALLER)
+    assert [message.position for message in peer.buffered] == [0, None]
+    hydrated = Peer(core.pool, Client())
+    hydrated.stall()
+    await core.broker.subscribe(hydrated.id, SubscribeRequest("c1", hydrate=True), CALLER)
+    assert hydrated.buffered[0].position is None, "it has its position once its state is complete"

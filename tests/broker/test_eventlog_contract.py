@@ -60,12 +60,12 @@ def sink() -> RecordingSink:
     return RecordingSink()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
 async def log(
     request: pytest.FixtureRequest, clock: ManualClock, sink: RecordingSink, tmp_path: Path
 ) -> AsyncIterator[EventLog]:
-    if request.param == "redis":
-        connection = RedisConnection(request.getfixturevalue("redis_url"))
+    if request.param.startswith("redis"):
+        connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         shared_log = RedisEventLog(connection, clock)
         await shared_log.open(sink)
         yield shared_log

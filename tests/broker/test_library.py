@@ -527,3 +527,45 @@ async def test_erasing_beside_writers_and_readers_never_shows_the_old_again(db: 
             await broker.housekeeping.tick()
             await assert_fold_law(core, "c")
             await broker.erase("c")
+
+
+async def test_nobody_opens_a_conversation_while_it_is_erased(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the old entities, not yet deleted, would be in memory again."""
+    async with Core(db) as core:
+        broker = core.broker
+        await broker.publish("c", [Draft("user.message", {"text": "old"}, "old")])
+        await broker.housekeeping.save(broker.conversations.all(), everything=True)
+        store = broker.stores.timeline
+        erase, reached, go = store.erase, asyncio.Event(), asyncio.Event()
+
+        async def slow(conv_id: str) -> None:
+            reached.set()
+            await go.wait()
+            await erase(conv_id)
+
+        monkeypatch.setattr(store, "erase", slow)
+        erasing = asyncio.create_task(broker.erase("c"))
+        await reached.wait()
+        reading = asyncio.create_task(broker.timeline.entities("c"))
+        publishing = asyncio.create_task(broker.publish("c", [Draft("user.message", {"text": "new"}, "new")]))
+        done, _ = await asyncio.wait({reading, publishing}, timeout=0.2)
+        assert not done
+        go.set()
+        await asyncio.gather(erasing, publishing)
+        assert {entity.id for entity in await reading} <= {"new"}
+        assert [entity.id for entity in await broker.timeline.entities("c")] == ["new"]
+
+
+async def test_a_long_poll_under_way_shows_nothing_of_what_was_erased(db: str) -> None:
+    async with Core(db) as core:
+        broker = core.broker
+        (head,) = await broker.publish("c", [Draft("user.message", {"text": MARK}, "u")])
+        poll = asyncio.create_task(
+            broker.outside.messages(
+                CALLER, "c", since=head, epoch=None, profile="default", channels=None, limit=10, wait_s=20
+            )
+        )
+        await until(lambda: broker.conversations.all()[0].waiters)
+        await broker.erase("c")
+        page = await poll
+        assert not any(MARK.encode() in frame for frame in page.frames)

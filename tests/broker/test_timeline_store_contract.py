@@ -31,10 +31,10 @@ def ids(entities: list[Entity]) -> list[str]:
     return [one.id for one in entities]
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TimelineStore]:
-    if request.param == "redis":
-        connection = RedisConnection(request.getfixturevalue("redis_url"))
+    if request.param.startswith("redis"):
+        connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         yield RedisTimelineStore(connection)
         await connection.close()
         return

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
-from httpx_sse import aconnect_sse
 from tests.support.broker_process import BrokerProcess
-from tests.support.follower import Follower, eventually, read_log, timeline, told
+from tests.support.follower import Follower, eventually, read_log, timeline
+from tests.support.talking import (
+    Stream,
+    drop,
+    eventually_is,
+    note,
+    publish,
+    question,
+    trimmed_to,
+    unbroken,
+)
 from tests.support.wire import Client
 
 Start = Callable[..., BrokerProcess]
@@ -34,60 +41,6 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 def conv_id(request: pytest.FixtureRequest) -> str:
     return "".join(character if character.isalnum() else "-" for character in request.node.name)[:60]
-
-
-async def publish(http: httpx.AsyncClient, broker: BrokerProcess, conv_id: str, *drafts: dict[str, Any]) -> list[int]:
-    answer = await http.post(f"{broker.url}api/publish", json=[{"conv_id": conv_id, **draft} for draft in drafts])
-    assert answer.status_code == 200, answer.text
-    return list(map(int, answer.json()["seqs"]))
-
-
-async def note(http: httpx.AsyncClient, broker: BrokerProcess, conv_id: str, text: str = "x") -> int:
-    return (await publish(http, broker, conv_id, {"type": "note.said", "data": {"text": text}}))[0]
-
-
-def question(number: int, size: int = 10) -> dict[str, Any]:
-    return {"type": "user.message", "id": f"u{number}", "data": {"text": f"{number} ".ljust(size, "x")}}
-
-
-async def drop(follower: Follower) -> None:
-    """Cut the connection and wait until it is gone; the follower is stopped and keeps its position."""
-    follower.drop()
-    await follower.stop()
-
-
-def unbroken(client: Client) -> bool:
-    return not client.gaps and not client.duplicates
-
-
-class Stream:
-    """A client of `/sse`: takes frames by the rule and remembers the last id, as an EventSource does."""
-
-    def __init__(self, broker: BrokerProcess, conv_id: str, *, since: int | None = 0) -> None:
-        self.client = Client(since=since)
-        self.last_event_id: str | None = None if since is None else str(since)
-        self._broker = broker
-        self._conv_id = conv_id
-
-    @asynccontextmanager
-    async def connected(self, http: httpx.AsyncClient) -> AsyncIterator[None]:
-        headers = {"last-event-id": self.last_event_id} if self.last_event_id is not None else {}
-        query = {"conv_id": self._conv_id}
-        async with aconnect_sse(http, "GET", f"{self._broker.url}sse", params=query, headers=headers) as source:
-
-            async def read() -> None:
-                async for event in source.aiter_sse():
-                    if event.data:
-                        self.client.take(event.data)
-                    if event.id:
-                        self.last_event_id = event.id
-
-            reading = asyncio.create_task(read())
-            try:
-                yield
-            finally:
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
 
 
 async def test_nothing_received_yet_before_the_drop(
@@ -247,24 +200,6 @@ async def test_a_resume_dropped_while_the_state_of_it_is_sent(
     assert unbroken(follower.client)
 
 
-async def trimmed_to(http: httpx.AsyncClient, broker: BrokerProcess, conv_id: str, position: int) -> None:
-    """Wait until retention has removed everything up to `position`, and nothing else."""
-
-    async def oldest() -> int:
-        query = {"conv_id": conv_id, "since": "0", "limit": "1"}
-        return int((await http.get(f"{broker.url}api/messages", params=query)).json()["oldestSeq"])
-
-    await eventually_is(oldest, position)
-
-
-async def eventually_is(read: Callable[[], Awaitable[object]], wanted: object) -> None:
-    """Poll until `await read()` is `wanted`. Fails the test after 30 s."""
-    async with asyncio.timeout(30):
-        while (found := await read()) != wanted:  # noqa: ASYNC110 - the server's state has no event to wait for
-            await asyncio.sleep(0.01)
-    assert found == wanted
-
-
 async def short_retention(
     start_broker: Start, http: httpx.AsyncClient, conv_id: str
 ) -> tuple[BrokerProcess, list[int]]:
@@ -405,107 +340,3 @@ async def test_ten_thousand_events_in_one_commit(start_broker: Start, http: http
     assert live.client.events == replayed.client.events == await read_log(http, broker.url, conv_id)
     assert unbroken(live.client)
     assert unbroken(replayed.client)
-
-
-class TestStateAndEventsJoined:
-    """State at a position, then events from exactly there, beside concurrent publishing."""
-
-    @asynccontextmanager
-    async def publishing(
-        self, http: httpx.AsyncClient, broker: BrokerProcess, conv_id: str
-    ) -> AsyncIterator[list[int]]:
-        seqs: list[int] = []
-        stop = asyncio.Event()
-
-        async def go_on() -> None:
-            number = 0
-            while not stop.is_set():
-                number += 1
-                seqs.extend(
-                    await publish(
-                        http,
-                        broker,
-                        conv_id,
-                        question(number),
-                        {"type": "llm.delta", "id": f"m{number}", "data": {"delta": "a"}},
-                        {"type": "llm.delta", "id": f"m{number}", "data": {"delta": "b"}},
-                        {"type": "llm.final", "id": f"m{number}", "data": {"text": "ab"}},
-                    )
-                )
-
-        task = asyncio.create_task(go_on())
-        try:
-            yield seqs
-        finally:
-            stop.set()
-            await task
-
-    async def check(
-        self, http: httpx.AsyncClient, broker: BrokerProcess, conv_id: str, followers: list[Follower], after: list[int]
-    ) -> None:
-        """Each follower has every event after where it began, and the whole state."""
-        entities = await timeline(http, broker.url, conv_id)
-        events = await read_log(http, broker.url, conv_id)
-        for follower, position in zip(followers, after, strict=True):
-            await eventually(
-                lambda follower=follower: (
-                    follower.client.entities == entities and follower.client.last >= int(events[-1]["seq"])
-                ),
-                "a client did not get the whole state",
-            )
-            assert told(follower.client.events) == told(event for event in events if int(event["seq"]) > position)
-            assert unbroken(follower.client)
-
-    async def test_hydrate(self, broker: BrokerProcess, http: httpx.AsyncClient, conv_id: str) -> None:
-        async with self.publishing(http, broker, conv_id) as seqs:
-            followers = []
-            for wanted in range(20, 420, 20):
-                await eventually(lambda wanted=wanted: len(seqs) >= wanted)
-                follower = Follower(broker, conv_id, since=None, hydrate="1")
-                followers.append(follower)
-                await follower.__aenter__()
-            await eventually(lambda: all(follower.live for follower in followers))
-        starts = [int(follower.client.controls("ws.hello")[0]["from"]) for follower in followers]
-        await self.check(http, broker, conv_id, followers, starts)
-        for follower in followers:
-            await follower.stop()
-
-    async def test_a_snapshot_then_since_its_version(
-        self, start_broker: Start, http: httpx.AsyncClient, conv_id: str
-    ) -> None:
-        """Also while idle conversations are evicted all the time."""
-        broker = start_broker(BROKER_IDLE_CONVERSATION_S="0.001", BROKER_SWEEP_INTERVAL_S="0.005")
-        async with self.publishing(http, broker, conv_id) as seqs:
-            followers, starts = [], []
-            for wanted in range(20, 420, 20):
-                await eventually(lambda wanted=wanted: len(seqs) >= wanted)
-                page = (
-                    await http.get(f"{broker.url}api/timeline", params={"conv_id": conv_id, "limit": "10000"})
-                ).json()
-                follower = Follower(broker, conv_id)
-                follower.client.last, follower.client.epoch = int(page["version"]), page["epoch"]
-                follower.client.entities = {entity["id"]: entity for entity in page["entities"]}
-                followers.append(follower)
-                starts.append(int(page["version"]))
-                await follower.__aenter__()
-            await eventually(lambda: all(follower.live for follower in followers))
-        await self.check(http, broker, conv_id, followers, starts)
-        for follower in followers:
-            assert follower.client.controls("ws.hello")[0]["recovered"] is True
-            await follower.stop()
-
-    async def test_hydrate_together_with_since(
-        self, broker: BrokerProcess, http: httpx.AsyncClient, conv_id: str
-    ) -> None:
-        """Both asked for: the whole state, and every event after the position."""
-        first = await publish(http, broker, conv_id, question(1), question(2), question(3))
-        for since, missed in ((0, 3), (first[0], 3), (first[2], 2)):
-            follower = Follower(broker, conv_id, since=since, hydrate="1")
-            async with follower:
-                await eventually(lambda follower=follower: follower.live)
-                seq = await note(http, broker, conv_id)
-                first.append(seq)
-                await eventually(lambda follower=follower, seq=seq: follower.client.last >= seq or follower.client.gaps)
-            assert unbroken(follower.client)
-            assert len(follower.client.entities) == 3
-            assert follower.client.seqs() == first[-missed - 1 :]

@@ -69,7 +69,7 @@ async def test_order_and_resume_hold_whatever_the_clock_does(
             publisher.start()
 
         async def some_more() -> None:
-            wanted = ledger.count() + 40
+            wanted = ledger.count() + 20
             await eventually(lambda: ledger.count() >= wanted, "publishing did not go on")
 
         standing = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + 7200))

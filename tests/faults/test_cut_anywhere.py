@@ -160,6 +160,7 @@ async def test_a_position_together_with_hydrate_gives_the_whole_state(store: str
         for n in range(10):
             await core.broker.publisher("c1").publish("user.message", {"text": str(n)}, id=f"u{n}")
         core.clock.advance(100_000)
+        await core.say("c1", "long after")
         client = Client()
         peer = CutPeer(core.pool, client, 5)
         await core.broker.subscribe(peer.id, SubscribeRequest("c1", hydrate=True), CALLER)

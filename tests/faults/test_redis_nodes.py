@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 from tests.support.core import Core, until
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisFailover, RedisServer
 from tests.support.tcp_proxy import TcpProxy
 from tests.support.wire import Client
 
@@ -21,10 +22,11 @@ from broker.verify import verify_conversation
 pytestmark = pytest.mark.needs_redis
 
 
-@pytest.fixture
-async def nodes(redis_url: str) -> AsyncIterator[list[Core]]:
+@pytest.fixture(params=["redis_url", "redis_cluster_url"])
+async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[list[Core]]:
+    url = request.getfixturevalue(request.param)
     async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(Core(redis_url)) for _ in range(3)]
+        yield [await stack.enter_async_context(Core(url)) for _ in range(3)]
 
 
 def log_of(core: Core) -> RedisEventLog:
@@ -146,7 +148,7 @@ async def test_dropped_wakeups_are_found_by_the_chain_and_by_looking(redis_serve
         assert peer.client.duplicates == 0
 
 
-async def test_wakeups_that_repeat_and_come_in_any_order_change_nothing(nodes: list[Core], redis_url: str) -> None:
+async def test_wakeups_that_repeat_and_come_in_any_order_change_nothing(nodes: list[Core]) -> None:
     peer, _ = await nodes[1].connect("c1")
     seqs = [await nodes[0].say("c1", str(n)) for n in range(3)]
     following = log_of(nodes[1]).following
@@ -213,6 +215,24 @@ async def test_a_failover_to_an_older_state_is_noticed(redis_server: RedisServer
         assert back.controls("ws.reset")[-1]["reason"] in ("ahead", "epoch")
 
 
+async def test_a_failover_whose_new_entries_hide_the_lost_ones_is_noticed(redis_server: RedisServer) -> None:
+    """The head has passed what was lost: only the question whether the own position is still there tells."""
+    async with Core(redis_server.url) as one, Core(redis_server.url) as other:
+        peer, _ = await other.connect("c1")
+        kept = await one.say("c1", "kept")
+        with redis_server.client() as client:
+            saved = {name: client.dump(name) for name in (b"chat:{c1}", b"chat:{c1}:log")}
+            lost = await one.say("c1", "lost")
+            await until(lambda: peer.client.seqs() == [kept, lost])
+            for name, value in saved.items():
+                client.restore(name, 0, value, replace=True)
+        new = await one.say("c1", "new")
+        assert new > lost
+        await until(lambda: peer.closed is not None)
+        assert new not in peer.client.seqs()
+        assert log_of(one).stats()["resets"] == log_of(other).stats()["resets"] == 1
+
+
 async def test_a_log_that_was_trimmed_beyond_a_node_makes_it_begin_anew(redis_server: RedisServer) -> None:
     """What a node did not see before it was trimmed is in the stored timeline only: that is where it gets it."""
     async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as one, Core(proxy.url) as other:
@@ -245,3 +265,29 @@ async def test_redis_away_for_a_while(redis_server: RedisServer) -> None:
         await until(lambda: peer.client.seqs() == seqs)
         assert peer.closed is None
         assert await one.broker.readiness() == {}
+
+
+async def test_a_failover_by_sentinel_goes_on_by_itself(redis_installed: None, tmp_path: Path) -> None:
+    """The primary dies, Sentinel promotes the replica: publishers wait, clients stay, the chain goes on."""
+    failover = RedisFailover(tmp_path)
+    try:
+        await asyncio.to_thread(failover.start)
+        async with (
+            Core(failover.url, redis_patience_s=30.0) as one,
+            Core(failover.url, redis_patience_s=30.0) as other,
+        ):
+            peer, _ = await other.connect("c1")
+            seqs = [await one.say("c1", str(n)) for n in range(5)]
+            await until(lambda: peer.client.seqs() == seqs)
+            with failover.primary.client() as client:
+                assert client.wait(1, 5000) == 1  # the replica has them
+            failover.primary.kill()
+            seqs.append(await one.say("c1", "amid"))
+            seqs.append(await other.say("c1", "after"))
+            await until(lambda: peer.client.seqs() == seqs, timeout_s=20)
+            assert peer.closed is None
+            assert not peer.client.gaps
+            with failover.replica.client() as client:
+                assert client.xlen("chat:{c1}") == len(seqs)
+    finally:
+        failover.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ SLOW = {"BROKER_PLUGIN_REPLAY_ENGINE_SPEED": "0.2", "BROKER_RUN_LEASE_S": "2"}
 
 
 @pytest.fixture
-def three(start_broker: Start, redis_server: RedisServer) -> list[BrokerProcess]:
+def three(redis_server: RedisServer, start_broker: Start) -> list[BrokerProcess]:
     return [start_broker("--redis-url", redis_server.url, **SLOW) for _ in range(3)]
 
 
@@ -151,3 +152,23 @@ def test_a_node_starts_before_its_redis(start_broker: Start, tmp_path: Path, red
     finally:
         watcher.join()
         server.stop()
+
+
+async def test_workers_share_a_port_and_one_that_dies_is_replaced(
+    redis_server: RedisServer, start_broker: Start
+) -> None:
+    """`--workers 2`: one ready line, one log for both, SIGTERM ends all of them."""
+    node = start_broker("--redis-url", redis_server.url, "--workers", "2")
+    children = f"/proc/{node.process.pid}/task/{node.process.pid}/children"
+    before = set(Path(children).read_text().split())
+    assert len(before) == 2
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as http, Follower(node, "c1") as follower:
+        await eventually(lambda: follower.live)
+        seqs = [await publish(http, node, str(n)) for n in range(5)]
+        await eventually(lambda: follower.client.seqs() == seqs)
+        os.kill(int(sorted(before)[0]), signal.SIGKILL)
+        await eventually(lambda: len(set(Path(children).read_text().split()) - before) == 1)
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as again:
+            seqs += [await publish(again, node, str(n)) for n in range(5)]
+        await eventually(lambda: follower.client.seqs() == seqs)
+        assert not follower.client.gaps

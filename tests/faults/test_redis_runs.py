@@ -137,11 +137,13 @@ async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(sta
 
 async def test_a_repeated_key_on_another_node_gets_the_first_answer(start: Start) -> None:
     one, other = await start(EnginePlugin()), await start(EnginePlugin())
-    first, *rest = await asyncio.gather(
+    answers = await asyncio.gather(
         *(core.broker.runs.send(CALLER, "conv", "hi", idempotency_key="k") for core in (one, other)),
         return_exceptions=True,
     )
     again = await other.broker.runs.send(CALLER, "conv", "hi", idempotency_key="k")
     assert again.replayed
     assert len(await one.broker.runs.store.runs("conv", limit=None)) == 1
-    del first, rest
+    sent = [answer for answer in answers if not isinstance(answer, BaseException)]
+    assert sent
+    assert {answer.run_id for answer in sent} == {again.run_id}

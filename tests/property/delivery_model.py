@@ -92,12 +92,17 @@ class WatchedClient(Client):
 
 
 class Asked(NamedTuple):
-    """What a client connects with. head: the newest seq at that moment. epoch: it names the life of the log, too."""
+    """What a client connects with.
+
+    head: the newest seq at that moment. since, hydrate: as on the wire. epoch: it names the life of the log, too.
+    by_stream: it is an event stream's own resumption, by the last id if there was one: `since` is what it must mean.
+    """
 
     head: int
     since: int | None = None
     hydrate: bool = False
     epoch: bool = False
+    by_stream: bool = False
 
 
 class Shown(NamedTuple):
@@ -130,7 +135,6 @@ class Follower:
         self.resets = 0
         self.dropped = 0
         self._earlier: list[Shown] = []
-        self._skipped: list[tuple[int, int]] = []
 
     def describe(self, published: Sequence[Published]) -> str:
         """Return in one line where it stands, for the report of a failure."""
@@ -164,10 +168,8 @@ class Follower:
         return (
             one.seq > self.after
             and one.visible(self.profile)
-            and not any(low < one.seq <= high for low, high in self._skipped)
             and not any(
-                earlier.after < one.seq <= earlier.through and one.visible(earlier.profile)
-                for earlier in self._earlier
+                earlier.after < one.seq <= earlier.through and one.visible(earlier.profile) for earlier in self._earlier
             )
         )
 
@@ -206,7 +208,9 @@ class Follower:
         assert taken == [one.seq for one in due if one.type not in MERGED]
         for type, id in {(one.type, one.id) for one in due if one.type in MERGED}:
             text = "".join(one.text for one in due if (one.type, one.id) == (type, id))
-            got = "".join(event["data"]["delta"] for event in client.events if (event["type"], event["id"]) == (type, id))
+            got = "".join(
+                event["data"]["delta"] for event in client.events if (event["type"], event["id"]) == (type, id)
+            )
             assert got == text
         assert {event["id"] for event in client.events if event["type"] in MERGED} <= {one.id for one in due}
         if reading:
@@ -229,6 +233,9 @@ class Follower:
                 case "poll":
                     self._begin(turn.last)
                     self.caught_up = 1
+                case "poll of everything":
+                    self.after = int(turn.data["oldestSeq"])
+                    assert self.after <= trimmed
                 case "gone":
                     self.has += self._present(published, turn.last)
                     if not self.caught_up:
@@ -247,7 +254,12 @@ class Follower:
     def _begin(self, after: int) -> None:
         self.after, self.viewing, self.caught_up = after, True, 0
         self._earlier.clear()  # the server remembers what a connection was shown, not what a client was
-        self._skipped.clear()
+
+    def _pass_over(self, last: int, begins: int, published: Sequence[Published]) -> None:
+        """The same view goes on, but not where it was: what lies between was not shown."""
+        self.has += self._present(published, last)
+        self._earlier.append(Shown(self.profile, self.after, last))
+        self.after = begins
 
     def _on_hello(self, turn: Turn, trimmed: int) -> None:
         assert self.asked is not None
@@ -260,7 +272,7 @@ class Follower:
             assert begins == asked.since or everything, "it says recovered, and starts elsewhere"
         self._begin(begins)  # where it is not recovered, a reset follows and says why
         self.must_reset = asked.since is not None and not turn.data["recovered"]
-        self.whole_state = self.whole_state or asked.hydrate or (asked.since == 0 and trimmed == 0)
+        self.whole_state = self.whole_state or asked.hydrate or asked.since == 0
 
     def _on_profile(self, turn: Turn, published: Sequence[Published], trimmed: int) -> None:
         profile, replay = self.changes.popleft()
@@ -285,10 +297,7 @@ class Follower:
         assert turn.data["reason"] == "expired"
         assert turn.last < trimmed, "reset, although nothing that it lacks was removed"
         begins = int(turn.data["from"])
-        self.has += self._present(published, turn.last)
-        caught_up = self.caught_up
-        self._begin(begins)
-        self.caught_up = caught_up
+        self._pass_over(turn.last, begins, published)
         if self.profile in WITHOUT_STATE:
             assert begins <= trimmed, "a view without state gets every event there still is"
         else:
@@ -301,5 +310,5 @@ class Follower:
         skipped = [one for one in self._present(published, through) if one.seq > turn.last]
         assert count == len(skipped) > 0
         assert self.profile == "lossy"
-        self._skipped.append((turn.last, through))
+        self._pass_over(turn.last, through, published)
         self.dropped += count

@@ -26,7 +26,7 @@ class Core:
         self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
     ) -> None:
         """db: a SQLite file, `:memory:`, or the URL of a Redis."""
-        where = {"db": ":memory:", "redis_url": db} if db.startswith("redis://") else {"db": db}
+        where = {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
         self.settings = Settings(**where, plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
             update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings}
         )

@@ -118,3 +118,105 @@ class RedisServer:
 
 
 _lasting: RedisServer | None = None
+
+
+class RedisCluster:
+    """A Redis Cluster of three servers without replicas. `url` names one of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.servers: list[RedisServer] = []
+        self.buses: list[int] = []
+        for index in range(3):
+            place = folder / f"node-{index}"
+            place.mkdir()
+            self.buses.append(free_port())  # else it is the port + 10,000, which there may not be
+            flags = ("--cluster-enabled", "yes", "--cluster-port", str(self.buses[-1]))
+            self.servers.append(RedisServer(place, *flags, persistent=False))
+
+    @property
+    def url(self) -> str:
+        return self.servers[0].url
+
+    def start(self) -> RedisCluster:
+        """Start the servers, give each a third of the slots, and wait until they agree."""
+        for server in self.servers:
+            server.start()
+        bounds = [0, 5461, 10923, 16384]
+        for index, server in enumerate(self.servers):
+            with server.client() as client:
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[index], bounds[index + 1] - 1)
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.servers[0].port, self.buses[0])
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not all(self._is_complete(server) for server in self.servers):
+            assert time.monotonic() < deadline, "the cluster did not form"
+            time.sleep(0.05)
+        return self
+
+    def _is_complete(self, server: RedisServer) -> bool:
+        with server.client() as client:
+            info = client.execute_command("CLUSTER", "INFO")
+            text = info.decode() if isinstance(info, bytes) else str(info)
+            slots = client.execute_command("CLUSTER", "SLOTS")
+        return ("cluster_state:ok" in text or "'cluster_state': 'ok'" in text) and len(slots) == 3
+
+    def flush(self) -> None:
+        for server in self.servers:
+            with server.client() as client:
+                client.flushall()
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()
+
+
+class RedisFailover:
+    """A primary, a replica, and a Sentinel that promotes the replica within seconds. `url` names the Sentinel."""
+
+    service = "main"
+
+    def __init__(self, folder: Path) -> None:
+        places = [folder / name for name in ("primary", "replica", "sentinel")]
+        for place in places:
+            place.mkdir()
+        self.primary = RedisServer(places[0], persistent=False)
+        self.replica = RedisServer(places[1], "--replicaof", "127.0.0.1", str(self.primary.port), persistent=False)
+        self._folder = places[2]
+        self._port = free_port()
+        self._sentinel: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://127.0.0.1:{self._port}/{self.service}"
+
+    def start(self) -> RedisFailover:
+        """Start all three and wait until the Sentinel knows the replica."""
+        self.primary.start()
+        self.replica.start()
+        config = self._folder / "sentinel.conf"
+        config.write_text(
+            f"port {self._port}\nbind 127.0.0.1\nsentinel monitor {self.service} 127.0.0.1 {self.primary.port} 1\n"
+            f"sentinel down-after-milliseconds {self.service} 500\nsentinel failover-timeout {self.service} 5000\n"
+        )
+        executable = redis_executable()
+        assert executable is not None
+        with (self._folder / "sentinel.log").open("ab") as log:
+            self._sentinel = subprocess.Popen([executable, str(config), "--sentinel"], stdout=log, stderr=log)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._knows_replica():
+            assert time.monotonic() < deadline, "the Sentinel did not find the replica"
+            time.sleep(0.05)
+        return self
+
+    def _knows_replica(self) -> bool:
+        try:
+            with redis.Redis(port=self._port, socket_timeout=5, protocol=2) as client:
+                return bool(client.execute_command("SENTINEL", "REPLICAS", self.service))
+        except redis.RedisError:
+            return False
+
+    def stop(self) -> None:
+        if self._sentinel is not None:
+            self._sentinel.kill()
+            self._sentinel.wait()
+        self.replica.stop()
+        self.primary.stop()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 from urllib.parse import urlencode
 
 import h11
@@ -65,6 +65,7 @@ class SocketServer:
         host = PluginHost.load(self.settings, plugins, clock=clock)
         self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=host, clock=clock)
         self.http = httpx.AsyncClient(trust_env=False, verify=False, timeout=30)
+        self.opened: list[Peer] = []
         self._servers: dict[str, uvicorn.Server] = {}
         self._listeners: dict[str, socket.socket] = {}
 
@@ -104,10 +105,9 @@ class SocketServer:
         host, port = self._listeners[way].getsockname()
         return host, port
 
-    @property
-    def connections(self) -> int:
-        """Sockets that are open on the server's side."""
-        return sum(len(server.server_state.connections) for server in self._servers.values())
+    def connections(self, way: str) -> int:
+        """Return how many sockets are open on the server's side."""
+        return len(self._servers[way].server_state.connections)
 
     async def stop(self, peers: Sequence[Peer] = ()) -> None:
         """Drain the broker, then cut what still hangs on, then stop to listen, as `broker serve` does.
@@ -119,8 +119,9 @@ class SocketServer:
             if peer.stalled or isinstance(peer, PollPeer):
                 peer.drop()
         await until(lambda: all(peer.closed is not None for peer in peers))
+        await until(lambda: all(peer.over for peer in self.opened))
         await self.http.aclose()
-        await until(lambda: self.connections == 0)
+        await until(lambda: not any(self.connections(way) for way in WAYS))
         for server, listener in zip(self._servers.values(), self._listeners.values(), strict=True):
             for accepting in server.servers:
                 accepting.close()
@@ -128,11 +129,16 @@ class SocketServer:
 
 
 class Peer(Protocol):
-    """One connection of a client. closed: how it ended (a close code, 0 where there is none), None while it is open."""
+    """One connection of a client.
+
+    closed: how it ended (a close code, 0 where there is none), None while it is open. over: its socket is closed, too.
+    """
 
     closed: int | None
     stalled: bool
 
+    @property
+    def over(self) -> bool: ...
     async def connect(self, server: SocketServer, query: dict[str, str]) -> None: ...
     def stall(self) -> None: ...
     def read(self) -> None: ...
@@ -152,11 +158,13 @@ class _SocketPeer(asyncio.Protocol):
         self.closed: int | None = None
         self.stalled = False
         self.opened = False
+        self.over = False
         self.refused: str | None = None
         self._sips = False
 
     async def open(self, server: SocketServer) -> None:
         loop = asyncio.get_running_loop()
+        server.opened.append(self)
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_BYTES)
         sock.setblocking(False)
@@ -166,8 +174,7 @@ class _SocketPeer(asyncio.Protocol):
         assert self.opened, f"refused: {self.refused}"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         if self.closed is not None:
@@ -181,6 +188,7 @@ class _SocketPeer(asyncio.Protocol):
         raise NotImplementedError
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.over = True
         self.ended(0)
 
     def ended(self, code: int) -> None:
@@ -317,20 +325,28 @@ class EventStreamPeer(_SocketPeer):
 
 
 class PollPeer:
-    """A client that asks `GET /api/messages` again and again, each time waiting for something new."""
+    """A client that asks `GET /api/messages` again and again, each time waiting for something new.
+
+    on_first_page: called with the answer to a request for everything there is, before its frames are taken.
+    """
 
     stalled = False
 
     def __init__(self, client: Client, profile: str, limit: int) -> None:
         self.client = client
         self.closed: int | None = None
-        self.error: BaseException | None = None
+        self.on_first_page: Callable[[dict[str, Any]], None] = lambda page: None
         self._profile = profile
         self._limit = limit
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self, server: SocketServer, query: dict[str, str]) -> None:
+        server.opened.append(self)
         self._task = asyncio.get_running_loop().create_task(self._run(server, query["conv_id"]))
+
+    @property
+    def over(self) -> bool:
+        return self._task is None or self._task.done()
 
     async def _run(self, server: SocketServer, conv_id: str) -> None:
         host, port = server.address("poll")
@@ -343,6 +359,8 @@ class PollPeer:
             )
             assert answer.status_code == 200, answer.text
             page = answer.json()
+            if "epoch" not in asked and self.client.last == 0:
+                self.on_first_page(page)
             self.client.epoch = page["epoch"]
             resets = [frame for frame in page["frames"] if frame["event"]["type"] == "ws.reset"]
             assert page["recovered"] is not bool(resets)

@@ -27,7 +27,6 @@ async def snapshot(
         "status": status_of(active, queued, recent),
         "convId": conv_id,
         "engineProfile": conversation.engine_profile,
-        "title": conversation.title,
         "head": str(head),
         "run": _run(active) if active else None,
         "queue": [

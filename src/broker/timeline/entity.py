@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -31,7 +31,17 @@ class Entity:
 
     def changed(self, *, growing: bool | None = None, **props: Any) -> Entity:
         """Return a copy with `props` merged over the present ones; the projector stamps version and times."""
-        return replace(self, props={**self.props, **props}, growing=self.growing if growing is None else growing)
+        growing = self.growing if growing is None else growing
+        return Entity(  # `replace` takes twice as long, and this runs once or twice per delta
+            self.id,
+            self.kind,
+            self.created_at_ms,
+            self.updated_at_ms,
+            self.version,
+            self.position,
+            {**self.props, **props},
+            growing,
+        )
 
     @property
     def grown_bytes(self) -> int:

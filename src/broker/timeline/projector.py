@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from broker.envelope import Envelope
 from broker.timeline.entity import Entity
@@ -166,12 +166,15 @@ class ConversationTimeline:
             # The version guard: folding again from an older cursor must not change what already contains this envelope.
             if old is not None and old.version >= envelope.seq:
                 continue
-            self._entities[entity.id] = replace(
-                entity,
-                version=envelope.seq,
-                updated_at_ms=envelope.time_ms,
-                position=old.position if old else entity.position,
-                created_at_ms=old.created_at_ms if old else entity.created_at_ms,
+            self._entities[entity.id] = Entity(  # `replace` takes twice as long
+                entity.id,
+                entity.kind,
+                old.created_at_ms if old else entity.created_at_ms,
+                envelope.time_ms,
+                envelope.seq,
+                old.position if old else entity.position,
+                entity.props,
+                entity.growing,
             )
             self._absent.discard(entity.id)
             if entity.id not in self._unsaved:

@@ -54,14 +54,20 @@ class TimelineReader:
         timeline = conversation.timeline
         version = timeline.position
         live = timeline.live()
-        if timeline.complete:
-            stored, horizon = [], None
-        else:
+        stored: list[Entity] = []
+        horizon: int | None = None
+        if not timeline.complete:
             # While this counter is up nothing is saved: what the store answers is not newer than `version`, so the
             # overlay of what memory had at that moment makes the page exact.
             timeline.readers += 1
             try:
-                stored, horizon = await self._stored(conversation.conv_id, since_version, after_position, limit)
+                stored, horizon = await stored_page(
+                    self._store,
+                    conversation.conv_id,
+                    since_version=since_version,
+                    after_position=after_position,
+                    limit=limit,
+                )
             finally:
                 timeline.readers -= 1
         by_id = {entity.id: entity for entity in stored}
@@ -83,22 +89,6 @@ class TimelineReader:
             more=horizon is not None or end < len(found),
         )
 
-    async def _stored(
-        self, conv_id: str, since_version: int, after_position: int, limit: int
-    ) -> tuple[list[Entity], int | None]:
-        """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
-        while True:
-            stored = await self._store.page(
-                conv_id, after_position=after_position, since_version=since_version, limit=limit + 1
-            )
-            if len(stored) <= limit:
-                return stored, None
-            cut = stored[-1].position  # of which there may be more
-            whole = [entity for entity in stored if entity.position < cut]
-            if whole:
-                return whole, whole[-1].position
-            limit *= 2
-
     async def entities(self, conv_id: str) -> list[Entity]:
         """Return all entities of a conversation by position."""
         found: list[Entity] = []
@@ -119,3 +109,20 @@ class TimelineReader:
         if rest and not conversation.timeline.complete:
             found.update(await self._store.get(conv_id, rest))
         return found
+
+
+async def stored_page(
+    store: TimelineStore, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+) -> tuple[list[Entity], int | None]:
+    """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
+    while True:
+        stored = await store.page(
+            conv_id, after_position=after_position, since_version=since_version, limit=limit + 1
+        )
+        if len(stored) <= limit:
+            return stored, None
+        cut = stored[-1].position  # of which there may be more
+        whole = [entity for entity in stored if entity.position < cut]
+        if whole:
+            return whole, whole[-1].position
+        limit *= 2

@@ -17,14 +17,14 @@ from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[RunStore, TurnStore]]:
     """An open run store and turn store."""
     if request.param == "memory":
         yield MemoryRunStore(), MemoryTurnStore()
         return
-    if request.param == "redis":
-        connection = RedisConnection(request.getfixturevalue("redis_url"))
+    if request.param.startswith("redis"):
+        connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         yield RedisRunStore(connection), RedisTurnStore(connection)
         await connection.close()
         return
