@@ -127,8 +127,8 @@ def w6(size: Size) -> Figures:
             server.command(f"FILL {size.stored_conversations}", timeout_s=600)
         with Server(recipe, folder) as server:
             server.command("OPEN 100")
-            before = server.memory_kib()
             alone_s = min(server.command("LONE 300")[1] for _ in range(5))
+            before = server.memory_kib()
             open_s, _ = server.command(f"OPEN {size.open_conversations}", timeout_s=600)
             after = server.memory_kib()
             among_many_s = min(server.command("LONE 300")[1] for _ in range(5))

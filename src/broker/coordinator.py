@@ -68,9 +68,10 @@ class StreamCoordinator:
 
     def _holds_too_much(self, conversation: Conversation) -> bool:
         inbox = conversation.inbox
-        return len(inbox) > INBOX_BATCHES_MAX or sum(
-            len(envelope.data_json) for batch in inbox for envelope in batch.envelopes
-        ) > INBOX_BYTES_MAX
+        return (
+            len(inbox) > INBOX_BATCHES_MAX
+            or sum(len(envelope.data_json) for batch in inbox for envelope in batch.envelopes) > INBOX_BYTES_MAX
+        )
 
     def _follows(self, conversation: Conversation, batch: Committed) -> bool:
         """Say whether a batch is the next stretch after the conversation's position and can be folded without reading."""

@@ -16,6 +16,7 @@ BACKLOG_ENVELOPES_MAX = 50_000
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 """What may wait for slow observers; beyond, the oldest are skipped, counted and logged."""
 BATCH_ENVELOPES = 1000
+STOP_TIMEOUT_S = 10.0
 
 
 class Observers:
@@ -40,11 +41,13 @@ class Observers:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Hand over what is left (bounded by the hooks' own time) and stop."""
+        """Hand over what is left, for up to STOP_TIMEOUT_S, and stop."""
         if self._task is not None:
             self._stopping = True
             self._ready.set()
             # Not cancelled: what it hands over just now is not in the backlog any more.
+            await asyncio.wait({self._task}, timeout=STOP_TIMEOUT_S)
+            self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def take(self, envelopes: Sequence[Envelope]) -> None:

@@ -414,3 +414,20 @@ def test_saved_entities_are_what_a_store_can_keep(value: dict[str, str]) -> None
     )
     flush(timeline, store, everything=True)
     assert encode_json(store.reopened().live()["m"].to_wire()) == encode_json(timeline.live()["m"].to_wire())
+
+
+def test_patches_with_ever_new_keys_cost_linear_upserts() -> None:
+    """A tool that reports in many small patches is shown in steps: bytes shown stay linear in what it reported (I16)."""
+    timeline = ConversationTimeline("c1", {handler.event_type: handler for handler in BUILTIN_HANDLERS})
+    timeline.complete = True
+    told = shown = 0
+    for n in range(800):
+        data = {"patch": {f"step{n}": "x" * 20}}
+        envelope = Envelope("c1", "tool.delta", "t1", "sem", encode_json(data), 1, seq=n + 1)
+        told += len(envelope.data_json)
+        shown += sum(len(encode_json(entity.to_wire())) for entity in timeline.fold([envelope]))
+        shown += sum(len(encode_json(entity.to_wire())) for entity in timeline.due())
+    done = Envelope("c1", "tool.done", "t1", "sem", b"{}", 1, seq=801)
+    (final,) = timeline.fold([done])
+    assert final.props["step799"] == "x" * 20
+    assert shown < 6 * told + 8192

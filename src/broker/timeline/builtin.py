@@ -242,7 +242,12 @@ def fold_tool_delta(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
             raise _wrong(envelope, "patch.input", patch["input"], "an object")
         entity = _with_input(entity, patch["input"])
     # Not `changed(**others)`: the keys come from outside and may be named like its parameters.
-    return (replace(entity, props={**entity.props, **others}),)
+    return (replace(entity, props={**entity.props, **others}, growing=entity.growing or bool(others)),)
+
+
+def _calm(entity: Entity) -> Entity:
+    """Return the tool call as something worth showing at once, unless the text of its input still streams."""
+    return entity.changed(growing="inputText" in entity.props)
 
 
 def fold_tool_approval_requested(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
@@ -253,7 +258,7 @@ def fold_tool_approval_requested(entities: Entities, envelope: Envelope) -> Iter
         raise LateEnvelope(f"{envelope.type}: tool call {shown(entity.id)} is already approved")
     if "input" in props:
         entity = _with_input(entity, props["input"])
-    return (entity.changed(**{**props, "status": "awaiting_approval"}),)
+    return (_calm(entity).changed(**{**props, "status": "awaiting_approval"}),)
 
 
 def _fold_tool_decision(status: str, who: str) -> Fold:
@@ -263,7 +268,7 @@ def _fold_tool_decision(status: str, who: str) -> Fold:
         if entity.props.get("status") == "approved":
             raise LateEnvelope(f"{envelope.type}: tool call {shown(entity.id)} is already approved")
         props = {who: by["by"]} if by else {}
-        return (entity.changed(**{**props, "status": status}),)
+        return (_calm(entity).changed(**{**props, "status": status}),)
 
     return fold
 
@@ -274,7 +279,7 @@ def fold_tool_result(entities: Entities, envelope: Envelope) -> Iterable[Entity]
         raise _wrong(envelope, "result", None, "a value")
     props = _optional(envelope, ("customKind", str, "a string"))
     entity = _open_tool(entities, envelope, after_denial=True)
-    return (entity.changed(**{**props, "result": envelope.data["result"]}),)
+    return (_calm(entity).changed(**{**props, "result": envelope.data["result"]}),)
 
 
 def fold_tool_done(entities: Entities, envelope: Envelope) -> Iterable[Entity]:

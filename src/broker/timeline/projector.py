@@ -63,6 +63,7 @@ class ConversationTimeline:
         "_cursor",
         "_dead",
         "_entities",
+        "_fed",
         "_folded",
         "_handlers",
         "_linked_seq",
@@ -92,6 +93,7 @@ class ConversationTimeline:
         self._absent: set[str] = set()
         self._unsaved: dict[str, _Unsaved] = {}
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
+        self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
         self._dead: list[DeadLetter] = []
         self._cursor = 0  # what the store has
         self._folded = 0  # about how many envelopes since then
@@ -176,6 +178,8 @@ class ConversationTimeline:
                 entity.props,
                 entity.growing,
             )
+            if entity.growing and not entity.grown_bytes:
+                self._fed[entity.id] = self._fed.get(entity.id, 0) + len(envelope.data_json)
             self._absent.discard(entity.id)
             if entity.id not in self._unsaved:
                 self._unsaved[entity.id] = _Unsaved(envelope.seq, _Budget())
@@ -206,18 +210,23 @@ class ConversationTimeline:
         if not entity.growing:  # a final state is never delayed
             self.pending.discard(entity.id)
             self._shown.pop(entity.id, None)
+            self._fed.pop(entity.id, None)
             return True
         known = self._shown.get(entity.id)
         if known is not None and not tick:
             return False  # shown not long ago: the next tick is soon enough (trailing edge)
         budget = known[0] if known is not None else _Budget()
-        size = entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+        size = self._size(entity)
         if not budget.allows(size):
             return False
         budget.spent += size
         self._shown[entity.id] = (budget, entity.version)
         self.pending.discard(entity.id)
         return True
+
+    def _size(self, entity: Entity) -> int:
+        """About how many bytes an upsert or a save of a growing entity costs."""
+        return entity.grown_bytes + self._fed.get(entity.id, 0) + ENTITY_OVERHEAD_BYTES
 
     def due(self) -> list[Entity]:
         """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
@@ -276,7 +285,7 @@ class ConversationTimeline:
             if not unsaved.first_seq:
                 continue
             entity = self._entities[id]
-            size = entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+            size = self._size(entity)
             if everything or not entity.growing or unsaved.budget.allows(size):
                 entities.append(entity)
             else:
@@ -300,7 +309,7 @@ class ConversationTimeline:
             unsaved = self._unsaved.get(entity.id)
             if unsaved is None:
                 continue
-            unsaved.budget.spent += entity.grown_bytes + ENTITY_OVERHEAD_BYTES
+            unsaved.budget.spent += self._size(entity)
             current = self._entities[entity.id]
             if current.version != entity.version:
                 # Changed while it was being saved: the stored one lacks what came after that version.

@@ -116,9 +116,7 @@ async def stored_page(
 ) -> tuple[list[Entity], int | None]:
     """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
     while True:
-        stored = await store.page(
-            conv_id, after_position=after_position, since_version=since_version, limit=limit + 1
-        )
+        stored = await store.page(conv_id, after_position=after_position, since_version=since_version, limit=limit + 1)
         if len(stored) <= limit:
             return stored, None
         cut = stored[-1].position  # of which there may be more

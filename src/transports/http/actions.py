@@ -48,9 +48,16 @@ class Cancel(Body):
     run_id: str | None = None
 
 
+class Queued(Body):
+    """Which waiting prompt, by its run."""
+
+    run_id: str
+
+
 _SEND: TypeAdapter[SendMessage] = TypeAdapter(SendMessage)
 _DECISION: TypeAdapter[Decision] = TypeAdapter(Decision)
 _CANCEL: TypeAdapter[Cancel] = TypeAdapter(Cancel)
+_QUEUED: TypeAdapter[Queued] = TypeAdapter(Queued)
 
 ConvId = Annotated[str, Path(description="the conversation")]
 
@@ -128,6 +135,20 @@ def actions_router(api: Api) -> APIRouter:
         await actor(request, conv_id)
         asked = await api.body(request, _CANCEL)
         return _answer(await runs.cancel(conv_id, asked.run_id))
+
+    @router.post("/actions/withdraw", openapi_extra=json_body(_QUEUED))
+    async def withdraw(request: Request, conv_id: ConvId) -> Response:
+        """Take a waiting prompt back; one that is being answered already is not touched, and the answer says so."""
+        await actor(request, conv_id)
+        asked = await api.body(request, _QUEUED)
+        return _answer(await runs.withdraw(conv_id, asked.run_id))
+
+    @router.post("/actions/move_to_front", openapi_extra=json_body(_QUEUED))
+    async def move_to_front(request: Request, conv_id: ConvId) -> Response:
+        """Make a waiting prompt the next one."""
+        await actor(request, conv_id)
+        asked = await api.body(request, _QUEUED)
+        return _answer(await runs.move_to_front(conv_id, asked.run_id))
 
     @router.get("/state", responses={304: {"description": "nothing changed"}})
     async def state(request: Request, conv_id: ConvId) -> Response:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from broker.conversations import Conversation
 from broker.envelope import check_conv_id
+from broker.errors import NotFound, shown
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api
@@ -67,6 +68,15 @@ def debug_router(api: Api) -> APIRouter:
         await api.permitted(request, "debug", check_conv_id(conv_id))
         recorded = await broker.stores.turns.turns(conv_id, limit=limit)
         return json_response({"turns": [_turn(turn) for turn in recorded]})
+
+    @router.get("/turns/{turn_id}")
+    async def turn(request: Request, turn_id: str, conv_id: str) -> Response:
+        """Return one recorded turn with its content: what a `turn.snapshot` event refers to."""
+        await api.permitted(request, "debug", check_conv_id(conv_id))
+        found = await broker.stores.turns.get(conv_id, turn_id)
+        if found is None:
+            raise NotFound(f"conversation {conv_id!r} has no turn {shown(turn_id)}, or it is past its retention")
+        return json_response(_turn(found))
 
     @router.post("/channels/{name}", openapi_extra=json_body(_SWITCH))
     async def switch_channel(request: Request, name: str) -> Response:

@@ -189,8 +189,10 @@ export class EntityStore {
   #replaceProps(entity, wire) {
     const { ...props } = wire.props ?? {};
     const name = TEXT_PROPERTY[wire.kind];
-    if (name !== undefined && props[name] !== undefined) {
-      entity.text.assign(typeof props[name] === "string" ? props[name] : JSON.stringify(props[name]));
+    if (name !== undefined) {
+      // Absent means gone: a tool call whose input is complete has no text of it any more.
+      const text = props[name] ?? "";
+      entity.text.assign(typeof text === "string" ? text : JSON.stringify(text));
       delete props[name];
     }
     entity.props = props;

@@ -67,6 +67,15 @@ test("state frames alone make the whole conversation, by position and not by arr
   assert.deepEqual(ids(store), ["a", "b"]);
 });
 
+test("a state without the text of an input takes that text away", () => {
+  const store = new EntityStore();
+  play(store, event(1, "tool.start", "t1", { id: "t1", name: "weather", input: {} }));
+  play(store, event(2, "tool.delta", "t1", { patch: { inputTextDelta: '{"city": "Li' } }));
+  const wire = { ...entity("t1", 3, { name: "weather", input: { city: "Lisbon" }, status: "running" }, { position: "1" }), kind: "tool_call" };
+  assert.equal(store.mergeState(wire), true);
+  assert.equal(textOf(store, "t1"), "");
+});
+
 test("the higher version wins; a delta counts only where it is newer than the state", () => {
   const store = new EntityStore();
   store.mergeState(entity("m1", 20, { role: "assistant", text: "Hello wor", streaming: true }, { position: "10" }));

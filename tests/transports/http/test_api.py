@@ -161,6 +161,25 @@ async def test_actions_answer_with_the_whole_state(client: httpx.AsyncClient, ec
     assert problem(unknown) == (404, "not-found")
 
 
+async def test_waiting_prompts_are_seen_moved_to_the_front_and_withdrawn(
+    client: httpx.AsyncClient, echo: EchoPlugin
+) -> None:
+    echo.engine.go.clear()
+    path = "/api/conversations/c1/actions"
+    runs = [(await client.post("/chat", json={"prompt": text, "conv_id": "c1"})).json()["run_id"] for text in "abc"]
+    moved = (await client.post(f"{path}/move_to_front", json={"run_id": runs[2]})).json()
+    assert moved["status"] == "moved"
+    assert [one["runId"] for one in moved["state"]["queue"]] == [runs[2], runs[1]]
+    gone = (await client.post(f"{path}/withdraw", json={"run_id": runs[2]})).json()
+    assert [one["runId"] for one in gone["state"]["queue"]] == [runs[1]]
+    late = (await client.post(f"{path}/withdraw", json={"run_id": runs[0]})).json()
+    assert late["status"] == "already_running"
+    assert late["state"]["run"]["runId"] == runs[0]
+    assert problem(await client.post(f"{path}/withdraw", json={"run_id": "run-x"})) == (404, "not-found")
+    assert (await client.post(f"{path}/withdraw", json={})).status_code in (400, 422)
+    echo.engine.go.set()
+
+
 async def test_state_has_a_tag_and_a_speed_limit(client: httpx.AsyncClient) -> None:
     first = await client.get("/api/conversations/c9/state")
     again = await client.get("/api/conversations/c9/state", headers={"if-none-match": first.headers["etag"]})
@@ -288,6 +307,7 @@ async def test_operators_see_conversations_turns_and_switch_channels(client: htt
     assert [one["convId"] for one in seen] == ["c1"]
     assert (await client.get("/api/debug/connections")).json() == {"connections": []}
     assert (await client.get("/api/debug/turns?conv_id=c1")).json() == {"turns": []}
+    assert problem(await client.get("/api/debug/turns/none?conv_id=c1")) == (404, "not-found")
     off = await client.post("/api/debug/channels/debug.trace", json={"enabled": False})
     assert off.json() == {"channel": "debug.trace", "enabled": False}
     assert problem(await client.post("/api/debug/channels/nope", json={"enabled": True})) == (400, "unknown-channel")
