@@ -34,7 +34,6 @@ class Pool(Protocol):
     def writable(self, connection_id: str) -> bool: ...
     async def wait_writable(self, connection_id: str) -> bool: ...
     def close(self, connection_id: str, code: int, reason: str) -> None: ...
-    def close_all(self, code: int, reason: str) -> None: ...
     def sweep(self, now_s: float) -> int: ...
     def buffered_bytes(self, connection_id: str) -> int: ...
     def __len__(self) -> int: ...
@@ -60,17 +59,16 @@ class Audience:
     """The live connections of one conversation that share a view: the pool's group.
 
     prev: seq of the last event they were shown. hidden: envelopes withheld from them since they were told of their
-    position. shown: events shown in all, for counting what a lossy client skipped.
+    position.
     """
 
-    __slots__ = ("conversation", "hidden", "prev", "shown", "through_at_s", "view")
+    __slots__ = ("conversation", "hidden", "prev", "through_at_s", "view")
 
     def __init__(self, conversation: Conversation, view: View, now_s: float) -> None:
         self.conversation = conversation
         self.view = view
         self.prev = conversation.position
         self.hidden = 0
-        self.shown = 0
         self.through_at_s = now_s
 
 
@@ -159,7 +157,6 @@ class Dispatcher:
             prev = seq
         if messages:
             audience.prev = prev
-            audience.shown += len(messages)
             audience.hidden = 0 if prev == envelopes[-1].seq else audience.hidden
         return messages
 
@@ -243,3 +240,9 @@ def control_message(type: str, data: Mapping[str, object], connection_id: str, p
 def through_message(conv_id: str, seq: int) -> Message:
     """Return the frame that moves a client's resume position without showing it anything."""
     return Message(control_frame("ws.through", {"seq": str(seq)}, conv_id), seq)
+
+
+def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, connection_id: str) -> Message:
+    """Return the frame that voids a client's position: it counts again from `start`; `oldest_seq` is still to be had."""
+    data = {"reason": reason, "epoch": epoch, "oldestSeq": str(oldest_seq), "from": str(start)}
+    return control_message("ws.reset", data, connection_id)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from pydantic import ValidationError
 
-from broker.dispatch import control_message, event_messages, through_message
+from broker.dispatch import event_messages, reset_message, through_message
 from broker.envelope import TIMELINE, Draft, check_conv_id, encode_json
 from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
 from broker.security import Principal
@@ -117,13 +117,10 @@ class Outside:
         )
         told = since
         if start.reset is not None:
-            reset = {
-                "reason": start.reset,
-                "epoch": state.epoch,
-                "oldestSeq": str(start.after),
-                "from": str(start.after),
-            }
-            page.frames.append(control_message("ws.reset", reset, conv_id).text)
+            reset = reset_message(
+                start.reset, epoch=state.epoch, oldest_seq=start.oldest_seq, start=start.after, connection_id=conv_id
+            )
+            page.frames.append(reset.text)
             page.frames.append(through_message(conv_id, start.after).text)
             told = start.after
         cursor = start.after

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from broker.dispatch import Dispatcher, Message, Pool, control_message, event_messages, through_message
+from broker.dispatch import Dispatcher, Message, Pool, control_message, event_messages, reset_message, through_message
 from broker.envelope import Envelope
 from broker.eventlog.base import EventLog
 from broker.subscription import Subscription
@@ -133,15 +133,12 @@ class Recovery:
         # The cursor moves when this is sent, not before: a change of view may end the wait for it.
         after = conversation.position if subscription.view.state else trimmed_seq
         subscription.end_view(subscription.cursor, after)
-        reset = control_message(
-            "ws.reset",
-            {
-                "reason": "expired",
-                "epoch": conversation.epoch,
-                "oldestSeq": str(trimmed_seq),
-                "from": str(after),
-            },
-            subscription.connection_id,
+        reset = reset_message(
+            "expired",
+            epoch=conversation.epoch,
+            oldest_seq=trimmed_seq,
+            start=after,
+            connection_id=subscription.connection_id,
         )
         if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
             return False

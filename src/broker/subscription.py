@@ -125,12 +125,14 @@ class Start:
 
     after: events with a higher seq follow. state_after: entities with a higher version follow first, None: no state
     is sent. reset: why what was asked for is not to be had. recovered: the resume that was asked for is complete.
+    oldest_seq: with a reset, the position after which everything is retained.
     """
 
     after: int
     state_after: int | None
     reset: ResetReason | None
     recovered: bool
+    oldest_seq: int = 0
 
 
 async def decide_start(
@@ -166,7 +168,7 @@ async def decide_start(
     if reset is not None:
         # The state holds all that the lost events would have told; a view without state gets every event there still is.
         after = head if has_state else state.trimmed_seq
-        return Start(after=after, state_after=0, reset=reset, recovered=False)
+        return Start(after=after, state_after=0, reset=reset, recovered=False, oldest_seq=state.trimmed_seq)
     # With `hydrate` all of the state, and every event after `since` all the same: a client whose connection broke before
     # its state was complete asks for both.
     state_after = 0 if hydrate else max(since - int(overlap_s * 1000) * PER_MS, 0)  # a seq is a time

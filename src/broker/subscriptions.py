@@ -8,8 +8,8 @@ import random
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_message, through_message
-from broker.errors import BrokerError, InvalidInput, LimitExceeded, NotFound, Unavailable
+from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_message, reset_message, through_message
+from broker.errors import BrokerError, InvalidInput, LimitExceeded, Unavailable
 from broker.recovery import Recovery
 from broker.security import Principal
 from broker.subscription import Start, SubscribeRequest, Subscription, decide_start
@@ -121,13 +121,15 @@ class Subscriptions:
     def _reset(self, subscription: Subscription, start: Start) -> list[Message]:
         if start.reset is None:
             return []
-        data = {
-            "reason": start.reset,
-            "epoch": subscription.conversation.epoch,
-            "oldestSeq": str(start.after),
-            "from": str(start.after),
-        }
-        return [control_message("ws.reset", data, subscription.connection_id)]
+        return [
+            reset_message(
+                start.reset,
+                epoch=subscription.conversation.epoch,
+                oldest_seq=start.oldest_seq,
+                start=start.after,
+                connection_id=subscription.connection_id,
+            )
+        ]
 
     def _begin(self, subscription: Subscription, start: Start, opening: list[Message]) -> None:
         """Send the opening frames and go live at once if nothing is missing, else start catching up."""
@@ -257,7 +259,8 @@ class Subscriptions:
         task, subscription.task = subscription.task, None
         if task is not None:
             task.cancel()
-            await asyncio.wait([task])  # not gather: cancelled from outside, it hides by whom (anyio scopes need to know)
+            # Not gather: cancelled from outside, it hides by whom (anyio scopes need to know).
+            await asyncio.wait([task])
 
     # -- told by the pool -----------------------------------------------------------------------------------------
 
@@ -277,8 +280,6 @@ class Subscriptions:
         """A parked connection can take bytes again: bring it up to date from the log."""
         subscription = self._by_connection.get(connection_id)
         if subscription is not None and subscription.status == "parked":
-            # Events first, state at the join: a merged delta must not straddle a version that the client already has,
-            # because it could not tell how much of it is new.
             self._catch_up(subscription, state_after=None, lag=True)
 
     def on_idle(self, group: Hashable) -> None:
@@ -363,10 +364,3 @@ class Subscriptions:
             "skippedEvents": subscription.skipped,
             "openedAtMs": subscription.opened_at_ms,
         }
-
-    def require(self, connection_id: str) -> Subscription:
-        """Return a subscription. Raises NotFound."""
-        subscription = self._by_connection.get(connection_id)
-        if subscription is None:
-            raise NotFound(f"connection {connection_id!r} is not here", connection_id=connection_id)
-        return subscription
