@@ -188,8 +188,6 @@ class Subscriptions:
         messages = []
         if position > 0 and subscription.status in ("live", "behind", "parked"):
             messages.append(through_message(subscription.conv_id, position))
-            if subscription.status != "live":
-                subscription.told = max(subscription.told, position)
         pong: dict[str, Any] = {"convId": subscription.conv_id, "serverTimeMs": self._broker.clock.wall_ms()}
         if data is not None:
             pong["data"] = data
@@ -199,6 +197,8 @@ class Subscriptions:
             raise InvalidInput(f"ws.ping: data cannot be given back: {exc}", parameter="data") from exc
         if self._pool.writable(subscription.connection_id):
             self._dispatcher.deliver(subscription.connection_id, messages)
+            if subscription.status != "live":
+                subscription.told = max(subscription.told, position)
 
     def refuse(self, subscription: Subscription, code: str, message: str) -> None:
         """Tell a client that a message of its was refused (`ws.error`)."""

@@ -14,6 +14,7 @@ from tests.support.wire import Client, Peer
 
 from broker.envelope import Draft, Envelope
 from broker.errors import BrokerError, IdempotencyMismatch, InvalidDraft, NotFound
+from broker.eventlog.base import Page
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.subscription import SubscribeRequest
@@ -760,3 +761,31 @@ async def test_a_reset_says_what_is_still_to_be_had(db: str) -> None:
             CALLER, "c1", since=seqs[0], epoch=None, profile="default", channels=None, limit=10, wait_s=0
         )
         assert b'"oldestSeq":"%d"' % trimmed in page.frames[0]
+
+
+async def test_a_ping_that_cannot_be_answered_moves_nothing(db: str) -> None:
+    """Who reads slowly and pings gets no pong, and no gap for it: what was not said was not told."""
+    async with Core(db, replay_page_events=4) as core:
+        publisher = core.broker.publisher("c1")
+        for n in range(12):
+            type = "log" if n % 2 else "llm.delta"  # each page ends with an event that the client does not see
+            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden"}, id=f"m{n}")
+        peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
+        peer.stall()
+        read = core.broker.log.read
+
+        async def ping_meanwhile(*args: Any, **kwargs: Any) -> Page:
+            core.broker.ping(core.broker.subscriptions.all()[0], None)
+            return await read(*args, **kwargs)
+
+        core.broker.log.read = ping_meanwhile  # type: ignore[method-assign]
+        subscription = await core.broker.subscribe(peer.id, SubscribeRequest("c1", profile="text", since=0), CALLER)
+        await until(lambda: not peer.writable)
+        await asyncio.sleep(0)
+        while subscription.status != "live":
+            peer.read()
+            peer.stall()
+            await asyncio.sleep(0.001)
+        peer.read()
+        assert not peer.client.gaps
+        assert len(peer.client.events) == 6

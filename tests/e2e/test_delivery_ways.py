@@ -280,7 +280,8 @@ async def test_a_slow_client_is_parked_costs_nobody_anything_and_catches_up_merg
             await stream(500)
         for _ in range(10):
             await stream(500)
-        assert quick.client.seqs() == seqs
+        # Not by seqs: 500 deltas are more than its buffer takes, so on a busy machine it is parked for a moment itself.
+        assert "".join(event["data"]["delta"] for event in quick.client.events) == "".join(said)
         assert subscription.status == "parked"
         held = running.broker.dispatcher._pool.buffered_bytes(subscription.connection_id)
         assert held < 2 * 16 * 1024 + 500 * 600, "the limit, and the write that went over it"

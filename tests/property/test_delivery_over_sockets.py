@@ -563,6 +563,8 @@ class PolicyMachine(SocketMachine):
         assert follower.profile == "strict" or any(profile == "strict" for profile, _ in follower.changes)
         assert code == 1008 or not isinstance(follower.peer, WebSocketPeer)
         self.seen["disconnected"] += 1
+        assert follower.peer is not None
+        follower.peer.drop()  # it may have stopped reading before the end of the stream
         follower.gone()
 
 
