@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
@@ -16,9 +17,11 @@ import pytest
 from tests.support.core import CALLER, Core
 
 import broker
+from broker.envelope import Draft
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.subscription import SubscribeRequest
+from broker.testing import memory_broker
 from transports.framing import RAW_WEBSOCKET
 
 SOURCES = str(Path(broker.__file__).parent.parent)
@@ -155,3 +158,18 @@ async def test_a_conversation_that_nobody_watches_builds_no_frame() -> None:
     async with quiet_core() as core:
         await publish(core, "note.said", 10)
         assert core.broker.dispatcher.frames_built == 0
+
+
+async def test_a_retained_event_keeps_no_more_than_its_size() -> None:
+    """The JSON library's results hold on to the 4 KiB that they were written in."""
+    async with memory_broker() as running:
+        drafts = [Draft("llm.delta", {"delta": "thirty characters of an answer"}, "m1") for _ in range(500)]
+        await running.broker.publish("c1", drafts)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            await running.broker.publish("c1", drafts)
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 500 * 1024
+        finally:
+            tracemalloc.stop()

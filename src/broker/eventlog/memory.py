@@ -41,6 +41,8 @@ class _Conversation:
         envelope.seq = self.head_seq = next_seq(self.head_seq, now_ms)
         if envelope.dedupe_key is not None:
             self.by_dedupe_key[envelope.dedupe_key] = envelope.seq
+        # orjson's results hold on to the buffer they were written in (4 KiB for a delta): kept is a copy without it.
+        envelope.data_json = bytes(memoryview(envelope.data_json))
         self.seqs.append(envelope.seq)
         self.envelopes.append(envelope)
         self.bytes += envelope.size_bytes
