@@ -8,7 +8,7 @@ integer (`conv`) in there; their ids are in `conversation` alone.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 import orjson
 
@@ -65,21 +65,14 @@ class SqliteEventLog:
     async def close(self) -> None:
         await self._database.flush()
 
-    async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
-        if not envelopes:
-            return []
-        mine = list(envelopes)
-        size_bytes = len(mine[0].data_json)
-        if len(mine) > 1:
-            size_bytes = sum([len(envelope.data_json) for envelope in mine])
-        append = Append(self._appends, self._database.new_future(), conv_id, mine, size_bytes)
-        try:
-            await self._database.submit(append)
-        except Exception:
-            for envelope in mine:
-                envelope.seq = 0
-            raise
-        return append.seqs
+    def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> Awaitable[list[int]]:
+        if len(envelopes) == 1:
+            size_bytes = len(envelopes[0].data_json)
+        elif envelopes:
+            size_bytes = sum([len(envelope.data_json) for envelope in envelopes])
+        else:
+            return _no_seqs()
+        return self._database.submit(Append(self._appends, conv_id, envelopes, size_bytes))
 
     async def state(self, conv_id: str) -> LogState:
         return await self._database.read(lambda connection: self._state(connection, conv_id)[1])
@@ -184,6 +177,14 @@ class SqliteEventLog:
 
         return await self._database.read(candidate)
 
+    async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
+        limits = {"count": max_count or MAX_SEQ, "bytes": max_bytes or MAX_SEQ, "time": min_time_ms}
+        parameters = {"conv_ids": orjson.dumps(list(conv_ids)).decode(), **limits}
+        due: list[str] = orjson.loads(
+            await self._database.read(lambda connection: connection.execute(_TRIM_DUE, parameters).fetchone()[0])
+        )
+        return due
+
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """As in EventLog. Conversations that share their head_seq stay on one page, which may then exceed `limit`."""
 
@@ -236,6 +237,12 @@ SELECT json_group_array(json_array(head_seq, conv_id)) FROM (
         SELECT head_seq FROM conversation WHERE head_seq < :before ORDER BY head_seq DESC LIMIT 1 OFFSET :limit - 1), 0)
     ORDER BY head_seq DESC, conv_id)
 """
+# By age the oldest envelope decides: the rule stops at the first young one.
+_TRIM_DUE = """
+SELECT json_group_array(conv_id) FROM conversation AS known
+WHERE conv_id IN (SELECT value FROM json_each(:conv_ids)) AND count > 1 AND (count > :count OR bytes > :bytes OR
+    :time > (SELECT time_ms FROM envelope WHERE conv = known.conv ORDER BY seq LIMIT 1))
+"""
 _NTH = "SELECT seq FROM envelope WHERE conv = ? ORDER BY seq LIMIT 1 OFFSET ?"
 _FIRST_BYTES = """
 SELECT seq FROM (
@@ -244,6 +251,10 @@ WHERE total >= ? LIMIT 1
 """
 _FIRST_SINCE = "SELECT seq FROM envelope WHERE conv = ? AND time_ms >= ? ORDER BY seq LIMIT 1"
 _LAST_BEFORE = "SELECT seq FROM envelope WHERE conv = ? AND seq < ? ORDER BY seq DESC LIMIT 1"
+
+
+async def _no_seqs() -> list[int]:
+    return []
 
 
 def _number(connection: sqlite3.Connection, statement: str, parameters: tuple[int, int]) -> int:
