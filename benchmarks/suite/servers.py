@@ -26,7 +26,11 @@ TWO_VIEWS = (SUBSCRIBE, SUBSCRIBE + "&channels=sem")
 
 @dataclass
 class Launch:
-    """How to start a server and how to speak to it. ports: those that open when it is ready."""
+    """How to start a server and how to speak to it.
+
+    port, control: those that open when it is ready. share: the part of a workload's messages that it is given, since a
+    slow server would take minutes over all of them. processes: how many it has when it is ready.
+    """
 
     command: list[str]
     port: int
@@ -34,6 +38,8 @@ class Launch:
     dialect: str
     paths: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    processes: int = 1
 
 
 Recipe = Callable[[Path], Launch]
@@ -65,6 +71,7 @@ class Server:
         self.launch = self._recipe(self.folder)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
         with open(self.folder / "server.log", "ab") as log:
+            self.started_at_s = time.monotonic()
             self.process = subprocess.Popen(
                 ["taskset", "-c", SERVER_CPU, *self.launch.command],
                 stdout=log,
@@ -75,6 +82,8 @@ class Server:
         try:
             for port in {self.launch.port, self.launch.control}:
                 self._wait_for(port)
+            while len(self.pids()) < self.launch.processes and self.process.poll() is None:
+                time.sleep(0.01)
         except BaseException:
             self.end(signal.SIGKILL)
             raise
@@ -123,19 +132,39 @@ class Server:
         return (numbers[0], numbers[1]) if len(numbers) == 2 else (0.0, 0.0)
 
     def load(self, tools: Tools, **options: object) -> dict[str, object]:
-        """Run the load client against this server. path or paths in `options`: instead of the server's own."""
+        """Run the load client against this server. paths in `options`: instead of the server's own.
+
+        Raises RuntimeError unless every subscriber that reads got everything exactly once before the clock stopped.
+        """
         paths = options.pop("paths", self.launch.paths)
         assert isinstance(paths, Sequence)
         speak = {"port": self.launch.port, "control": self.launch.control, "dialect": self.launch.dialect}
-        return tools.load({**speak, **options}, list(paths), [self.process.pid])
+        figures = tools.load({**speak, **options}, list(paths), self.pids())
+        if figures.get("exact") is False or figures.get("lost_connections"):
+            raise RuntimeError(
+                f"not every subscriber got everything exactly once: {figures['deliveries']} deliveries in "
+                f"{figures['seconds']} s, {figures['lost_connections']} connections lost"
+            )
+        return figures
+
+    def pids(self) -> list[int]:
+        """Return the server's process and those below it: nginx works in a child."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
 
     def memory_kib(self) -> float:
-        """Return the process's own memory (Pss)."""
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    return float(line.split()[1])
-        raise RuntimeError("the server's memory cannot be read")
+        """Return the own memory (Pss) of the server's processes. Raises RuntimeError when there is none."""
+        sizes: list[float] = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                sizes += [float(line.split()[1]) for line in lines if line.startswith("Pss:")]
+        if not sizes:
+            raise RuntimeError("the server's memory cannot be read")
+        return sum(sizes)
 
 
 def limit(tools: Tools) -> Recipe:
