@@ -59,12 +59,13 @@ class MessageDeflater:
         # compares them) without the 256 KiB that a new one allocates and clears.
         return (self._compressor.compress(data) + self._compressor.flush(zlib.Z_FULL_FLUSH))[: -len(_TAIL)]
 
-    def text_frame(self, text: bytes) -> bytes:
-        """Return a frame with the compressed text, or with the text itself where compressing makes it no smaller."""
-        payload = self.deflate(text)
-        return (
-            encode_frame(Opcode.TEXT | RSV1, payload) if len(payload) < len(text) else encode_frame(Opcode.TEXT, text)
-        )
+    def encode_frame(self, opcode: int, data: bytes) -> bytes:
+        """Return a frame with the compressed message, or with the message itself where compressing makes it no smaller.
+
+        opcode: TEXT or BINARY.
+        """
+        payload = self.deflate(data)
+        return encode_frame(opcode | RSV1, payload) if len(payload) < len(data) else encode_frame(opcode, data)
 
 
 class Inflater(Protocol):
@@ -147,7 +148,7 @@ class InflatingFrameReader(FrameReader):
         room = self._room()
         if room is not None and self._compressed(first):
             # What cannot be compressed grows a little: more than zlib's deflateBound for its worst settings.
-            length -= (room >> 4) + 64
+            length = max(length - (room >> 4) - 64, 0)
         super()._check_length(first, length)
 
     def _event(self, first: int, payload: bytes) -> Event:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transports.deflate import MessageDeflater
 from transports.pool import Message
-from transports.ws_frames import encode_text_frame
+from transports.ws_frames import Opcode, encode_text_frame
 
 DEFLATED_BYTES_MAX = 524_288
 """Texts and their compressed frames that are kept, in bytes: two pages of the log. One larger frame is kept alone."""
@@ -59,7 +59,7 @@ class DeflatedWebSocketFraming:
             return encode_text_frame(text)
         frame = self._frames.get(text)
         if frame is None:
-            frame = self._deflater.text_frame(text)
+            frame = self._deflater.encode_frame(Opcode.TEXT, text)
             self.compressed += 1
             self._keep(text, frame)
         return frame
