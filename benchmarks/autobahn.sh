@@ -5,14 +5,15 @@
 #   benchmarks/autobahn.sh [folder for the suite and its report]
 #
 # PYTHON27: the old interpreter (default python2.7). PYTHON: ours (default python).
-# CASES: a JSON list (default all but compression, which is never negotiated: 12.* and 13.*).
+# CASES: a JSON list (default all; compression is 12.* and 13.*, which take most of the time).
 # Exit code 1 if anything failed in fast mode, if anything but 7.1.5 (uvicorn's own) failed in ASGI mode, or if a server
-# logged anything.
+# logged anything. Not failed but left out: compression in ASGI mode, where it is not agreed on, and in fast mode the offers
+# that want the server to use a window below 15 bits.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$(mktemp -d)}
 PYTHON=${PYTHON:-python}
-CASES=${CASES:-'["1.*","2.*","3.*","4.*","5.*","6.*","7.*","9.*","10.*"]'}
+CASES=${CASES:-'["1.*","2.*","3.*","4.*","5.*","6.*","7.*","9.*","10.*","12.*","13.*"]'}
 mkdir -p "$folder" && cd "$folder"
 
 if [ ! -x env/bin/wstest ]; then
@@ -46,9 +47,10 @@ bad = False
 for agent, cases in sorted(json.load(open("report/index.json")).items()):
     print(agent, dict(collections.Counter(case["behavior"] for case in cases.values())))
     failed = {name for name, case in cases.items()
-              if not {case["behavior"], case["behaviorClose"]} <= {"OK", "NON-STRICT", "INFORMATIONAL"}}
+              if not {case["behavior"], case["behaviorClose"]} <= {"OK", "NON-STRICT", "INFORMATIONAL", "UNIMPLEMENTED"}}
     print("  failed:", sorted(failed) or "none",
-          "not strict:", sorted(name for name, case in cases.items() if case["behavior"] == "NON-STRICT"))
+          "not strict:", sorted(name for name, case in cases.items() if case["behavior"] == "NON-STRICT"),
+          "left out:", sorted(name for name, case in cases.items() if case["behavior"] == "UNIMPLEMENTED"))
     bad |= bool(failed - ({"7.1.5"} if agent.startswith("asgi") else set()))
     bad |= os.path.getsize(agent + ".log") > 0
 sys.exit(bad)

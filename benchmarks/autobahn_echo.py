@@ -10,17 +10,23 @@ import uvicorn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
+from transports.deflate import MessageDeflater
 from transports.fast_connection import FastConnection
-from transports.takeover import takeover_of
-from transports.ws_frames import encode_binary_frame, encode_text_frame
+from transports.takeover import agree_on_deflate, takeover_of
+from transports.ws_frames import Opcode, encode_frame
+
+DEFLATER = MessageDeflater(level=1)
 
 
 class Echo:
+    def __init__(self, compressed: bool) -> None:
+        self._encode_frame = DEFLATER.encode_frame if compressed else encode_frame
+
     def on_text(self, connection: FastConnection, text: str) -> None:
-        connection.write(encode_text_frame(text.encode()))
+        connection.write(self._encode_frame(Opcode.TEXT, text.encode()))
 
     def on_binary(self, connection: FastConnection, data: bytes) -> None:
-        connection.write(encode_binary_frame(data))
+        connection.write(self._encode_frame(Opcode.BINARY, data))
 
     def on_closed(self, connection: FastConnection, code: int, reason: str) -> None: ...
     def on_pause(self, connection: FastConnection) -> None: ...
@@ -29,10 +35,11 @@ class Echo:
 
 async def fast(scope: Any, receive: Any, send: Any) -> None:
     await receive()
+    compressed = agree_on_deflate(scope)
     await send({"type": "websocket.accept"})
     takeover = takeover_of(scope)
     assert takeover is not None
-    takeover(Echo())
+    takeover(Echo(compressed))
 
 
 async def asgi(scope: Any, receive: Any, send: Any) -> None:

@@ -4,7 +4,7 @@
 
 Each figure is the growth of a fresh server process (after a garbage collection, and after it served and dropped 200
 connections, so that one-time growth is not counted) divided by the number of connections. Kernel memory is not in it.
-Prints one Markdown table, medians over the rounds.
+Prints one Markdown table, medians over the rounds. Compressed: permessage-deflate is agreed on, and nothing was said yet.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from transports.takeover import takeover_of
+from transports.takeover import agree_on_deflate, takeover_of
 
 FAST = "transports.uvicorn_ws:FastWebSocketProtocol"
 MODES = {
     "taken over": (FAST, True),
+    "taken over, compressed": (FAST, True),
     "plain ASGI, our class": (FAST, False),
     "plain ASGI, uvicorn's": ("websockets-sansio", False),
 }
 REQUEST = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
 )
 
 
@@ -53,12 +55,14 @@ class Handler:
     def on_resume(self, connection: object) -> None: ...
 
 
-def make_app(take: bool) -> FastAPI:
+def make_app(take: bool, compress: bool) -> FastAPI:
     app, handler = FastAPI(), Handler()
 
     @app.websocket("/ws")
     async def endpoint(websocket: WebSocket) -> None:
         takeover = takeover_of(websocket.scope)
+        if compress:
+            assert agree_on_deflate(websocket.scope)
         await websocket.accept()
         if take and takeover is not None:
             takeover(handler)
@@ -80,7 +84,13 @@ def serve(pipe: Connection, mode: str, loop: str) -> None:
     """The server process: answers on `pipe` with its port, or its memory and number of connections."""
     ws, take = MODES[mode]
     config = uvicorn.Config(
-        make_app(take), port=0, ws=ws, log_level="error", lifespan="off", backlog=4096, ws_per_message_deflate=False
+        make_app(take, mode.endswith("compressed")),
+        port=0,
+        ws=ws,
+        log_level="error",
+        lifespan="off",
+        backlog=4096,
+        ws_per_message_deflate=False,
     )
     server = uvicorn.Server(config)
 

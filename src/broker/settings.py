@@ -135,6 +135,13 @@ class Settings(BaseSettings):
 
     connection_buffer_bytes: int = Field(256 * KIB, ge=KIB)
     """Bytes that may wait for one connection before it is caught up from the log."""
+    compression: Literal["off", "per_view"] = "off"
+    """Compress WebSocket frames for clients that offer it (permessage-deflate): per_view = each frame once for all
+    connections of a view, without context takeover. Needs the fast path."""
+    compression_min_bytes: int = Field(128, ge=0)
+    """With compression: shorter frames go out as they are."""
+    compression_level: int = Field(1, ge=1, le=9)
+    """With compression: zlib's level, 1 = fast to 9 = small."""
     write_timeout_s: float = Field(30.0, gt=0)
     """Seconds that a connection may take nothing while bytes wait for it."""
     ping_interval_s: float = Field(20.0, ge=0)

@@ -32,9 +32,6 @@ CLOSE_TIMEOUT_S = 10.0  # for the peer's answer to our close frame, as uvicorn g
 SHUTDOWN_TIMEOUT_S = 2.0  # the same while the server stops: it waits for every connection
 LINGER_S = 1.0  # how long a peer that broke the rules may take to read why, before the socket is cut
 
-# A read of 256 KiB holds up to 43,000 empty frames: handling them all at once would stop everybody else.
-_FRAMES_PER_TURN = 128
-
 _OPEN, _CLOSING, _ENDING, _LOST = range(4)  # _CLOSING: we sent a close frame; _ENDING: all input is thrown away
 _STARTING, _APP_PAUSED, _NEXT_TURN = 1, 2, 4  # why reading is on hold, a bit mask
 
@@ -256,7 +253,7 @@ class FastConnection(asyncio.Protocol):
             return
 
     def _read(self) -> None:
-        budget = _FRAMES_PER_TURN
+        budget = self._reader.frames_per_turn
         try:
             while not self._hold and self._state < _ENDING:
                 event = self._reader.next_event()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transports.deflate import MessageDeflater
 from transports.pool import Message
-from transports.ws_frames import encode_text_frame
+from transports.ws_frames import Opcode, encode_text_frame
+
+DEFLATED_BYTES_MAX = 524_288
+"""Texts and their compressed frames that are kept, in bytes: two pages of the log. One larger frame is kept alone."""
 
 
 class RawWebSocketFraming:
@@ -25,6 +29,48 @@ class RawWebSocketFraming:
         if text is not self._last_text:
             self._last_text, self._last_frame = text, encode_text_frame(text)
         return self._last_frame
+
+
+class DeflatedWebSocketFraming:
+    """As RawWebSocketFraming, for connections that agreed to permessage-deflate: each text is compressed once for them.
+
+    level: as zlib has them. min_bytes: shorter texts go out as they are. One instance per event loop.
+    """
+
+    name = "websocket-deflate"
+
+    def __init__(self, *, level: int, min_bytes: int) -> None:
+        self._deflater = MessageDeflater(level)
+        self._min_bytes = min_bytes
+        # By text and not only the last one: views that show the same, shards that stand at different places and clients
+        # that catch up over the same stretch of the log meet again and again within a short time.
+        self._frames: dict[bytes, bytes] = {}
+        self._frames_bytes = 0
+        self.compressed = 0
+        """How often the compressor ran."""
+
+    def frame(self, messages: Sequence[Message]) -> bytes:
+        if len(messages) == 1:
+            return self._encode(messages[0].text)
+        return b"".join([self._encode(message.text) for message in messages])
+
+    def _encode(self, text: bytes) -> bytes:
+        if len(text) < self._min_bytes:
+            return encode_text_frame(text)
+        frame = self._frames.get(text)
+        if frame is None:
+            frame = self._deflater.encode_frame(Opcode.TEXT, text)
+            self.compressed += 1
+            self._keep(text, frame)
+        return frame
+
+    def _keep(self, text: bytes, frame: bytes) -> None:
+        size_bytes = len(text) + len(frame)
+        if self._frames_bytes + size_bytes > DEFLATED_BYTES_MAX:
+            self._frames.clear()
+            self._frames_bytes = 0
+        self._frames[text] = frame
+        self._frames_bytes += size_bytes
 
 
 class AsgiWebSocketFraming:

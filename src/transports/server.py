@@ -90,6 +90,11 @@ def check(settings: Settings) -> None:
         )
     if settings.redis_url is not None and importlib.util.find_spec("broker.eventlog.redis") is None:
         raise InvalidInput("--redis-url: this version has no Redis backend; leave it out to use the SQLite file --db")
+    if settings.compression != "off" and not settings.fast_path:
+        raise InvalidInput(
+            f"--compression {settings.compression}: frames that are compressed once for all connections exist on the fast "
+            "path only; leave --no-fast-path out, or let a proxy compress"
+        )
     if settings.workers > 1 and settings.redis_url is None:
         raise InvalidInput(
             f"--workers {settings.workers}: several processes need Redis to give one order to a conversation; "
@@ -159,7 +164,8 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         ws_max_size=settings.max_client_message_bytes,
         ws_ping_interval=settings.ping_interval_s or None,
         ws_ping_timeout=settings.ping_timeout_s,
-        # A compressor costs some 100 KB per connection, and a shared frame would be compressed for each one anew.
+        # uvicorn's own needs a compressor per connection, and compresses a shared frame for each of them anew. The fast
+        # path agrees on what can be shared by itself.
         ws_per_message_deflate=False,
         log_config=None,
         access_log=settings.access_log,

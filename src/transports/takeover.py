@@ -1,6 +1,7 @@
 """How an ASGI application takes a WebSocket over from its server, if the server offers it. Framework-free.
 
     takeover = takeover_of(websocket.scope)      # None: this server cannot, use plain ASGI sends
+    compressed = agree_on_deflate(websocket.scope)       # only if it wants to; False: send plain frames only
     await websocket.accept()
     if takeover is not None:
         connection = takeover(handler)
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transports.fast_connection import FastConnection
 
 TAKEOVER_EXTENSION = "conversation.broker.takeover"
+DEFLATE_EXTENSION = "conversation.broker.deflate"
 
 
 class ConnectionHandler(Protocol):
@@ -53,3 +55,13 @@ Takeover = Callable[[ConnectionHandler], "FastConnection"]
 def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:
     """Return the server's offer to take this WebSocket over, None if it makes none. See `FastWebSocketProtocol`."""
     return cast("Takeover | None", (scope.get("extensions") or {}).get(TAKEOVER_EXTENSION))
+
+
+def agree_on_deflate(scope: MutableMapping[str, Any]) -> bool:
+    """Agree to permessage-deflate if server and client can do it, and say whether they do. Call it before the accept.
+
+    True: the frames written later may be compressed (`deflate.MessageDeflater`), and the client's may be too. False: it
+    stays a connection without extensions.
+    """
+    agree = cast("Callable[[], bool] | None", (scope.get("extensions") or {}).get(DEFLATE_EXTENSION))
+    return agree is not None and agree()

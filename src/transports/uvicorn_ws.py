@@ -6,9 +6,9 @@ the scope's `extensions` hold `conversation.broker.takeover`: after `websocket.a
 call it with a `takeover.ConnectionHandler` and return. The ASGI task ends; the socket goes on under a
 `FastConnection`, and nothing of this class, of the scope or of the websockets package stays behind.
 
-permessage-deflate is never negotiated here, whatever `ws_per_message_deflate` says: the frames of the fast
-path are built once for all connections, which may not share a compression context, and inflating would cost
-34 KB each.
+permessage-deflate is negotiated for an application that asks for it with `takeover.agree_on_deflate`, whatever
+`ws_per_message_deflate` says, and only without context takeover: the frames of the fast path are built once for
+all connections, and a context to remember would cost 34 KB for each.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.exceptions import InvalidHeader
+from websockets.extensions.permessage_deflate import PerMessageDeflate
 from websockets.http11 import Request
 
+from transports.deflate import InflatingFrameReader, SharedDeflate
 from transports.fast_connection import SHUTDOWN_TIMEOUT_S, FastConnection, FastServer
-from transports.takeover import TAKEOVER_EXTENSION, ConnectionHandler
+from transports.takeover import DEFLATE_EXTENSION, TAKEOVER_EXTENSION, ConnectionHandler
 from transports.ws_frames import Close, FrameReader, UnfinishedFrame
 
 # Not an attribute of ServerState, which is uvicorn's; entries go with their server.
@@ -83,6 +86,24 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         if hasattr(self, "scope"):  # the handshake was not refused; the task that reads it has not run yet
             extensions = cast("dict[str, Any]", self.scope["extensions"])
             extensions[TAKEOVER_EXTENSION] = self.takeover
+            extensions[DEFLATE_EXTENSION] = self.agree_on_deflate
+
+    def agree_on_deflate(self) -> bool:
+        """Agree to permessage-deflate without context takeover, if the client offers what can be served so.
+
+        Returns whether it does. Raises RuntimeError after the accept, which has told the client.
+        """
+        if self._accepted:
+            raise RuntimeError("permessage-deflate is agreed on in the handshake: ask before 'websocket.accept'")
+        self.conn.available_extensions = [SharedDeflate()]
+        try:
+            answer, self.conn.extensions = self.conn.process_extensions(self.request.headers)
+        except InvalidHeader:  # whatever the client meant, it can be served without
+            return False
+        if answer is None:
+            return False
+        self.response.headers["Sec-WebSocket-Extensions"] = answer
+        return True
 
     def takeover(self, handler: ConnectionHandler) -> FastConnection:
         """Take the connection from ASGI. Call it after `websocket.accept`, at most once, then return from the app.
@@ -97,7 +118,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._accepted:
             raise RuntimeError("a WebSocket can be taken over after 'websocket.accept' only: accept it first")
         self.stop_keepalive()
-        transport, reader = self.transport, FrameReader(self._fast_server.max_message_bytes)
+        transport, reader = self.transport, self._make_reader()
         ended = self._hand_over(reader)
         connection = FastConnection(
             self._fast_server, transport, handler, reader, writable=self.writable.is_set() and ended is None
@@ -110,6 +131,17 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
         connection.start(ended)
         self._let_go()
         return connection
+
+    def _make_reader(self) -> FrameReader:
+        """Return a reader for what comes from now on."""
+        limit = self._fast_server.max_message_bytes
+        if not self.conn.extensions:
+            return FrameReader(limit)
+        reader = InflatingFrameReader(limit)
+        deflate = cast("PerMessageDeflate", self.conn.extensions[0])
+        if deflate.decode_cont_data:  # in the middle of a compressed message
+            reader.resume_inflating(deflate.decoder)
+        return reader
 
     def _hand_over(self, reader: FrameReader) -> Close | None:
         """Give `reader` all that was received and not read. Return how the connection ended, None if it is open."""
@@ -132,7 +164,8 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
     def _let_go(self) -> None:
         """Undo the reference cycles, so that all this goes now and not when the collector runs."""
         self.transport = _DETACHED
-        self.scope["extensions"].pop(TAKEOVER_EXTENSION, None)
+        for offer in (TAKEOVER_EXTENSION, DEFLATE_EXTENSION):
+            self.scope["extensions"].pop(offer, None)
         self.conn.parser.close()
         http = self._http() if self._http is not None else None
         if http is not None and hasattr(http, "parser"):  # httptools' parser and the HTTP protocol hold each other

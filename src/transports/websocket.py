@@ -33,11 +33,11 @@ from broker.subscription import SubscribeRequest
 from transports.asgi_delivery import QueuedConnection, ended, in_any_case
 from transports.client_messages import ClientMessages
 from transports.fast_connection import FastConnection
-from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET
+from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET, DeflatedWebSocketFraming
 from transports.http.caller import credentials_of
 from transports.http.problems import response_of
 from transports.pool import ConnectionPool, Framing
-from transports.takeover import takeover_of
+from transports.takeover import agree_on_deflate, takeover_of
 
 SUBPROTOCOL = "conversation.v1"
 QUERY_KEYS = frozenset({"conv_id", "profile", "channels", "since", "epoch", "hydrate", "view", "ticket"})
@@ -87,6 +87,10 @@ def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
 
 def make_websocket_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Endpoint:
     """Return the endpoint for `GET /ws`."""
+    settings = broker.settings
+    deflated: Framing | None = None
+    if settings.compression == "per_view":
+        deflated = DeflatedWebSocketFraming(level=settings.compression_level, min_bytes=settings.compression_min_bytes)
 
     async def endpoint(websocket: WebSocket) -> None:
         try:
@@ -95,10 +99,13 @@ def make_websocket_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) 
             await _refuse(websocket, exc)
             return
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else None
+        takeover = takeover_of(websocket.scope) if settings.fast_path else None
+        framing: Framing = RAW_WEBSOCKET
+        if deflated is not None and takeover is not None and agree_on_deflate(websocket.scope):
+            framing = deflated
         await websocket.accept(subprotocol=subprotocol)
-        takeover = takeover_of(websocket.scope)
-        if takeover is not None and broker.settings.fast_path:
-            await _TakenOver(broker, pool).serve(takeover, request, principal)
+        if takeover is not None:
+            await _TakenOver(broker, pool, framing).serve(takeover, request, principal)
         else:
             await _serve_asgi(broker, pool, websocket, request, principal)
 
@@ -141,9 +148,9 @@ class _TakenOver:
 
     __slots__ = ("_broker", "_closed", "_fast", "_pool", "framing", "id", "messages")
 
-    def __init__(self, broker: ConversationWSBroker, pool: ConnectionPool) -> None:
+    def __init__(self, broker: ConversationWSBroker, pool: ConnectionPool, framing: Framing) -> None:
         self.id = secrets.token_hex(16)
-        self.framing: Framing = RAW_WEBSOCKET
+        self.framing = framing
         self._broker = broker
         self._pool = pool
         self._fast: FastConnection

@@ -22,7 +22,8 @@ from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.subscription import SubscribeRequest
 from broker.testing import memory_broker
-from transports.framing import RAW_WEBSOCKET
+from transports.framing import RAW_WEBSOCKET, DeflatedWebSocketFraming
+from transports.pool import Framing
 
 SOURCES = str(Path(broker.__file__).parent.parent)
 PUBLISHES = 20
@@ -37,13 +38,13 @@ BLOCKS_KEPT_PER_DELIVERY = 0.05
 class Silent:
     """A connection whose write keeps nothing and runs no Python."""
 
-    framing = RAW_WEBSOCKET
     writable = True
     buffered_bytes = 0
     write: Callable[[Any], Any] = len
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, framing: Framing = RAW_WEBSOCKET) -> None:
         self.id = id
+        self.framing = framing
 
     def close(self, code: int, reason: str) -> None: ...
 
@@ -87,9 +88,11 @@ def quiet_core() -> Core:
     return Core(":memory:", plugins=[ManyProfiles()], **never)
 
 
-async def subscribe(core: Core, count: int, profiles: Sequence[str] = ("view0",)) -> None:
+async def subscribe(
+    core: Core, count: int, profiles: Sequence[str] = ("view0",), framing: Framing = RAW_WEBSOCKET
+) -> None:
     for n in range(count):
-        connection = Silent(f"c{n}")
+        connection = Silent(f"{framing.name}{n}", framing)
         core.pool.add(connection)
         await core.broker.subscribe(connection.id, SubscribeRequest("c1", profile=profiles[n % len(profiles)]), CALLER)
 
@@ -100,10 +103,12 @@ async def publish(core: Core, type: str, count: int) -> None:
         await publisher.publish(type, {"delta": "some words", "text": "some words"}, id="m1")
 
 
-async def calls_per_publish(subscribers: int, *, views: int = 1, type: str = "note.said") -> float:
+async def calls_per_publish(
+    subscribers: int, *, views: int = 1, type: str = "note.said", framing: Framing = RAW_WEBSOCKET
+) -> float:
     """Return the calls of one publish, all its deliveries included."""
     async with quiet_core() as core:
-        await subscribe(core, subscribers, [f"view{n}" for n in range(views)])
+        await subscribe(core, subscribers, [f"view{n}" for n in range(views)], framing)
         await publish(core, type, 5)  # what is done once for a type or a view is done
         with Calls() as calls:
             await publish(core, type, PUBLISHES)
@@ -120,6 +125,24 @@ async def test_a_further_subscriber_takes_its_write_and_nothing_else() -> None:
     """Work per connection is what limits a broadcast."""
     few, many = await calls_per_publish(10), await calls_per_publish(210)
     assert (many - few) / 200 <= CALLS_PER_SUBSCRIBER
+
+
+async def test_a_further_compressed_subscriber_takes_its_write_and_nothing_else() -> None:
+    framing = DeflatedWebSocketFraming(level=1, min_bytes=0)
+    few, many = [await calls_per_publish(count, framing=framing) for count in (10, 210)]
+    assert (many - few) / 200 <= CALLS_PER_SUBSCRIBER
+
+
+async def test_a_frame_is_compressed_once_for_all_views_that_show_it() -> None:
+    """And for all their connections; those beside them that get it plain cost no compression."""
+    framing = DeflatedWebSocketFraming(level=1, min_bytes=0)
+    async with quiet_core() as core:
+        views = [f"view{n}" for n in range(8)]
+        await subscribe(core, 160, views, framing)
+        await subscribe(core, 16, views)
+        compressed = framing.compressed
+        await publish(core, "note.said", 10)
+        assert framing.compressed - compressed == 10
 
 
 async def test_a_further_view_takes_a_bounded_number_of_calls() -> None:

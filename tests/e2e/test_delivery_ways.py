@@ -1,4 +1,5 @@
-"""Delivery over real sockets, the same by every way there is: the fast path, plain ASGI on uvicorn, another server."""
+"""Delivery over real sockets, the same by every way there is: the fast path, compressed or not, plain ASGI on uvicorn,
+another server."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX
 
 T = TypeVar("T")
-WAYS = ["fast path", "plain ASGI", "hypercorn"]
+WAYS = ["fast path", "compressed", "plain ASGI", "hypercorn"]
 STALL_SETTINGS = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
 
 
@@ -81,7 +82,10 @@ class Running:
     """A served broker, and what a test asks of it from its own thread."""
 
     def __init__(self, way: str, db: str, **settings: Any) -> None:
-        fast = way == "fast path"
+        fast = way in ("fast path", "compressed")
+        self.compressed = way == "compressed"
+        if self.compressed:
+            settings = {"compression": "per_view", "compression_min_bytes": 64, **settings}
         self.broker: ConversationWSBroker = create_broker(
             Settings(db=db, plugins_dir="no-such-folder", fast_path=fast, debug_channels=("debug.trace",)).model_copy(
                 update=settings
@@ -130,9 +134,11 @@ class Running:
         raw.setblocking(False)
         await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", self.server.port))
         async with connect(
-            f"{self.url}?{query}", sock=raw, proxy=None, compression=None, max_queue=1, max_size=None, ping_interval=None,
-            close_timeout=1,
+            f"{self.url}?{query}", sock=raw, proxy=None, compression="deflate" if self.compressed else None, max_queue=1,
+            max_size=None, ping_interval=None, close_timeout=1,
         ) as opened:  # fmt: skip
+            assert opened.response is not None
+            assert ("Sec-WebSocket-Extensions" in opened.response.headers) is self.compressed
             since = dict(pair.split("=") for pair in query.split("&")).get("since")
             yield Reader(opened, Client(since=int(since) if since else None))
 
