@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from tests.support.wire import Client, Peer
 
 from broker.broker import ConversationWSBroker
@@ -75,3 +76,10 @@ async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> 
 def database(tmp_path: Path, store: str) -> str:
     """Return the `db` setting for a store's name."""
     return ":memory:" if store == "memory" else str(tmp_path / "broker.db")
+
+
+def store_setting(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the `db` setting of a fixture whose parameter is `memory`, `sqlite`, `redis` or `redis_cluster`."""
+    if request.param.startswith("redis"):
+        return str(request.getfixturevalue(f"{request.param}_url"))
+    return database(tmp_path, request.param)
