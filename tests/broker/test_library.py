@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, database, store_setting, until
+from tests.support.core import CALLER, Core, database, store_setting, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.envelope import Draft
@@ -341,12 +341,6 @@ async def test_a_copy_that_a_crash_cut_is_erased_at_the_next_start(tmp_path: Pat
 
 async def gone(core: Core, conv_id: str) -> bool:
     return not (await core.broker.head(conv_id)).exists
-
-
-async def until_async(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not await condition():
-            await asyncio.sleep(0.005)
 
 
 # -- list -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,13 @@ async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> 
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.002)
+
+
+async def until_async(condition: Callable[[], Awaitable[object]], *, timeout_s: float = 10.0) -> None:
+    """Wait until `await condition()` holds. Fails after `timeout_s` seconds."""
+    async with asyncio.timeout(timeout_s):
+        while not await condition():
+            await asyncio.sleep(0.005)
 
 
 def database(tmp_path: Path, store: str) -> str:
