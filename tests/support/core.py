@@ -20,6 +20,11 @@ from transports.pool import ConnectionPool
 CALLER = Principal("tester", frozenset({"debug"}))
 
 
+def where_to_keep(db: str) -> dict[str, str]:
+    """Return the settings for `db`: a SQLite file, `:memory:`, or the URL of a Redis."""
+    return {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
+
+
 class Core:
     """A broker, its pool, and peers that subscribe to it."""
 
@@ -27,8 +32,7 @@ class Core:
         self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
     ) -> None:
         """db: a SQLite file, `:memory:`, or the URL of a Redis."""
-        where = {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
-        self.settings = Settings(**where, plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
+        self.settings = Settings(**where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
             update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings}
         )
         self.pool = ConnectionPool()
