@@ -13,7 +13,7 @@ from broker.envelope import Draft
 from broker.errors import Conflict, NotFound
 from broker.library import library as library_module
 from broker.library.redis import RedisLibraryStore
-from broker.library.store import LibraryEntry
+from broker.library.store import Change, LibraryEntry
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -147,6 +147,47 @@ async def test_a_copy_whose_node_died_is_erased_by_another_one(redis_url: str, m
             )
 
         await until_async(gone)
+
+
+async def test_what_another_node_saves_while_a_conversation_is_erased_does_not_stay(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Core(redis_url) as one, Core(redis_url, timeline_flush_interval_s=3600.0) as two:
+        await two.connect("c")
+        await say(two, "c", "saved in between")
+        erase = one.broker.log.erase
+
+        async def save_then_erase(conv_id: str) -> None:
+            await two.broker.housekeeping.save(two.broker.conversations.all(), everything=True)
+            assert await one.broker.stores.library.entries(["c"])
+            await erase(conv_id)
+
+        monkeypatch.setattr(one.broker.log, "erase", save_then_erase)
+        await one.broker.erase("c")
+        assert await one.broker.stores.library.entries(["c"]) == {}
+        assert await one.broker.stores.timeline.page("c") == []
+        with redis.Redis.from_url(redis_url, protocol=2) as client:
+            assert list(client.keys("*library*")) == []
+
+
+async def test_a_copy_that_is_erased_while_it_is_made_is_refused(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its node was stopped for so long that another one took it for dead."""
+    async with Core(redis_url) as one, Core(redis_url) as two:
+        await say(one, "source", "to be copied")
+        store = one.broker.stores.library
+        change = store.change
+
+        async def erase_then_change(conv_id: str, how: Change) -> LibraryEntry | None:
+            await two.broker.erase(conv_id)
+            return await change(conv_id, how)
+
+        monkeypatch.setattr(store, "change", erase_then_change)
+        with pytest.raises(Conflict, match="erased while it was being copied"):
+            await one.broker.library.fork(CALLER, "source", "u1", new_id="copy")
+        assert not (await two.broker.head("copy")).exists
+        await shows(two, {"source": "to be copied"})
 
 
 async def test_two_nodes_do_not_make_the_same_copy(redis_url: str) -> None:

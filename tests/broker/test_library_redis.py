@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -110,6 +110,33 @@ async def test_after_two_nodes_gave_titles_the_one_that_stayed_is_found(node: No
         assert [title for title in titles if await found(other.library, title)] == [stayed]
 
 
+async def test_who_indexes_an_older_title_last_puts_it_right(
+    node: Node, other: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.library.create(LibraryEntry("c", 1))
+    entries = node.library.entries
+    has_read, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def entries_then_wait(conv_ids: Sequence[str]) -> dict[str, LibraryEntry]:
+        found = await entries(conv_ids)
+        has_read.set()
+        await may_go_on.wait()
+        return found
+
+    monkeypatch.setattr(node.library, "entries", entries_then_wait)
+    first = asyncio.create_task(node.library.change("c", lambda entry: replace(entry, title="overtaken")))
+    await has_read.wait()
+    await other.library.change("c", lambda entry: replace(entry, title="newest"))
+    may_go_on.set()
+    await first
+    assert await found(other.library, "newest") == ["c"]
+    assert await found(other.library, "overtaken") == []
+
+
+async def copies(node: Node) -> set[str]:
+    return {member.decode() for member in await node.connection.one(("ZRANGE", COPIES, 0, -1))}
+
+
 async def held_until(node: Node, conv_id: str) -> float:
     return float(await node.connection.one(("ZSCORE", COPIES, conv_id)))
 
@@ -119,6 +146,9 @@ async def test_a_copy_is_given_up_only_when_its_node_is_gone(redis_url: str, oth
         assert await maker.library.create(LibraryEntry("half", 1, pending=True))
         assert await maker.library.create(LibraryEntry("whole", 1, pending=True))
         await maker.library.change("whole", lambda entry: replace(entry, pending=False))
+        assert await copies(other) == {"half"}
+        # Somebody asks for an id that exists: no copy begins.
+        assert not await maker.library.create(LibraryEntry("whole", 1, pending=True))
         first = await held_until(other, "half")
 
         async def prolonged() -> bool:
@@ -132,15 +162,23 @@ async def test_a_copy_is_given_up_only_when_its_node_is_gone(redis_url: str, oth
 
     await until_async(given_up)
     await other.library.erase("half")
-    assert await other.library.abandoned() == []
+
+    async def nothing_left() -> bool:
+        return await other.library.abandoned() == [] and await copies(other) == set()
+
+    await until_async(nothing_left)
 
 
 async def test_a_change_whose_reply_was_lost_is_made_once(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy, Node(proxy.url) as node:
         await node.library.create(LibraryEntry("warm", 1, title="up"))
+
+        def count(entry: LibraryEntry) -> LibraryEntry:
+            return replace(entry, metadata={"counted": entry.metadata.get("counted", 0) + 1})
+
         for marker, operation in (
             (b"chat:{made}:library", lambda: node.library.create(LibraryEntry("made", 1, title="once"))),
-            (b"counted", lambda: node.library.change("made", lambda e: replace(e, metadata={"counted": 1}))),
+            (b"counted", lambda: node.library.change("made", count)),
         ):
             proxy.swallow_reply_to(marker)
             assert await operation()
@@ -277,21 +315,22 @@ def names_on(server: RedisServer) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("rare", "looks", "most"),
-    [(0, 20, 100), (0, 500, 1_000_000), (3, 20, 100), (200, 500, 20_000)],
+    ("candidates", "looks", "most"),
+    [(0, 20, 100), (0, 500, 1_000_000), (10, 20, 100), (1000, 500, 20_000)],
     ids=["walks, small bounds", "walks", "both ways", "as shipped"],
 )
 async def test_any_search_finds_what_the_one_in_memory_finds(
-    node: Node, monkeypatch: pytest.MonkeyPatch, rare: int, looks: int, most: int
+    node: Node, monkeypatch: pytest.MonkeyPatch, candidates: int, looks: int, most: int
 ) -> None:
-    monkeypatch.setattr(redis_index, "_RARE", rare)
+    monkeypatch.setattr(redis_index, "_CANDIDATES_MAX", candidates)
     monkeypatch.setattr(redis_index, "_LOOKS_PER_SCRIPT", looks)
     monkeypatch.setattr(redis_index, "EXAMINED_MAX", most)
+    monkeypatch.setattr(redis_index, "SHARDS", 4)  # so that each has as many conversations as 64 of a large library
     rng = random.Random(11)
     words = [f"{a}{b}" for a in ("al", "be", "ga", "de") for b in ("pha", "ta", "mma", "lta", "xyz")]
     memory = MemoryLibraryStore()
     messages = [
-        message(f"c{rng.randrange(400)}", rng.randrange(1, 2_000), " ".join(rng.sample(words, rng.randrange(1, 5))))
+        message(f"c{rng.randrange(400)}", rng.randrange(1, 150), " ".join(rng.sample(words, rng.randrange(1, 5))))
         for _ in range(700)
     ]
     titles = {f"c{rng.randrange(400)}": " ".join(rng.sample(words, 2)) for _ in range(60)}

@@ -113,6 +113,14 @@ async def test_a_title_is_found_as_long_as_it_is_the_title(store: LibraryStore) 
     assert await store.change("unknown", lambda entry: entry) is None
 
 
+async def test_a_word_that_a_title_had_before_a_message_is_found_by_the_message(store: LibraryStore) -> None:
+    await store.create(LibraryEntry("c", 1, title="gamma delta"))
+    await store.note({}, [message("c", 1, "gamma rays", user=False)])
+    await store.change("c", lambda entry: replace(entry, title=None))
+    assert await found(store, "gamma") == ["c"]
+    assert await found(store, "delta") == []
+
+
 async def test_a_change_that_is_refused_changes_nothing(store: LibraryStore) -> None:
     await store.create(LibraryEntry("c", 1, title="before"))
 

@@ -9,8 +9,8 @@ Every conversation belongs to one of 64 shards, each in one slot:
                                 conversation NUL `t` -> the terms of the title that a person gave
 
 By conversation and not by term: what one message changes is in one slot, no key grows with a common word, and a search is
-the same small question to every shard. Where a term is rare in a shard its conversations are looked at, else the newest
-conversations are: both end early, and neither looks at more than a bounded number in one script.
+the same small question to every shard. Each looks either at the conversations of its rarest term or at its newest
+conversations, whichever is likely to be less, and answers with its newest few.
 
 The index is a hint, written before the entry that it leads to: what it finds counts only if the entry is there.
 """
@@ -30,7 +30,7 @@ SHARDS = 64
 """How many there are is part of the format. A million conversations make 16,000 per shard."""
 EXAMINED_MAX = 20_000
 """Pieces of terms looked at for one page, over all shards: about 50 ms of Redis' time, in scripts of at most 2 ms."""
-_RARE = 200
+_CANDIDATES_MAX = 1000
 _LOOKS_PER_SCRIPT = 500
 _TERMS_PER_SCRIPT = 400
 _PIECES_PER_SCRIPT = 16
@@ -139,32 +139,48 @@ return 0
 """
 )
 
-# KEYS as shard_keys. ARGV: seq before which, place to go on from ('' = the newest), how many are wanted, most looks, what
-# counts as rare, beginnings of terms. Reply: looks, place to go on from ('' = that was all), then seq and blank and
-# conversation of each one found.
+# KEYS as shard_keys. ARGV: seq before which, place to go on from ('' = the newest), how many are wanted, most looks, most
+# conversations of a term to choose from, beginnings of terms. Reply: looks, place to go on from ('' = that was all), then
+# seq and blank and conversation of each one found. A place is the last one found, or a seq of which all are found.
+# The rarest term is gone through where it has fewer conversations than the newest ones to look at until enough are found,
+# if terms do not depend on each other. Text is compared by digits only: the order of other signs depends on the locale.
 SEARCH = Script(
     _HAS
     + """
 local before, from, want = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local most, rare_max = tonumber(ARGV[4]), tonumber(ARGV[5])
+local most, candidates = tonumber(ARGV[4]), tonumber(ARGV[5])
 local wanted, rare, least = {}, nil, nil
+local all, share = redis.call('HLEN', KEYS[3]), 1
 for at = 6, #ARGV do
   local term = ARGV[at]
   wanted[#wanted + 1] = term
   local count = redis.call('ZLEXCOUNT', KEYS[1], '[' .. term, '(' .. term .. '\\255')
   if count == 0 then return {'0', ''} end
   if not least or count < least then rare, least = term, count end
+  share = share * math.min(1, count / math.max(all, 1))
 end
 local out = {'0', ''}
-if least and least <= rare_max then
-  local seen = {}
+if least and least <= candidates and least <= want / share then
+  local seen, found = {}, {}
+  local last = from ~= '' and string.sub(from, 1, 19) or before
+  local whole = #from <= 19
   for _, pair in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], '[' .. rare, '(' .. rare .. '\\255')) do
     local conv = string.sub(pair, string.find(pair, '\\0', 1, true) + 1)
     if not seen[conv] then
       seen[conv] = true
       local seq, count = pieces(conv)
-      if seq and seq < before and has(conv, count, wanted, 0) then out[#out + 1] = seq .. ' ' .. conv end
+      if seq and (seq < last or (seq == last and not whole)) and has(conv, count, wanted, 0) then
+        found[#found + 1] = {seq, conv}
+      end
     end
+  end
+  table.sort(found, function(a, b) return a[1] > b[1] end)
+  for at, one in ipairs(found) do
+    if at > want and one[1] ~= found[at - 1][1] then
+      out[2] = found[at - 1][1]
+      break
+    end
+    out[#out + 1] = one[1] .. ' ' .. one[2]
   end
   out[1] = tostring(looks)
   return out
@@ -289,7 +305,7 @@ class Search:
             self._found |= {member[20:].decode(): int(member[:19]) for member in members}
 
     def _question(self, shard: int) -> Command:
-        bounds = (self._want, _LOOKS_PER_SCRIPT, _RARE)
+        bounds = (self._want, _LOOKS_PER_SCRIPT, _CANDIDATES_MAX)
         arguments: list[bytes | str | int] = [digits(self._before), self._open[shard], *bounds, *self._terms]
         return SEARCH.command(shard_keys(shard), arguments)
 
