@@ -171,7 +171,9 @@ async def test_a_copy_is_given_up_only_when_its_node_is_gone(redis_url: str, oth
 
 async def test_a_change_whose_reply_was_lost_is_made_once(redis_server: RedisServer) -> None:
     async with TcpProxy(redis_server.port) as proxy, Node(proxy.url) as node:
+        # The scripts are loaded then: the first call of one is answered by NOSCRIPT, and would be the lost one.
         await node.library.create(LibraryEntry("warm", 1, title="up"))
+        await node.library.change("warm", lambda entry: replace(entry, metadata={"warm": 1}))
 
         def count(entry: LibraryEntry) -> LibraryEntry:
             return replace(entry, metadata={"counted": entry.metadata.get("counted", 0) + 1})
