@@ -346,6 +346,9 @@ class ConversationWSBroker:
             await self.stores.runs.erase(conv_id)
             await self.stores.turns.erase(conv_id)
             await self.log.erase(conv_id)
+            if self.stores.redis is not None and not (await self.log.state(conv_id)).exists:
+                # Again: as long as the log was there, another node may have saved what it had folded of it.
+                await self.stores.timeline.erase(conv_id)
             if self.stores.database is not None:
                 await self.stores.database.erase_traces()
 

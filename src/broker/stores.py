@@ -12,6 +12,7 @@ from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.library.indexing import IndexingTimelineStore
 from broker.library.memory import MemoryLibraryStore
+from broker.library.redis import RedisLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
 from broker.library.store import LibraryStore
 from broker.plugins import PluginHost
@@ -72,13 +73,13 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
     runs = plugins.call_first("build_run_store", settings=settings)
     if settings.redis_url is not None:
         redis = RedisConnection(settings.redis_url, patience_s=settings.redis_patience_s)
-        local_library = MemoryLibraryStore()
+        shared_library = RedisLibraryStore(redis)
         return Stores(
             log=log or RedisEventLog(redis),
-            timeline=IndexingTimelineStore(timeline or RedisTimelineStore(redis), local_library),
+            timeline=IndexingTimelineStore(timeline or RedisTimelineStore(redis), shared_library),
             runs=runs or RedisRunStore(redis, lease_s=settings.run_lease_s),
             turns=RedisTurnStore(redis),
-            library=local_library,
+            library=shared_library,
             database=None,
             redis=redis,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
@@ -28,9 +28,9 @@ from broker.views import View
 from transports.websocket import _TakenOver
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 @pytest.fixture
@@ -139,6 +139,8 @@ async def test_who_connects_in_the_middle_of_an_erasure_is_not_left_behind(core:
     assert peer.closed is not None or peer.client.seqs() == [seq]
 
 
+# Not over Redis: there a node cannot keep what another one promised, and the client is reset (see scale-out.md).
+@pytest.mark.parametrize("db", ["memory", "sqlite"], indirect=True)
 async def test_an_empty_conversation_keeps_the_epoch_that_its_clients_know(core: Core) -> None:
     """Another conversation is erased before the first envelope: a client that comes back is not reset."""
     peer, _ = await core.connect("c1")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, database, store_setting, until
 from tests.support.still import StillCore
 
 from broker.envelope import Draft
@@ -18,9 +18,9 @@ from broker.timeline.entity import Entity
 from broker.timeline.store import TimelineStore
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 def core(db: str, **settings: object) -> StillCore:

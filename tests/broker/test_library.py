@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, database, store_setting, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.conversations import Conversation
@@ -16,16 +16,16 @@ from broker.envelope import Draft
 from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied
 from broker.hookspecs import hookimpl
 from broker.library.jsonl import BadLine
-from broker.library.store import LibraryEntry
+from broker.library.store import Found, LibraryEntry
 from broker.runs.tools import Tool
 from broker.security import Principal
 from broker.timeline.entity import Entity
 from broker.verify import verify_conversation
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 def agent(secret: str = "sunny", *, approval: bool = False) -> EnginePlugin:
@@ -344,12 +344,6 @@ async def gone(core: Core, conv_id: str) -> bool:
     return not (await core.broker.head(conv_id)).exists
 
 
-async def until_async(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not await condition():
-            await asyncio.sleep(0.005)
-
-
 # -- list -------------------------------------------------------------------------------------------------------------
 
 
@@ -526,7 +520,7 @@ async def test_what_a_list_notes_late_does_not_come_back_after_an_erasure(db: st
 
             await asyncio.gather(broker.library.find(CALLER), erase())
             assert await broker.stores.library.entries(["c"]) == {}
-            assert await broker.stores.library.search([MARK], before_seq=None, limit=1) == []
+            assert await broker.stores.library.search([MARK], before_seq=None, limit=1) == Found([], None)
 
 
 async def test_erasing_beside_writers_and_readers_never_shows_the_old_again(db: str) -> None:

@@ -1,4 +1,4 @@
-"""The library's stores: what holds for both, over memory and SQLite."""
+"""The library's stores: what holds for all, over memory, SQLite and Redis."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ from broker.database import Database
 from broker.errors import InvalidInput
 from broker.library.indexing import TITLE_CHARS, title_from
 from broker.library.memory import MemoryLibraryStore
+from broker.library.redis import RedisLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore, Message
 from broker.library.terms import MAX_TERM_CHARS, query_terms, terms_of
+from broker.redis_connection import RedisConnection
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LibraryStore]:
     if request.param == "memory":
         yield MemoryLibraryStore()
+        return
+    if request.param.startswith("redis"):
+        connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
+        shared = RedisLibraryStore(connection)
+        yield shared
+        await shared.close()
+        await connection.close()
         return
     database = Database(tmp_path / "library.db")
     sqlite = SqliteLibraryStore(database)
@@ -36,7 +45,8 @@ def message(conv_id: str, seq: int, text: str, *, user: bool = True, position: i
 
 
 async def found(store: LibraryStore, query: str, before: int | None = None, limit: int = 10) -> list[str]:
-    return [one for one, _ in await store.search(query_terms(query), before_seq=before, limit=limit)]
+    page = await store.search(query_terms(query), before_seq=before, limit=limit)
+    return [one for one, _ in page.conversations]
 
 
 async def test_the_first_prompt_gives_the_title_in_whatever_order_messages_are_noted(store: LibraryStore) -> None:
@@ -103,6 +113,14 @@ async def test_a_title_is_found_as_long_as_it_is_the_title(store: LibraryStore) 
     assert await store.change("unknown", lambda entry: entry) is None
 
 
+async def test_a_word_that_a_title_had_before_a_message_is_found_by_the_message(store: LibraryStore) -> None:
+    await store.create(LibraryEntry("c", 1, title="gamma delta"))
+    await store.note({}, [message("c", 1, "gamma rays", user=False)])
+    await store.change("c", lambda entry: replace(entry, title=None))
+    assert await found(store, "gamma") == ["c"]
+    assert await found(store, "delta") == []
+
+
 async def test_a_change_that_is_refused_changes_nothing(store: LibraryStore) -> None:
     await store.create(LibraryEntry("c", 1, title="before"))
 
@@ -120,12 +138,12 @@ async def test_creating_takes_a_free_id_once(store: LibraryStore) -> None:
     answers = await asyncio.gather(*(store.create(entry) for _ in range(5)))
     assert sorted(answers) == [False] * 4 + [True]
     assert (await store.entries(["c"]))["c"] == entry
-    assert await store.pending() == ["c"]
+    assert await store.abandoned() == [], "its maker is here"
     await store.note({}, [message("c", 7, "inside")])
     assert await found(store, "inside") == [], "a pending one is not found"
     await store.change("c", lambda known: replace(known, pending=False))
     assert await found(store, "inside t") == ["c"]
-    assert await store.pending() == []
+    assert await store.abandoned() == []
 
 
 async def test_pages_of_a_search_hold_every_conversation_once(store: LibraryStore) -> None:
@@ -136,10 +154,13 @@ async def test_pages_of_a_search_hold_every_conversation_once(store: LibraryStor
     await store.note({}, [message("other", 50, "hay")])
     pages: list[tuple[str, int]] = []
     before: int | None = None
-    while page := await store.search(["needle"], before_seq=before, limit=7):
-        assert len(page) >= 7 or page[-1][1] == min(seqs.values())
-        pages += page
-        before = page[-1][1]
+    while True:
+        page = await store.search(["needle"], before_seq=before, limit=7)
+        pages += page.conversations
+        before = page.before
+        if before is None:
+            break
+        assert len(page.conversations) >= 7
     assert dict(pages) == seqs
     assert len(pages) == 100
     assert [seq for _, seq in pages] == sorted(seqs.values(), reverse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.wire import Client
 
 from broker.envelope import Draft, Envelope
@@ -49,9 +49,9 @@ class Rules:
         return False if conv_id == "private" else None
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 async def core(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Core]:
-    async with Core(database(tmp_path, request.param), plugins=[Rules()]) as core:
+    async with Core(store_setting(request, tmp_path), plugins=[Rules()]) as core:
         yield core
 
 

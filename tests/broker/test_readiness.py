@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import database
+from tests.support.core import store_setting
 from tests.support.still import StillCore
 
 from broker.errors import StoreUnavailable
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 async def refuse(*_: Any, **__: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
@@ -32,10 +32,9 @@ class CutPeer(Peer):
         super()._write(arriving)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return store_setting(request, tmp_path)
 
 
 @pytest.fixture(params=["growing", "settled"])
@@ -51,7 +50,7 @@ async def core(
         interval_s = 0
         monkeypatch.setattr(subscriptions, "STATE_OVERLAP_S", 0.0)
     settings = {"upsert_interval_s": interval_s, "timeline_flush_interval_s": 3600, "replay_page_events": 3}
-    async with Core(database(tmp_path, store), **settings) as core:
+    async with Core(store, **settings) as core:
         yield core
 
 
@@ -156,7 +155,7 @@ async def test_polling_in_pages_of_any_size(core: Core, limit: int) -> None:
 
 async def test_a_position_together_with_hydrate_gives_the_whole_state(store: str, tmp_path: Path) -> None:
     """The connection broke in the middle of a hydration; its position asks for what is newer, `hydrate` for the rest."""
-    async with StillCore(database(tmp_path, store), replay_page_events=3) as core:
+    async with StillCore(store, replay_page_events=3) as core:
         for n in range(10):
             await core.broker.publisher("c1").publish("user.message", {"text": str(n)}, id=f"u{n}")
         core.clock.advance(100_000)

@@ -35,6 +35,7 @@ from hypothesis.stateful import (
 )
 from tests.property.delivery_model import CONV, DRAFTS, KINDS, PROFILES, WITHOUT_STATE, Asked, Follower, Published
 from tests.support.core import until
+from tests.support.redis_server import lasting_server, redis_executable
 from tests.support.socket_clients import EventStreamPeer, Peer, PollPeer, SocketServer, WebSocketPeer
 
 from broker import recovery
@@ -111,6 +112,9 @@ class SocketMachine(RuleBasedStateMachine):
         self.count = 0
         self.trimmed = 0
         self.server: SocketServer | None = None
+        if self.store == "redis":
+            with lasting_server().client() as client:
+                client.flushall()
         # Small, so that a catch-up has many places at which it can be interrupted.
         self.patches = [
             mock.patch.object(recovery, "CHUNK_BYTES", 600),
@@ -145,7 +149,10 @@ class SocketMachine(RuleBasedStateMachine):
             self.during((), 0, self._come(way, how, self.profiles[number % len(self.profiles)]))
 
     async def _start(self) -> None:
-        db = ":memory:" if self.store == "memory" else str(Path(self.folder) / "broker.db")
+        if self.store == "redis":
+            db = lasting_server().url
+        else:
+            db = ":memory:" if self.store == "memory" else str(Path(self.folder) / "broker.db")
         limits = {"replay_page_events": 3, "through_events": 4, "retention_count": 0, "retention_age_s": 0.0}
         # Timers never fire by themselves: the machine ticks and sweeps.
         timers = {"upsert_interval_s": 3600.0, "timeline_flush_interval_s": 3600.0, "sweep_interval_s": 3600.0}
@@ -591,6 +598,8 @@ VARIANTS = [
     pytest.param(PolicyMachine, "memory", False, id="policies-memory-asyncio"),
     pytest.param(PolicyMachine, "sqlite", True, id="policies-sqlite-uvloop"),
 ]
+if redis_executable() is not None or os.environ.get("CI"):
+    VARIANTS.append(pytest.param(SocketMachine, "redis", False, id="all-redis-asyncio"))
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 300)

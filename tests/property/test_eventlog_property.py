@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.support.redis_server import lasting_server, redis_executable
 
 from broker.clock import ManualClock
 from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, EventLog
 from broker.eventlog.memory import MemoryEventLog
+from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
+from broker.redis_connection import RedisConnection
 from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
+from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
 from broker.timeline.text import Text
@@ -210,20 +215,23 @@ def _grown(parts: list[str]) -> Text:
 
 
 class TimelineMachine(RuleBasedStateMachine):
-    """The SQLite timeline against the one in memory."""
+    """A timeline in a store, here SQLite, against the one in memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.folder = Path(tempfile.mkdtemp())
         self.memory = MemoryTimelineStore()
-        self.sqlite = self.open()
+        self.stored = self.open()
 
     def open(self) -> TimelineStore:
         self.database = Database(self.folder / "timeline.sqlite3")
         store = SqliteTimelineStore(self.database)
         self.runner.run(store.open())
         return store
+
+    def close(self) -> None:
+        self.runner.run(self.database.close())
 
     @rule(
         conv_id=CONV_IDS,
@@ -239,24 +247,24 @@ class TimelineMachine(RuleBasedStateMachine):
             for id_, version, position, props, growing in changes
         ]
         dead = [DeadLetter(conv_id, seq, "x.y", "bad") for seq in letters]
-        for store in (self.memory, self.sqlite):
+        for store in (self.memory, self.stored):
             self.runner.run(store.save([TimelineSave(conv_id, entities, cursor, dead)]))
 
     @rule(conv_id=CONV_IDS)
     def erase(self, conv_id: str) -> None:
-        for store in (self.memory, self.sqlite):
+        for store in (self.memory, self.stored):
             self.runner.run(store.erase(conv_id))
 
     @rule()
     def restart(self) -> None:
-        self.runner.run(self.database.close())
-        self.sqlite = self.open()
+        self.close()
+        self.stored = self.open()
 
     @rule(conv_id=CONV_IDS, after=st.integers(0, 10), since=st.integers(0, 30), limit=st.integers(1, 5))
     def pages_are_equal(self, conv_id: str, after: int, since: int, limit: int) -> None:
         pages = [
             self.runner.run(store.page(conv_id, after_position=after, since_version=since, limit=limit))
-            for store in (self.memory, self.sqlite)
+            for store in (self.memory, self.stored)
         ]
         assert [one.to_wire() for one in pages[0]] == [one.to_wire() for one in pages[1]]
         for expected, stored in zip(*pages, strict=True):
@@ -269,14 +277,63 @@ class TimelineMachine(RuleBasedStateMachine):
 
     @rule(conv_id=CONV_IDS)
     def the_rest_is_equal(self, conv_id: str) -> None:
-        memory, sqlite = self.memory, self.sqlite
-        assert self.runner.run(memory.cursor(conv_id)) == self.runner.run(sqlite.cursor(conv_id))
-        assert self.runner.run(memory.dead_letters(conv_id)) == self.runner.run(sqlite.dead_letters(conv_id))
+        memory, stored = self.memory, self.stored
+        assert self.runner.run(memory.cursor(conv_id)) == self.runner.run(stored.cursor(conv_id))
+        assert self.runner.run(memory.dead_letters(conv_id)) == self.runner.run(stored.dead_letters(conv_id))
 
     def teardown(self) -> None:
-        self.runner.run(self.database.close())
+        self.close()
         self.runner.close()
         shutil.rmtree(self.folder)
+
+
+def _empty_redis() -> str:
+    """Return the URL of a Redis that is empty."""
+    with lasting_server().client() as client:
+        client.flushall()
+    return lasting_server().url
+
+
+class RedisEventLogMachine(EventLogMachine):
+    """Follows nobody, so that the sink gets what was appended here, as it does without Redis."""
+
+    def __init__(self) -> None:
+        self.url = _empty_redis()
+        super().__init__()
+
+    def open(self) -> EventLog:
+        self.connection = RedisConnection(self.url)
+        log = RedisEventLog(self.connection, self.clock)
+        self.runner.run(log.open(self.sink))
+        return log
+
+    def close(self) -> None:
+        self.runner.run(self.log.close())
+        self.runner.run(self.connection.close())
+
+    @rule(back=st.booleans())
+    def restart(self, back: bool) -> None:
+        self.close()
+        if back:
+            self.clock.step_wall(-10_000)
+        self.log = self.open()
+
+    def teardown(self) -> None:
+        self.close()
+        self.runner.close()
+
+
+class RedisTimelineMachine(TimelineMachine):
+    def __init__(self) -> None:
+        self.url = _empty_redis()
+        super().__init__()
+
+    def open(self) -> TimelineStore:
+        self.connection = RedisConnection(self.url)
+        return RedisTimelineStore(self.connection)
+
+    def close(self) -> None:
+        self.runner.run(self.connection.close())
 
 
 TestMemoryEventLog = EventLogMachine.TestCase
@@ -285,3 +342,8 @@ TestSqliteEventLog = SqliteEventLogMachine.TestCase
 TestSqliteEventLog.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestSqliteTimeline = TimelineMachine.TestCase
 TestSqliteTimeline.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+if redis_executable() is not None or os.environ.get("CI"):
+    TestRedisEventLog = RedisEventLogMachine.TestCase
+    TestRedisEventLog.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+    TestRedisTimeline = RedisTimelineMachine.TestCase
+    TestRedisTimeline.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import pytest
 from tests.support.wire import Client, Peer
 
 from broker.broker import ConversationWSBroker
@@ -19,6 +20,11 @@ from transports.pool import ConnectionPool
 CALLER = Principal("tester", frozenset({"debug"}))
 
 
+def where_to_keep(db: str) -> dict[str, str]:
+    """Return the settings for `db`: a SQLite file, `:memory:`, or the URL of a Redis."""
+    return {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
+
+
 class Core:
     """A broker, its pool, and peers that subscribe to it."""
 
@@ -26,8 +32,7 @@ class Core:
         self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
     ) -> None:
         """db: a SQLite file, `:memory:`, or the URL of a Redis."""
-        where = {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
-        self.settings = Settings(**where, plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
+        self.settings = Settings(**where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
             update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings}
         )
         self.pool = ConnectionPool()
@@ -72,6 +77,20 @@ async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> 
         await asyncio.sleep(0.002)
 
 
+async def until_async(condition: Callable[[], Awaitable[object]], *, timeout_s: float = 10.0) -> None:
+    """Wait until `await condition()` holds. Fails after `timeout_s` seconds."""
+    async with asyncio.timeout(timeout_s):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
 def database(tmp_path: Path, store: str) -> str:
     """Return the `db` setting for a store's name."""
     return ":memory:" if store == "memory" else str(tmp_path / "broker.db")
+
+
+def store_setting(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the `db` setting of a fixture whose parameter is `memory`, `sqlite`, `redis` or `redis_cluster`."""
+    if request.param.startswith("redis"):
+        return str(request.getfixturevalue(f"{request.param}_url"))
+    return database(tmp_path, request.param)

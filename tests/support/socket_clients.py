@@ -18,7 +18,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route, WebSocketRoute
-from tests.support.core import until
+from tests.support.core import until, where_to_keep
 from tests.support.wire import Client
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from websockets.client import ClientProtocol
@@ -58,7 +58,7 @@ class SocketServer:
     """
 
     def __init__(self, db: str, *, clock: Clock, plugins: Sequence[object] = (), **settings: object) -> None:
-        self.settings = Settings(db=db, plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
+        self.settings = Settings(**where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
             update={"connection_buffer_bytes": BUFFER_BYTES, **settings}
         )
         self.pool = ConnectionPool(write_timeout_s=1e9)

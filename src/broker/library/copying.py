@@ -261,10 +261,12 @@ class Copier:
             for batch in _batches(timed):
                 await broker.publish(conv_id, [draft for draft, _ in batch], times_ms=[time for _, time in batch])
             done = await self._store.change(conv_id, lambda known: replace(known, pending=False))
+            if done is None:
+                raise Conflict(f"conversation {conv_id!r} was erased while it was being copied", conv_id=conv_id)
         except BaseException:
             await asyncio.shield(broker.erase(conv_id))
             raise
-        return done or entry
+        return done
 
 
 def _with_times(drafts: Sequence[Draft], entity: Entity) -> list[Timed]:

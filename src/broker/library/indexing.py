@@ -54,7 +54,8 @@ class IndexingTimelineStore:
         if messages or new:
             # Begun in one turn of the loop, the library first: they share a commit, and where they cannot, the worst
             # that a crash leaves is a message that is noted again.
-            await _both(self._library.note(new, messages), self._inner.save(saves))
+            epochs = {save.conv_id: save.epoch for save in saves}
+            await _both(self._library.note(new, messages, epochs=epochs), self._inner.save(saves))
             self._remember(new)
         else:
             await self._inner.save(saves)

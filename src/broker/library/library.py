@@ -12,7 +12,7 @@ from broker.envelope import check_conv_id
 from broker.errors import BrokerError, NotFound, PermissionDenied
 from broker.library.copying import Copier, check_metadata, check_title
 from broker.library.indexing import messages_of
-from broker.library.store import LibraryEntry, LibraryStore
+from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
 from broker.security import Principal
 from broker.sequence import PER_MS
@@ -28,6 +28,7 @@ EXAMINED_PER_PAGE = 1000
 HEAL_S = 10.0
 HEAL_CONVERSATIONS_MAX = 1000
 _NOTE_ENTITIES = 100
+_ABANDONED_CHECK_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Library:
 
         Which they are is found out here, before anybody can begin a new copy. Raises StoreError.
         """
-        half = await self._store.pending()
+        half = await self._store.abandoned()
         newest_seq = await self._store.newest_seq()
         self._task = asyncio.get_running_loop().create_task(self._settle(half, newest_seq))
 
@@ -89,12 +90,21 @@ class Library:
 
     async def _settle(self, half: Sequence[str], newest_seq: int) -> None:
         try:
-            for conv_id in half:
-                logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
-                await self._broker.erase(conv_id)
+            await self._erase_half(half)
             await self._note_newest(newest_seq - int(HEAL_S * 1000) * PER_MS)
         except BrokerError as exc:
             logger.warning("the library could not be settled; titles and search may lack the newest messages: %s", exc)
+        while True:  # where several nodes share the store, another one may die over a copy at any time
+            await asyncio.sleep(_ABANDONED_CHECK_S)
+            try:
+                await self._erase_half(await self._store.abandoned())
+            except BrokerError as exc:
+                logger.warning("copies that were not finished could not be erased, trying on: %s", exc)
+
+    async def _erase_half(self, conv_ids: Sequence[str]) -> None:
+        for conv_id in conv_ids:
+            logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
+            await self._broker.erase(conv_id)
 
     async def _note_newest(self, floor: int) -> None:
         """Note the conversations that were written to after `floor`: shortly before the process died."""
@@ -119,7 +129,8 @@ class Library:
                 messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES])
                 if not conversation.position or conversations.get(conv_id) is not conversation:
                     return  # erased, before or meanwhile: it must not come back
-                await self._store.note({conv_id: created_at_ms}, messages)
+                epochs = {conv_id: conversation.epoch}
+                await self._store.note({conv_id: created_at_ms}, messages, epochs=epochs)
         finally:
             conversations.release(conv_id)
 
@@ -141,18 +152,18 @@ class Library:
         examined = 0
         while True:
             batch = await self._batch(terms, before, limit)
-            found += await self._readable(principal, batch)
-            examined += len(batch)
-            if len(batch) < limit:
-                return ListPage(found, None)
-            before = batch[-1][1]
-            if len(found) >= limit or examined >= EXAMINED_PER_PAGE:
+            found += await self._readable(principal, batch.conversations)
+            examined += len(batch.conversations)
+            before = batch.before
+            short = len(batch.conversations) < limit  # though there is more: the store looked at as many as it does in one go
+            if before is None or short or len(found) >= limit or examined >= EXAMINED_PER_PAGE:
                 return ListPage(found, before)
 
-    async def _batch(self, terms: Sequence[str] | None, before: int | None, limit: int) -> list[tuple[str, int]]:
+    async def _batch(self, terms: Sequence[str] | None, before: int | None, limit: int) -> Found:
         if terms:
             return await self._store.search(terms, before_seq=before, limit=limit)
-        return await self._broker.log.conversations(before_seq=before, limit=limit)
+        batch = await self._broker.log.conversations(before_seq=before, limit=limit)
+        return Found(batch, batch[-1][1] if len(batch) >= limit else None)
 
     async def _readable(self, principal: Principal, batch: Sequence[tuple[str, int]]) -> list[ConversationInfo]:
         """Return those of a batch that the caller may read; what the library lacks of them is noted now."""

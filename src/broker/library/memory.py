@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from broker.library.store import Change, LibraryEntry, Message
+from broker.library.store import Change, Found, LibraryEntry, Message
 from broker.library.terms import terms_of
 
 
@@ -34,7 +34,13 @@ class MemoryLibraryStore:
 
     async def close(self) -> None: ...
 
-    async def note(self, conversations: Mapping[str, int], messages: Sequence[Message]) -> None:
+    async def note(
+        self,
+        conversations: Mapping[str, int],
+        messages: Sequence[Message],
+        *,
+        epochs: Mapping[str, str] | None = None,
+    ) -> None:
         for conv_id, created_at_ms in conversations.items():
             self._conversations.setdefault(conv_id, _Conversation(LibraryEntry(conv_id, created_at_ms)))
         for message in messages:
@@ -65,7 +71,7 @@ class MemoryLibraryStore:
     async def entries(self, conv_ids: Sequence[str]) -> dict[str, LibraryEntry]:
         return {conv_id: known.entry for conv_id in conv_ids if (known := self._conversations.get(conv_id))}
 
-    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> list[tuple[str, int]]:
+    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> Found:
         found = [
             (known.entry.conv_id, known.entry.updated_seq)
             for known in self._conversations.values()
@@ -74,16 +80,16 @@ class MemoryLibraryStore:
             and all(known.has(term) for term in terms)
         ]
         found.sort(key=lambda one: (-one[1], one[0]))
-        if len(found) > limit:
-            last = found[limit - 1][1]
-            found = [one for one in found if one[1] >= last]
-        return found
+        if len(found) < limit:
+            return Found(found, None)
+        last = found[limit - 1][1]
+        return Found([one for one in found if one[1] >= last], last)
 
     async def newest_seq(self) -> int:
         return max((known.entry.updated_seq for known in self._conversations.values()), default=0)
 
-    async def pending(self) -> list[str]:
-        return [conv_id for conv_id, known in self._conversations.items() if known.entry.pending]
+    async def abandoned(self) -> list[str]:
+        return []  # whoever made one is gone together with this memory
 
     async def erase(self, conv_id: str) -> None:
         self._conversations.pop(conv_id, None)

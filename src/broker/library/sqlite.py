@@ -14,7 +14,7 @@ from dataclasses import replace
 import orjson
 
 from broker.database import Database
-from broker.library.store import Change, ForkedFrom, LibraryEntry, Message
+from broker.library.store import Change, ForkedFrom, Found, LibraryEntry, Message
 from broker.library.terms import AFTER_ALL, terms_of
 from broker.sequence import MAX_SEQ
 
@@ -77,6 +77,7 @@ class SqliteLibraryStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._making: set[str] = set()
         database.register("library", _TABLES)
 
     async def open(self) -> None:
@@ -85,7 +86,13 @@ class SqliteLibraryStore:
 
     async def close(self) -> None: ...
 
-    async def note(self, conversations: Mapping[str, int], messages: Sequence[Message]) -> None:
+    async def note(
+        self,
+        conversations: Mapping[str, int],
+        messages: Sequence[Message],
+        *,
+        epochs: Mapping[str, str] | None = None,
+    ) -> None:
         def note(connection: sqlite3.Connection) -> None:
             for conv_id, created_at_ms in conversations.items():
                 connection.execute(_ADD, _row(LibraryEntry(conv_id, created_at_ms)))
@@ -101,7 +108,16 @@ class SqliteLibraryStore:
             _set_title_terms(connection, entry)
             return True
 
-        return await self._database.write(create)
+        mine = entry.pending and entry.conv_id not in self._making
+        if mine:
+            self._making.add(entry.conv_id)
+        made = False
+        try:
+            made = await self._database.write(create)
+        finally:
+            if mine and not made:
+                self._making.discard(entry.conv_id)
+        return made
 
     async def change(self, conv_id: str, change: Change) -> LibraryEntry | None:
         def apply(connection: sqlite3.Connection) -> LibraryEntry | None:
@@ -118,24 +134,27 @@ class SqliteLibraryStore:
                 _set_title_terms(connection, new)
             return new
 
-        return await self._database.write(apply)
+        changed = await self._database.write(apply)
+        if changed is not None and not changed.pending:
+            self._making.discard(conv_id)
+        return changed
 
     async def entries(self, conv_ids: Sequence[str]) -> dict[str, LibraryEntry]:
         found = await self._database.read(lambda connection: _read(connection, conv_ids))
         return {entry.conv_id: entry for entry in found}
 
-    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> list[tuple[str, int]]:
+    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> Found:
         having = " INTERSECT ".join([_HAVE_TERM] * len(terms)) if terms else "SELECT number FROM library"
         ranges = [end for term in terms for end in (term, term + AFTER_ALL)]
         before = MAX_SEQ if before_seq is None else before_seq
 
-        def search(connection: sqlite3.Connection) -> list[tuple[str, int]]:
+        def search(connection: sqlite3.Connection) -> Found:
             found = connection.execute(_FOUND.format(having=having), (*ranges, before, limit)).fetchall()
             if len(found) < limit:
-                return found
+                return Found(found, None)
             last = found[-1][1]
             beside = connection.execute(_FOUND_BESIDE.format(having=having), (*ranges, last)).fetchall()
-            return [one for one in found if one[1] > last] + sorted(beside)
+            return Found([one for one in found if one[1] > last] + sorted(beside), last)
 
         return await self._database.read(search)
 
@@ -146,10 +165,11 @@ class SqliteLibraryStore:
             )
         )
 
-    async def pending(self) -> list[str]:
-        return await self._database.read(
+    async def abandoned(self) -> list[str]:
+        pending = await self._database.read(
             lambda connection: [row[0] for row in connection.execute("SELECT conv_id FROM library WHERE pending = 1")]
         )
+        return [conv_id for conv_id in pending if conv_id not in self._making]
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:
@@ -161,6 +181,7 @@ class SqliteLibraryStore:
             connection.execute(forks, (conv_id,))
 
         await self._database.write(erase)
+        self._making.discard(conv_id)
 
 
 def _note_message(connection: sqlite3.Connection, message: Message) -> None:

@@ -53,6 +53,17 @@ class Message:
     terms: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page of a search: (conv_id, updated_seq), newest first. before: go on with it, None: there is no more.
+
+    A page may be short, or empty, though there is more: a store looks at no more than a bounded number at a time.
+    """
+
+    conversations: Sequence[tuple[str, int]]
+    before: int | None
+
+
 Change = Callable[[LibraryEntry], LibraryEntry]
 """Returns a changed copy. May be called twice for one change, and may raise: then nothing is changed."""
 
@@ -69,10 +80,17 @@ class LibraryStore(Protocol):
 
     async def close(self) -> None: ...
 
-    async def note(self, conversations: Mapping[str, int], messages: Sequence[Message]) -> None:
+    async def note(
+        self,
+        conversations: Mapping[str, int],
+        messages: Sequence[Message],
+        *,
+        epochs: Mapping[str, str] | None = None,
+    ) -> None:
         """Make entries for `conversations` ({conv_id: created_at_ms}) that have none, and add messages to the search.
 
-        Adding a message again changes nothing. The title comes from the first message that has one.
+        Adding a message again changes nothing. The title comes from the first message that has one. epochs: {conv_id:
+        life of the log that was folded}; a store that several nodes share ignores what is of a life that is over.
         """
         ...
 
@@ -88,8 +106,8 @@ class LibraryStore(Protocol):
         """Return those of the entries that exist."""
         ...
 
-    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> list[tuple[str, int]]:
-        """Return (conv_id, updated_seq) of conversations that have a term beginning with each of `terms`, newest first.
+    async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> Found:
+        """Return conversations that have a term beginning with each of `terms`, newest first.
 
         before_seq: only those with a smaller updated_seq. Conversations that share an updated_seq stay on one page,
         which may then exceed `limit`. Pending ones are left out.
@@ -100,8 +118,8 @@ class LibraryStore(Protocol):
         """Return the highest updated_seq; 0 for an empty library."""
         ...
 
-    async def pending(self) -> list[str]:
-        """Return the conversations whose copy or import has not ended."""
+    async def abandoned(self) -> list[str]:
+        """Return pending conversations that nobody works on any more: the process that made them is gone."""
         ...
 
     async def erase(self, conv_id: str) -> None:

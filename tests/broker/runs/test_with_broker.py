@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.runs.tools import Tool
@@ -14,9 +14,7 @@ from broker.runs.tools import Tool
 @pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where the broker keeps its things."""
-    if request.param == "redis":
-        return str(request.getfixturevalue("redis_url"))
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 ADD = Tool(

@@ -11,6 +11,7 @@ import httpx
 import orjson
 import pytest
 from fastapi import FastAPI
+from tests.support.core import until_async
 
 from broker.hookspecs import hookimpl
 from broker.security import Credentials, Principal
@@ -49,10 +50,16 @@ def connect(app: FastAPI, token: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=headers)
 
 
-@pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    app = make(tmp_path, max_import_bytes=20_000, timeline_flush_interval_s=0.02)
+@pytest.fixture(params=["memory", "redis"])
+async def client(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    redis_url = request.getfixturevalue("redis_url") if request.param == "redis" else None
+    app = make(tmp_path, redis_url=redis_url, max_import_bytes=20_000, timeline_flush_interval_s=0.02)
     async with app.router.lifespan_context(app), connect(app) as client:
+
+        async def ready() -> bool:  # with Redis it starts to serve before it is ready
+            return (await client.get("/readyz")).status_code == 200
+
+        await until_async(ready)
         yield client
 
 
