@@ -1,8 +1,8 @@
 """What the network between a node and its Redis may do, and a node that stands still with nothing but clients.
 
 The partition is a proxy that lets nothing through and closes nothing: it takes no privileges, so it runs on any machine.
-What it holds back arrives when it lets go, as after a real partition, where TCP sends again. The same with a real network
-namespace, whose link goes down, is in test_redis_namespace.py and needs root.
+What it holds back arrives when it lets go, as after a real partition, where TCP sends again. What it cannot show is a
+lost SYN: a new connection is accepted and then hears nothing.
 """
 
 from __future__ import annotations
