@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.access import Access
+from broker.availability import Availability
 from broker.catalog import Catalog
 from broker.clock import Clock, SystemClock
 from broker.conversations import Conversation, ConversationManager
@@ -17,7 +18,7 @@ from broker.dispatch import Dispatcher, Pool
 from broker.emitters import EmitterSupervisor
 from broker.envelope import Draft, Envelope, check_conv_id, seal
 from broker.errors import InvalidDraft, NotFound, PermissionDenied, StoreUnavailable, Unavailable
-from broker.eventlog.base import Committed, Fenced, Interest, LogState
+from broker.eventlog.base import Committed, Fenced, Interest, LogState, Watchful
 from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
 from broker.library import Library
@@ -102,6 +103,9 @@ class ConversationWSBroker:
         self.recent = RecentKeeper(self.log, self.conversations, self.timeline, self.clock, **pages)
         recovery = Recovery(self.log, self.timeline, self.dispatcher, pool, self.recent, **pages)
         self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
+        self.availability = Availability(
+            self.log, self.subscriptions.notices.change, refuses=settings.store_away == "refuse"
+        )
         self.outside = Outside(self)
         self.library = Library(self, self.stores.library)
         self._emitters = EmitterSupervisor(self.plugins, self.clock)
@@ -162,6 +166,8 @@ class ConversationWSBroker:
         await self.runs.start()
         await self.plugins.acall_all("on_startup", broker=self)
         await self.library.start()
+        if isinstance(self.log, Watchful):
+            self.log.on_trouble(self.availability.suspect)
         self.started = True
         self._ready.set()
 
@@ -191,12 +197,14 @@ class ConversationWSBroker:
         if self.draining:
             return
         self.draining = True
+        self.stores.hurry()
         if self.started:
             self.subscriptions.announce_drain()
             await self.library.stop()
             await self.runs.stop(drain_s=drain_s)
             await self.plugins.acall_all("on_shutdown", broker=self)
             await self._emitters.close()
+        await self.availability.close()
         await self.subscriptions.close()
         for task in list(self._background):
             task.cancel()
@@ -234,7 +242,7 @@ class ConversationWSBroker:
 
     def publisher(self, conv_id: str) -> Publisher:
         """Return a Publisher bound to a conversation. Raises InvalidConversationId."""
-        return Publisher(check_conv_id(conv_id), self.publish)
+        return Publisher(check_conv_id(conv_id), self._publish_if_admitted)
 
     async def publish(
         self,
@@ -278,6 +286,9 @@ class ConversationWSBroker:
                 seqs = await self.log.append_fenced(conv_id, live, fence)
             else:
                 seqs = await self.log.append(conv_id, live)
+        except StoreUnavailable as exc:
+            self.availability.suspect(exc)
+            raise
         finally:
             conversation.holds -= 1
             conversation.last_active_s = self.clock.monotonic_s()
@@ -287,6 +298,10 @@ class ConversationWSBroker:
 
     async def _publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
         return await self.publish(conv_id, drafts, fence=fence)
+
+    async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
+        self.availability.admit()
+        return await self.publish(conv_id, drafts)
 
     def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
         if self._checks_drafts:

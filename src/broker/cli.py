@@ -41,7 +41,7 @@ Token = Annotated[
     str | None,
     typer.Option("--token", envvar="BROKER_TOKEN", help="Bearer token, where the server asks for one."),
 ]
-_TOLD = frozenset({"ws.reset", "ws.bye", "ws.error"})
+_TOLD = frozenset({"ws.reset", "ws.bye", "ws.error", "ws.notice"})
 """Control frames that a person who follows a conversation wants to know of."""
 _DATA_EXAMPLE = """one such as '{"message": "hi"}'"""
 DEFAULT_URL = "http://127.0.0.1:8000/"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from broker.clock import Clock
 from broker.conversations import Conversation
-from broker.envelope import Envelope
+from broker.envelope import CONTROL, Envelope
 from broker.timeline.entity import Entity
 from broker.views import View, control_frame, event_frame, state_frame, upsert_envelope
 
@@ -202,6 +202,12 @@ class Dispatcher:
                 self._pool.broadcast(
                     audience, [self._through(audience)], self.mark(conversation)._replace(prev=audience.prev)
                 )
+
+    def broadcast_control(self, conversation: Conversation, message: Message) -> None:
+        """Send a control frame without position to every audience whose view has the channel `control`."""
+        for audience in list(conversation.audiences.values()):
+            if CONTROL in audience.view.channels:
+                self._pool.broadcast(audience, [message], self.mark(conversation)._replace(prev=audience.prev))
 
     # -- one connection -------------------------------------------------------------------------------------------
 

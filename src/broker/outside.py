@@ -84,6 +84,7 @@ class Outside:
                 page = await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
                 left_s = deadline_s - time.monotonic()
                 if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):
+                    page.frames += broker.subscriptions.notices.page(view)
                     return page
                 # Asleep only if nothing came, and nobody erased the conversation, while the page was read.
                 if page.head_seq >= conversation.position and broker.conversations.get(conv_id) is conversation:
@@ -210,6 +211,7 @@ class Outside:
         """
         broker = self._broker
         await broker.access.authorize(principal, "publish", check_conv_id(conv_id))
+        broker.availability.admit()
         for draft in drafts:
             self.check(draft)
         epoch = (await broker.log.state(conv_id)).epoch

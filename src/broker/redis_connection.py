@@ -65,6 +65,8 @@ class RedisConnection:
         self._mode_known = False
         self._closed = False
         self._away = False
+        self.on_away: Callable[[Exception], None] | None = None
+        """Called when Redis does not serve at present; `execute` goes on trying."""
 
     @property
     def is_cluster(self) -> bool:
@@ -145,6 +147,8 @@ class RedisConnection:
             if not self._away:
                 self._away = True
                 logger.warning("Redis does not serve, trying on: %s", problem)
+                if self.on_away is not None and problem is not None:
+                    self.on_away(problem)
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
 

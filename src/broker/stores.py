@@ -29,6 +29,9 @@ from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import TimelineStore
 
+LAST_PATIENCE_S = 2.0
+"""What each step of a shutdown waits at most for a Redis that is away."""
+
 
 @dataclass(slots=True)
 class Stores:
@@ -52,6 +55,11 @@ class Stores:
         await self.runs.open()
         await self.turns.open()
         await self.library.open()
+
+    def hurry(self) -> None:
+        """From now on wait only shortly for a Redis that is away: the process ends, and what it cannot save is recovered."""
+        if self.redis is not None:
+            self.redis.patience_s = min(self.redis.patience_s, LAST_PATIENCE_S)
 
     async def close(self) -> None:
         """Close the stores, then the file."""

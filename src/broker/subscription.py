@@ -49,7 +49,8 @@ class Subscription:
     """One connection's interest in one conversation. No task while it is live.
 
     cursor: every event up to here is decided for it (while live, the audience's position counts instead).
-    told: the position that the client knows of: seq of the last event frame or `ws.through`.
+    told: the position that the client knows of: seq of the last event frame or `ws.through`. told_outage: number of the
+    outage that it knows of, 0: it believes that all is well.
     state_cursor: it has every entity up to this version. viewed_after: the present view has shown everything between
     this and the cursor. history: the same for views it had before a change in place, so that a replay leaves out what
     it has already got.
@@ -70,6 +71,7 @@ class Subscription:
         "status",
         "task",
         "told",
+        "told_outage",
         "view",
         "viewed_after",
     )
@@ -90,6 +92,7 @@ class Subscription:
         self.status: Status = "starting"
         self.cursor = 0
         self.told = 0
+        self.told_outage = 0
         self.state_cursor = 0
         self.parked = 0
         self.skipped = 0

@@ -9,7 +9,8 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_message, reset_message, through_message
-from broker.errors import BrokerError, InvalidInput, LimitExceeded, Unavailable
+from broker.errors import BrokerError, InvalidInput, LimitExceeded, StoreUnavailable, Unavailable
+from broker.notices import Notices
 from broker.recovery import Recovery
 from broker.security import Principal
 from broker.subscription import Start, SubscribeRequest, Subscription, decide_start, resumed
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_SPREAD_MS = 5000
 """After a restart clients come back spread over this time, so that they are no stampede."""
+AWAY_RETRY_S = 1.0
+"""How long a connection that catches up waits after the store refused to be read, half more or less."""
 STATE_OVERLAP_S = 2.0
 """A resume is sent the entities of this time before its position again (and of `upsert_interval_s`): the upsert of a
 growing entity may have been held back when the connection broke. The client drops those it has by their version."""
@@ -36,6 +39,7 @@ class Subscriptions:
         self._recovery = recovery
         self._by_connection: dict[str, Subscription] = {}
         self.parked_total = 0
+        self.notices = Notices(self, dispatcher, pool)
         pool.bind(self)
 
     def __len__(self) -> int:
@@ -156,6 +160,7 @@ class Subscriptions:
                 subscription.connection_id, conversation, subscription.view
             ):
                 subscription.status = "live"
+                self.notices.catch_up(subscription)
             return
         self._dispatcher.deliver(subscription.connection_id, opening)
         self._catch_up(subscription, state_after=start.state_after, lag=False)
@@ -171,7 +176,10 @@ class Subscriptions:
 
     async def _run_recovery(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
         try:
-            await self._recovery.run(subscription, state_first=state_first, lag=lag)
+            while not await self._recovered(subscription, state_first=state_first, lag=lag):
+                await asyncio.sleep(random.uniform(0.5, 1.5) * AWAY_RETRY_S)
+                await self._broker.availability.until_back()
+            self.notices.catch_up(subscription)
         except asyncio.CancelledError:
             raise
         except Exception as exc:
@@ -183,6 +191,15 @@ class Subscriptions:
         finally:
             if subscription.task is asyncio.current_task():
                 subscription.task = None
+
+    async def _recovered(self, subscription: Subscription, *, state_first: bool, lag: bool) -> bool:
+        """Catch a connection up; False: the store went away, it goes on from where it is when that is back."""
+        try:
+            await self._recovery.run(subscription, state_first=state_first, lag=lag)
+        except StoreUnavailable as exc:
+            self._broker.availability.suspect(exc)
+            return subscription.status == "closed"
+        return True
 
     # -- while it lasts -------------------------------------------------------------------------------------------
 

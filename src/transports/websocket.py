@@ -24,6 +24,7 @@ from broker.errors import (
     LimitExceeded,
     NotFound,
     PermissionDenied,
+    StoreUnavailable,
     Unavailable,
     shown,
 )
@@ -48,6 +49,7 @@ CLOSE_CODES: tuple[tuple[type[BrokerError], int], ...] = (
     (NotFound, 4404),
     (LimitExceeded, 4429),
     (Unavailable, 1012),
+    (StoreUnavailable, 1013),
     (InvalidInput, 1008),
 )
 """Where the handshake cannot be refused with an HTTP answer: error to close code. Anything else is 4500."""

@@ -431,3 +431,49 @@ def test_patches_with_ever_new_keys_cost_linear_upserts() -> None:
     (final,) = timeline.fold([done])
     assert final.props["step799"] == "x" * 20
     assert shown < 6 * told + 8192
+
+
+class TestAheadOfTheLog:
+    """Several processes fold one log: the store may have an entity before its envelope has come here."""
+
+    def test_what_another_process_saved_first_is_shown_when_its_envelope_comes(self) -> None:
+        make = EnvelopeFactory("c1")
+        first, second = make("log", {"message": "one"}, id="l1"), make("log", {"message": "two"}, id="l2")
+        elsewhere = begun()
+        elsewhere.fold([first, second])
+        here = ConversationTimeline("c1", HANDLERS)
+        here.begin(0)
+        assert here.missing([first, second]) == {"l1", "l2"}
+        here.adopt({"l1", "l2"}, elsewhere.live())
+        assert [entity.id for entity in here.fold([first])] == ["l1"]
+        assert here.fold([second]) == [elsewhere.live()["l2"]]
+        assert here.live() == elsewhere.live()
+
+    def test_it_is_shown_once_though_several_of_its_envelopes_are_contained(self) -> None:
+        make = EnvelopeFactory("c1")
+        said = [
+            make("llm.start", {"role": "assistant"}, id="m"),
+            make("llm.delta", {"delta": "a"}, id="m"),
+            make("llm.final", {"text": "a"}, id="m"),
+        ]
+        elsewhere = begun()
+        elsewhere.fold(said)
+        here = ConversationTimeline("c1", HANDLERS)
+        here.begin(0)
+        here.adopt({"m"}, elsewhere.live())
+        shown = [here.fold([envelope]) for envelope in said]
+        assert shown == [[elsewhere.live()["m"]], [], []]
+
+    def test_what_is_folded_again_after_a_restart_is_no_news(self) -> None:
+        """Whoever opens later is sent it as state; `complete` and position say so."""
+        make = EnvelopeFactory("c1")
+        said = [make("log", {"message": str(n)}, id=f"l{n}") for n in range(3)]
+        before = begun()
+        before.fold(said)
+        here = ConversationTimeline("c1", HANDLERS)
+        here.begin(said[0].seq)
+        here.adopt(list(before.live()), before.live())
+        here.complete = True
+        here.fold(said[1:])
+        last = make("log", {"message": "new"}, id="new")
+        assert [entity.id for entity in here.fold([last])] == ["new"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from tests.support.broker_process import BrokerProcess
+from tests.support.follower import Server
 
 RETRY_S = 0.02
 
@@ -55,7 +55,7 @@ class Publisher:
     keyed: with an idempotency key, repeated until acknowledged; else a request whose answer got lost is not repeated.
     """
 
-    def __init__(self, broker: BrokerProcess, ledger: Ledger, conv_id: str, *, keyed: bool, seed: int) -> None:
+    def __init__(self, broker: Server, ledger: Ledger, conv_id: str, *, keyed: bool, seed: int) -> None:
         self._broker = broker
         self._ledger = ledger
         self._conv_id = conv_id

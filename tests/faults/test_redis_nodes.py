@@ -148,6 +148,25 @@ async def test_dropped_wakeups_are_found_by_the_chain_and_by_looking(redis_serve
         assert peer.client.duplicates == 0
 
 
+async def test_an_entity_that_another_node_saved_before_its_envelope_came_is_shown(redis_server: RedisServer) -> None:
+    """With more entities than a node keeps in memory it asks the store, which is ahead of what it was told."""
+    async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as publisher, Core(proxy.url) as reader:
+        say = publisher.broker.publisher("c1")
+        await say.publish_many([Draft("log", {"message": str(n), "level": "info"}, f"l{n}") for n in range(300)])
+        peer, _ = await reader.connect("c1", hydrate=True)
+        await until(lambda: len(peer.client.entities) == 300)
+        proxy.drop_replies_with(b"$7\r\nmessage")
+        seq = await say.publish("log", {"message": "not heard", "level": "info"}, id="late")
+        store = publisher.broker.stores.timeline
+        async with asyncio.timeout(10):
+            while not await store.get("c1", ["late"]):
+                await asyncio.sleep(0.02)
+        proxy.drop_replies_with(None)
+        await until(lambda: peer.client.last == seq)
+        assert "late" in peer.client.entities
+        assert peer.closed is None
+
+
 async def test_wakeups_that_repeat_and_come_in_any_order_change_nothing(nodes: list[Core]) -> None:
     peer, _ = await nodes[1].connect("c1")
     seqs = [await nodes[0].say("c1", str(n)) for n in range(3)]

@@ -6,12 +6,11 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
 import httpx
 import orjson
-from tests.support.broker_process import BrokerProcess
 from tests.support.wire import Client
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
@@ -30,6 +29,15 @@ async def eventually(
         await asyncio.sleep(0.005)
 
 
+class Server(Protocol):
+    """What is followed or published to: a process, or what stands in front of several."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def ws_url(self) -> str: ...
+
+
 class Follower:
     """Follows one conversation of a server process until `stop`; a lost connection leads to a new one.
 
@@ -39,7 +47,7 @@ class Follower:
 
     def __init__(
         self,
-        broker: BrokerProcess,
+        broker: Server,
         conv_id: str,
         *,
         since: int | None = 0,

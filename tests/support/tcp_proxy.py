@@ -1,17 +1,23 @@
-"""A TCP proxy that does to a connection what networks do: swallows an answer, cuts, holds back."""
+"""A TCP proxy that does to a connection what networks do: swallows an answer, cuts, holds back, loses announcements."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
+
+from tests.support.push_faults import PushFaults, Replies
 
 
 class TcpProxy:
     """Stands between clients and a server on this machine. `url` takes the place of the server's."""
 
-    def __init__(self, port: int) -> None:
-        """port: the server's."""
+    def __init__(self, port: int, *, pushes: PushFaults | None = None) -> None:
+        """port: the server's. pushes: what happens to announcements, where the server is a Redis."""
         self._target = port
+        self._pushes = pushes
+        self._open = asyncio.Event()
+        self._open.set()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
@@ -29,6 +35,7 @@ class TcpProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        self.rejoin()
         self.cut()
         for task in list(self._pumps):
             task.cancel()
@@ -52,9 +59,23 @@ class TcpProxy:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    def part(self) -> None:
+        """Let nothing through in either direction, and close nothing, as a network that is partitioned does.
+
+        What is sent meanwhile arrives after `rejoin`, as TCP sends it again; also what its sender has given up by then.
+        """
+        self._open.clear()
+
+    def rejoin(self) -> None:
+        self._open.set()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self._target)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._open.wait()
         try:
-            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            server_reader, server_writer = await self._connect()
         except OSError:
             writer.transport.abort()
             return
@@ -86,7 +107,17 @@ class TcpProxy:
                 return False
             return True
 
-        await self._pump(reader, writer, pass_on)
+        if self._pushes is None:
+            await self._pump(reader, writer, pass_on)
+            return
+        replies, pushes = Replies(), self._pushes
+
+        def mangle(data: bytes) -> bool:
+            for reply in replies.feed(data):
+                pushes.hand_on(reply, writer)
+            return False
+
+        await self._pump(reader, writer, mangle)
 
     def _note(self, data: bytes, swallowing: asyncio.Event) -> bool:
         if self._marker is not None and self._marker in data:
@@ -94,15 +125,21 @@ class TcpProxy:
             swallowing.set()
         return True
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pass_on: object) -> None:
-        assert callable(pass_on)
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pass_on: Callable[[bytes], bool]
+    ) -> None:
         try:
             while data := await reader.read(65_536):
+                await self._open.wait()
                 if pass_on(data):
                     writer.write(data)
                     await writer.drain()
+            await self._open.wait()
+            writer.close()  # not abort: what was written before still arrives
         except OSError:
-            pass
+            writer.transport.abort()
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         finally:
             self._writers.discard(writer)
-            writer.transport.abort()

@@ -100,6 +100,15 @@ class Interest(Protocol):
 
 
 @runtime_checkable
+class Watchful(Protocol):
+    """What a log offers in addition when it notices trouble with its store by itself, also while nobody appends."""
+
+    def on_trouble(self, listener: Callable[[Exception], None]) -> None:
+        """Call `listener` on the event loop when the store does not serve; it may have recovered by then."""
+        ...
+
+
+@runtime_checkable
 class Fenced(Protocol):
     """What a log offers in addition when runs are leased to nodes (runs/leases.py)."""
 

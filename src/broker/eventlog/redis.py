@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.clock import Clock
@@ -81,6 +81,9 @@ class RedisEventLog:
 
     def opened(self, conv_id: str) -> None:
         self.following.opened(conv_id)
+
+    def on_trouble(self, listener: Callable[[Exception], None]) -> None:
+        self._connection.on_away = listener
 
     async def ping(self) -> None:
         if self._sink is None:

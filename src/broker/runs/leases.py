@@ -25,6 +25,8 @@ from broker.runs.state import ACTIVE, Run
 log = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
+LEFT_WITHIN_S = 0.2
+"""Who takes over what a node has left is drawn by lot: each of the others looks at a moment within this time."""
 
 Settle = Callable[[str, list[Run]], Awaitable[None]]
 
@@ -55,12 +57,16 @@ class Leases(Protocol):
         """Take the lease on a conversation in which nobody works; say whether it is this node's now."""
         ...
 
-    async def release(self, conv_id: str) -> None:
-        """Give a lease back, for another node to take at once."""
+    async def unsettled_in(self, conv_id: str) -> list[Run]:
+        """Return the unsettled runs of one conversation, as `RunStore.unsettled` does of all."""
         ...
 
-    def listen(self, on_poke: Callable[[str], None]) -> None:
-        """Have `on_poke(conv_id)` called when a node pokes."""
+    async def release(self, conv_id: str, *, left: bool = False) -> None:
+        """Give a lease back. left: tell the other nodes that what waits there is theirs to take."""
+        ...
+
+    def listen(self, on_poke: Callable[[str], None], on_left: Callable[[str], None]) -> None:
+        """Have `on_poke(conv_id)` called when a node pokes, `on_left(conv_id)` when one has left a conversation."""
         ...
 
     async def poke(self, conv_id: str) -> None:
@@ -79,22 +85,25 @@ class LeaseKeeper:
         self._settle = settle
         self._tasks: set[asyncio.Task[None]] = set()
         self._awaiting: set[str] = set()
+        self._left: set[str] = set()
+        self._stopped = False
         self.taken_over = 0
         self.lost = 0
 
     def start(self) -> None:
         """Begin to prolong, look and listen."""
-        self._leases.listen(self._poked)
+        self._leases.listen(self._poked, self._was_left)
         self._spawn(self._every())
 
     async def stop(self) -> None:
         """Stop looking and give the leases back: what waits there goes on elsewhere."""
+        self._stopped = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for conv_id in self._leases.held():
             try:
-                await self._leases.release(conv_id)
+                await self._leases.release(conv_id, left=True)
             except BrokerError as exc:
                 log.warning("the lease on %s cannot be given back, it ends by itself: %s", conv_id, exc)
 
@@ -150,7 +159,7 @@ class LeaseKeeper:
     async def _take_over(self, conv_id: str) -> None:
         if not await self._leases.take_over(conv_id):
             return
-        runs = [run for run in await self._runtime.store.unsettled() if run.conv_id == conv_id]
+        runs = await self._leases.unsettled_in(conv_id)
         if not runs:
             await self._leases.release(conv_id)
             return
@@ -163,7 +172,29 @@ class LeaseKeeper:
         """Say whether this node may work in a conversation: it does, or nobody else does and it may begin now."""
         return conv_id in self._awaiting or await self._leases.take_over(conv_id)
 
+    def _was_left(self, conv_id: str) -> None:
+        if self._stopped:
+            return
+        if not self._left:
+            self._spawn(self._take_what_was_left())
+        self._left.add(conv_id)
+
+    async def _take_what_was_left(self) -> None:
+        """Go on with what a node that ended has given back, if no other node is faster."""
+        await asyncio.sleep(random.uniform(0, LEFT_WITHIN_S))
+        left, self._left = self._left, set()
+        try:
+            for conv_id in left:
+                line = self._lines.get(conv_id)
+                at_work = line is not None and (line.task is not None or line.users)
+                if not at_work and await self._leases.unsettled_in(conv_id):
+                    await self._take_over(conv_id)
+        except BrokerError as exc:
+            log.warning("what another node has left is looked at later: %s", exc)
+
     def _poked(self, conv_id: str) -> None:
+        if self._stopped:
+            return
         line = self._lines.get(conv_id)
         if (line is not None and line.task is not None) or conv_id in self._awaiting:
             self._spawn(self._look_at(conv_id))

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 LEASE_S = 10.0
 POKES = "broker:pokes"
+LEFT = "broker:left"
 _ATTEMPTS = 100
 _DANGLING_S = 10.0
 _CONVERSATIONS_OF_RUNS = 10_000
@@ -255,6 +256,9 @@ class RedisRunStore:
             found.extend(open_runs)
         return found
 
+    async def unsettled_in(self, conv_id: str) -> list[Run]:
+        return await (await self._load(conv_id)).unsettled()
+
     # -- idempotency keys -------------------------------------------------------------------------------------------
 
     async def key(self, scope: str, key: str) -> KeyRecord | None:
@@ -346,13 +350,17 @@ class RedisRunStore:
     def held(self) -> list[str]:
         return list(self._tokens)
 
-    def listen(self, on_poke: Callable[[str], None]) -> None:
-        """Have `on_poke` called with what `poke` names on any node. Pokes are hints: one may be lost."""
+    def listen(self, on_poke: Callable[[str], None], on_left: Callable[[str], None]) -> None:
+        """As in Leases. What is told on any node is a hint: it may be lost."""
         if self._pokes is None:
+            listeners = {POKES: on_poke, LEFT: on_left}
             self._pokes = Wakeups(
-                self._connection, on_message=lambda _, conv_id: on_poke(conv_id), on_listening=lambda _: None
+                self._connection,
+                on_message=lambda channel, conv_id: listeners[channel](conv_id),
+                on_listening=lambda _: None,
             )
-            self._pokes.listen(POKES, True)
+            for channel in listeners:
+                self._pokes.listen(channel, True)
             self._pokes.start()
 
     async def poke(self, conv_id: str) -> None:
@@ -374,11 +382,13 @@ class RedisRunStore:
             self._tokens[conv_id] = token.decode()
         return token is not None
 
-    async def release(self, conv_id: str) -> None:
+    async def release(self, conv_id: str, *, left: bool = False) -> None:
         """Give the lease back: nothing is worked on in this conversation any more. Raises StoreError."""
         token = self._tokens.pop(conv_id, None)
         if token is not None:
             await self._connection.one(RELEASE.command(run_keys(conv_id), (token,)), lane="append")
+            if left:
+                await self._connection.one(("PUBLISH", LEFT, conv_id), lane="append")
 
 
 class _Taken(Exception):

@@ -61,6 +61,7 @@ class ConversationTimeline:
 
     __slots__ = (
         "_absent",
+        "_ahead",
         "_cache_floor",
         "_cursor",
         "_dead",
@@ -93,6 +94,7 @@ class ConversationTimeline:
         self._handlers = handlers
         self._entities: dict[str, Entity] = {}
         self._absent: set[str] = set()
+        self._ahead: set[str] = set()  # saved by another process in a state that the log has not brought here yet
         self._unsaved: dict[str, _Unsaved] = {}
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
         self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
@@ -123,10 +125,15 @@ class ConversationTimeline:
         return {id for id in wanted if id not in self._entities and id not in self._absent}
 
     def adopt(self, ids: Iterable[str], loaded: Mapping[str, Entity]) -> None:
-        """Take what the store answered for `ids`: entities, or the knowledge that there is none."""
+        """Take what the store answered for `ids`: entities, or the knowledge that there is none.
+
+        Where several processes fold one log, the store may have what this one has yet to fold. It changes nothing then,
+        but has to be shown all the same: nobody here has seen it.
+        """
         for id in ids:
             if id in loaded:
-                self._entities.setdefault(id, loaded[id])
+                if self._entities.setdefault(id, loaded[id]).version > self.position:
+                    self._ahead.add(id)
             else:
                 self._absent.add(id)
 
@@ -166,7 +173,7 @@ class ConversationTimeline:
             keys = handler.keys(envelope)
             known = {id: self._entities[id] for id in keys if id in self._entities}
             if self._contained(keys, known, envelope.seq):
-                return []
+                return self._first_seen(keys) if self._ahead else []
             if len(keys) > 1:  # also if it changes nothing now: over a newer state of one of them it might
                 self._linked_seq = envelope.seq
             changed = list(handler.fold(known, envelope))
@@ -181,6 +188,7 @@ class ConversationTimeline:
             old = self._entities.get(entity.id)
             # The version guard: folding again from an older cursor must not change what already contains this envelope.
             if old is not None and old.version >= envelope.seq:
+                touched.extend(self._first_seen((entity.id,)))
                 continue
             self._entities[entity.id] = Entity(  # `replace` takes twice as long
                 entity.id,
@@ -209,6 +217,12 @@ class ConversationTimeline:
             if entity is None or entity.version < seq:
                 return False
         return bool(keys)
+
+    def _first_seen(self, ids: Sequence[str]) -> list[str]:
+        """Return those of `ids` that were ahead of this process's log, once each."""
+        found = [id for id in ids if id in self._ahead]
+        self._ahead.difference_update(found)
+        return found
 
     def _bury(self, envelope: Envelope, error: Exception) -> None:
         self.dead_letters += 1

@@ -65,11 +65,12 @@ def chat_router(api: Api) -> APIRouter:
 async def may_send(api: Api, principal: Principal, conv_id: str | None) -> None:
     """Return if the caller may send prompts there, and may begin the conversation where it does not exist yet.
 
-    Raises InvalidConversationId, PermissionDenied.
+    Raises InvalidConversationId, PermissionDenied, StoreUnavailable.
     """
     if conv_id is not None:
         check_conv_id(conv_id)
     await api.broker.access.authorize(principal, "send", conv_id)
+    api.broker.availability.admit()
     if conv_id is None or not (await api.broker.head(conv_id)).exists:
         await api.broker.access.authorize(principal, "create", conv_id)
 

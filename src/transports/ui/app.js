@@ -106,11 +106,11 @@ const STATUS_WORDS = {
   stopped: "Disconnected",
 };
 
-function showStatus({ state, message, signIn }) {
+function showStatus({ state, message, signIn, storeAway }) {
   const offline = state === "waiting" && navigator.onLine === false;
-  byId("connection").dataset.state = offline ? "offline" : state;
+  byId("connection").dataset.state = offline ? "offline" : storeAway ? "store-away" : state;
   byId("connection").title = message;
-  setText(byId("connection-text"), offline ? "Offline" : STATUS_WORDS[state]);
+  setText(byId("connection-text"), offline ? "Offline" : storeAway ? "Server is waiting for its store" : STATUS_WORDS[state]);
   if (state === "stopped" && message !== "") showBanner(message, { signIn, retry: !signIn });
   else if (state === "live") byId("banner-retry").hidden || hideBanner();
 }

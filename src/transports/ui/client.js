@@ -19,7 +19,8 @@ const OPEN = 1;
 /**
  * What a caller may listen to; all optional.
  *
- * onStatus({state, message, retryInMs, signIn}): state is connecting, catching_up, live, waiting or stopped.
+ * onStatus({state, message, retryInMs, signIn, storeAway}): state is connecting, catching_up, live, waiting or stopped;
+ * storeAway: the server says that it can neither store nor show anything new at present.
  * onReset(): everything known is void, the state follows. onState(entity, event): the newest version of an entity.
  * onEvent(event): the next event, exactly once, in order. onControl(event): a `ws.…` frame, after it was acted upon.
  * onProfile(name): the view is now this one. onProblem(text): something was refused, the connection goes on.
@@ -41,6 +42,7 @@ export class ConversationClient {
   #failedHandshakes = 0;
   #gaps = { at: null, count: 0 };
   #bye = null;
+  #storeAway = "";
   #askedProfile = null;
   #timers = new Map();
 
@@ -189,6 +191,7 @@ export class ConversationClient {
     this.#socket = null;
     this.#greeted = false;
     this.#bye = null;
+    this.#storeAway = "";
     for (const name of [...this.#timers.keys()]) this.#cancel(name);
     if (this.#askedProfile !== null) {
       this.profile = this.#askedProfile; // the answer is lost; the next connection asks again
@@ -244,6 +247,7 @@ export class ConversationClient {
       case "ws.profile": this.#profileChanged(data); break;
       case "ws.error": this.#refused(data); break;
       case "ws.bye": this.#bye = data; break;
+      case "ws.notice": this.#noticed(data); break;
     }
     this.#on.onControl(event);
   }
@@ -288,6 +292,13 @@ export class ConversationClient {
     this.#on.onProblem(data.message ?? data.code ?? "The server refused a message of this page.");
   }
 
+  #noticed(data) {
+    if (data.code === "store-away") this.#storeAway = data.message ?? data.code;
+    else if (data.code === "store-back") this.#storeAway = "";
+    else return;
+    this.#status(this.state);
+  }
+
   // -- timers -------------------------------------------------------------------------------------------------------
 
   #ping(withinMs) {
@@ -315,6 +326,7 @@ export class ConversationClient {
 
   #status(state, more = {}) {
     this.state = state;
-    this.#on.onStatus({ state, message: "", retryInMs: null, signIn: false, ...more });
+    const storeAway = this.#storeAway !== "";
+    this.#on.onStatus({ state, message: this.#storeAway, retryInMs: null, signIn: false, storeAway, ...more });
   }
 }

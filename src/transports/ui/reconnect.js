@@ -11,6 +11,7 @@ const CLOSE_CODES = new Map([
   [1008, { stop: true, text: "The server refused what this page sent." }],
   [1009, {}],
   [1012, {}],
+  [1013, { leastMs: 1_000 }],
   [4401, { stop: true, signIn: true, text: "The access token is missing, expired or invalid." }],
   [4403, { stop: true, text: "You may not read this conversation with this profile." }],
   [4404, { stop: true, text: "This conversation does not exist." }],

@@ -106,6 +106,29 @@ test("ws.through moves the resume position though nothing was shown", async () =
   assert.equal(sockets[1].url.searchParams.get("since"), "170");
 });
 
+test("the store is away: a status, with the connection kept and the position where it is, until it is back", async () => {
+  const { socket, seen, client, sockets } = await live();
+  socket.control("ws.notice", { level: "warning", code: "store-away", message: "wait" });
+  const away = seen.statuses.at(-1);
+  assert.deepEqual([away.state, away.storeAway, away.message], ["live", true, "wait"]);
+  socket.control("ws.notice", { level: "info", code: "of another version", message: "news" });
+  assert.equal(seen.statuses.at(-1), away, "what is not understood changes nothing");
+  socket.control("ws.notice", { level: "info", code: "store-back", message: "back" });
+  const back = seen.statuses.at(-1);
+  assert.deepEqual([back.state, back.storeAway, back.message], ["live", false, ""]);
+  assert.equal(client.last, 100n);
+  assert.equal(sockets.length, 1);
+});
+
+test("a new connection knows nothing of an outage that the last one was told of", async () => {
+  const { socket, seen, sockets, clock } = await live();
+  socket.control("ws.notice", { level: "warning", code: "store-away", message: "wait" });
+  socket.drop();
+  await clock.advance(1_000);
+  sockets[1].hello({ from: "100" });
+  assert.equal(seen.statuses.at(-1).storeAway, false);
+});
+
 test("ws.reset voids everything and goes on from the server's position, even a lower one", async () => {
   const { socket, seen, client } = await live();
   socket.control("ws.reset", { reason: "epoch", epoch: "e2", oldestSeq: "40", from: "50" });

@@ -1,0 +1,73 @@
+"""Three nodes on one Redis, each behind a proxy of its own, and a load balancer in front: what a fault can be done to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+
+from tests.support.broker_process import BrokerProcess
+from tests.support.follower import eventually
+from tests.support.load_balancer import LoadBalancer
+from tests.support.push_faults import PushFaults
+from tests.support.redis_server import RedisServer
+from tests.support.tcp_proxy import TcpProxy
+
+Start = Callable[..., BrokerProcess]
+
+
+class Fleet:
+    """nodes[i] reaches Redis through proxies[i], which does to its announcements what pushes[i] says."""
+
+    def __init__(self, redis: RedisServer, start_broker: Start, *, seed: int = 1, **settings: str) -> None:
+        self.redis = redis
+        self.pushes = [PushFaults(seed * 10 + index) for index in range(3)]
+        self.proxies = [TcpProxy(redis.port, pushes=pushes) for pushes in self.pushes]
+        self.nodes: list[BrokerProcess] = []
+        self.balancer: LoadBalancer
+        self._start_broker = start_broker
+        self._settings = settings
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Fleet:
+        try:
+            for proxy in self.proxies:
+                await self._stack.enter_async_context(proxy)
+                # In a thread: the node talks to the proxy, which runs here, before it is ready.
+                node = await asyncio.to_thread(self._start_broker, "--redis-url", proxy.url, **self._settings)
+                self.nodes.append(node)
+            self.balancer = await self._stack.enter_async_context(LoadBalancer(self.nodes))
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for proxy in self.proxies:
+            proxy.rejoin()
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.process.send_signal(signal.SIGCONT)
+                # While the proxies still stand: a node that ends has something to save.
+                await asyncio.to_thread(node.stop if error is None else node.kill)
+        await self._stack.aclose()
+
+    async def stop_process(self, index: int) -> None:
+        """SIGSTOP: the node stands still, with its connections open."""
+        pid = self.nodes[index].process.pid
+        os.kill(pid, signal.SIGSTOP)
+        await eventually(lambda: state_of(pid) == "T", "it does not stop")
+
+    def continue_process(self, index: int) -> None:
+        os.kill(self.nodes[index].process.pid, signal.SIGCONT)
+
+
+def state_of(pid: int) -> str:
+    """Return the state of a process: R, S, T (stopped), …"""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
