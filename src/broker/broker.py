@@ -21,6 +21,8 @@ from broker.eventlog.base import Committed, Fenced, Interest, LogState
 from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
 from broker.library import Library
+from broker.nodes import Overview
+from broker.nodes.this_node import ThisNode
 from broker.observers import Observers
 from broker.outside import Outside
 from broker.plugins import PluginHost
@@ -107,6 +109,8 @@ class ConversationWSBroker:
         self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
         self.outside = Outside(self)
         self.library = Library(self, self.stores.library)
+        self._this_node = ThisNode(self)
+        self.overview = Overview(self, self.stores.nodes, self._this_node)
         self._emitters = EmitterSupervisor(self.plugins, self.clock)
         self._coordinator.on_lost = self._log_was_reset
         if isinstance(self.log, Interest):
@@ -161,11 +165,13 @@ class ConversationWSBroker:
             self.plugins.subscribe_changes(self._plugins_changed)
             self.housekeeping.start()
             self._observers.start()
+        await self.stores.nodes.open(self._this_node)
         await self.runs.start()
         await self.plugins.acall_all("on_startup", broker=self)
         await self.library.start()
         self.started = True
         self._ready.set()
+        self._in_background(self.stores.nodes.changed())
 
     async def start_when_possible(self) -> None:
         """As `start`, again and again until the store can be reached. Raises what is no matter of waiting."""
@@ -195,6 +201,7 @@ class ConversationWSBroker:
         self.draining = True
         if self.started:
             self.subscriptions.announce_drain()
+            self._in_background(self.stores.nodes.changed())
             await self.library.stop()
             await self.runs.stop(drain_s=drain_s)
             await self.plugins.acall_all("on_shutdown", broker=self)
@@ -207,6 +214,7 @@ class ConversationWSBroker:
         if self._opened:
             await self.housekeeping.stop()
         await self._observers.stop()
+        await self.stores.nodes.close()
         await self.stores.close()
 
     async def __aenter__(self) -> ConversationWSBroker:

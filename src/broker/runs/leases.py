@@ -59,6 +59,10 @@ class Leases(Protocol):
         """Give a lease back, for another node to take at once."""
         ...
 
+    async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
+        """Return the node that holds the lease, by conversation; those that nobody works in are left out."""
+        ...
+
     def listen(self, on_poke: Callable[[str], None]) -> None:
         """Have `on_poke(conv_id)` called when a node pokes."""
         ...
@@ -109,6 +113,11 @@ class LeaseKeeper:
                 log.warning("leases on runs cannot be looked after at present: %s", exc)
             except Exception:
                 log.exception("looking after leases on runs failed; it goes on at the next turn")
+
+    @property
+    def at_work(self) -> int:
+        """In how many conversations this node has a run at work or waiting for a person's approval."""
+        return len(self._awaiting.union(line.conv_id for line in self._lines.working))
 
     async def renew(self) -> None:
         """Prolong the leases on what is worked on here; stop what another node has taken over. Raises StoreError."""
