@@ -14,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import orjson
 import typer
 
+from broker.cli_cluster import DEFAULT_URL, Token, Url
+from broker.cli_cluster import app as cluster_app
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.sequence import parse_seq
 from broker.settings import GROUPS, Settings, describe, load_settings, variable
@@ -35,16 +37,11 @@ plugins_app = typer.Typer(help="Look at plugins.", no_args_is_help=True, rich_ma
 timeline_app = typer.Typer(help="Look after timelines.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(timeline_app, name="timeline")
+app.add_typer(cluster_app, name="cluster")
 
-Url = Annotated[str, typer.Option("--url", envvar="BROKER_URL", help="Base URL of the server, prefix included.")]
-Token = Annotated[
-    str | None,
-    typer.Option("--token", envvar="BROKER_TOKEN", help="Bearer token, where the server asks for one."),
-]
 _TOLD = frozenset({"ws.reset", "ws.bye", "ws.error"})
 """Control frames that a person who follows a conversation wants to know of."""
 _DATA_EXAMPLE = """one such as '{"message": "hi"}'"""
-DEFAULT_URL = "http://127.0.0.1:8000/"
 
 
 @app.callback(invoke_without_command=True)
@@ -227,9 +224,7 @@ def publish(
 
     async def run() -> int:
         async with BrokerClient(url, token=token) as client:
-            return await client.publish(
-                conv_id, type, value, id=id, channel=channel, idempotency_key=idempotency_key
-            )
+            return await client.publish(conv_id, type, value, id=id, channel=channel, idempotency_key=idempotency_key)
 
     print(_run(run()))
 

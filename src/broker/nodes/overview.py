@@ -59,7 +59,9 @@ class Overview:
         return {"askedNode": self._nodes.node, "nodes": rows, **gathered.about()}
 
     @staticmethod
-    def _node_row(record: NodeRecord, lag: Answer | None) -> dict[str, Any]:
+    def _node_row(record: NodeRecord, answer: Answer | None) -> dict[str, Any]:
+        if answer is not None:  # newer than its last heartbeat
+            record = NodeRecord.from_json(answer["record"], silent_ms=record.silent_ms, silent=record.silent)
         numbers = record.numbers
         return {
             "node": record.node,
@@ -74,7 +76,7 @@ class Overview:
             "runs": numbers.runs,
             "position": str(numbers.position),
             "waitingMs": numbers.waiting_ms,
-            "lag": lag,
+            "lag": answer["lag"] if answer is not None else None,
         }
 
     # -- connections ------------------------------------------------------------------------------------------------
