@@ -72,7 +72,7 @@ class ConversationWSBroker:
         self.started = False
         self._opened = False
         self._ready = asyncio.Event()
-        self._start_problem: str | None = None
+        self.start_problem: str | None = None
         self._checks_drafts = self.plugins.has("check_draft")
         self._pool = pool
         self._refuse_kinds = {name for name, channel in self.catalog.channels.items() if channel.kind == "state"}
@@ -181,10 +181,10 @@ class ConversationWSBroker:
                 await self.start()
                 return
             except StoreUnavailable as exc:
-                self._start_problem = str(exc)
+                self.start_problem = str(exc)
                 logger.warning("the store cannot be reached, trying again in %.1f s: %s", delay_s, exc)
             except Exception as exc:
-                self._start_problem = str(exc)
+                self.start_problem = str(exc)
                 logger.exception("the broker cannot start")
                 raise
             await asyncio.sleep(delay_s)
@@ -228,7 +228,7 @@ class ConversationWSBroker:
         """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
         wrong: dict[str, str] = {}
         if not self.started:
-            wrong["startup"] = self._start_problem or "not started"
+            wrong["startup"] = self.start_problem or "not started"
         if self.draining:
             wrong["drain"] = "this process is shutting down"
         if not wrong:

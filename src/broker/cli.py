@@ -287,15 +287,16 @@ async def _served_plugins(url: str, token: str | None) -> list[dict[str, Any]]:
 def timeline_verify(
     conv_id: Annotated[str | None, typer.Argument(help="One conversation; else all.")] = None,
     db: Annotated[str | None, typer.Option(help="SQLite file [env: BROKER_DB].")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis in place of a file [env: BROKER_REDIS_URL].")] = None,
     plugins_dir: Annotated[
         str | None,
         typer.Option(help="Folder with the plugins whose handlers fold [env: BROKER_PLUGINS_DIR]."),
     ] = None,
 ) -> None:
     """Fold the log again and compare with the stored timeline; exit code 1 when they differ."""
-    from broker.verify import verify_file
+    from broker.verify import verify_store
 
-    report = _run(verify_file(load_settings(db=db, plugins_dir=plugins_dir), conv_id))
+    report = _run(verify_store(load_settings(db=db, redis_url=redis_url, plugins_dir=plugins_dir), conv_id))
     for line in report.lines():
         print(escape_controls(line))
     raise typer.Exit(0 if report.ok else EXIT_FAILED)

@@ -75,6 +75,8 @@ class RedisNodes:
         self._lock = asyncio.Lock()
         self._away = False
         self.beats = 0
+        self.listened = 0
+        """How often this node began to hear hints: once, and again after each lost connection."""
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -87,12 +89,18 @@ class RedisNodes:
                 self._myself = None
                 raise
         if self._beating is None:
-            self._hints = Wakeups(
-                self._connection, on_message=lambda *_: self._hurry.set(), on_listening=lambda _: self._hurry.set()
-            )
+            self._hints = Wakeups(self._connection, on_message=self._on_hint, on_listening=self._on_listening)
             self._hints.listen(HINTS, True)
             self._hints.start()
             self._beating = asyncio.get_running_loop().create_task(self._keep_beating())
+
+    def _on_hint(self, channel: str, sender: str) -> None:
+        if sender != self.node:
+            self._hurry.set()
+
+    def _on_listening(self, channel: str) -> None:
+        self.listened += 1
+        self._hurry.set()  # what was hinted at before is not heard any more
 
     async def changed(self) -> None:
         if self._beating is not None:
@@ -121,7 +129,8 @@ class RedisNodes:
     async def _keep_beating(self) -> None:
         while True:
             try:
-                await asyncio.wait_for(self._hurry.wait(), self._heartbeat_s)
+                async with asyncio.timeout(self._heartbeat_s):  # not wait_for: that one can lose a cancellation
+                    await self._hurry.wait()
             except TimeoutError:
                 pass
             self._hurry.clear()
