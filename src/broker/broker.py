@@ -22,6 +22,8 @@ from broker.eventlog.base import Committed, Fenced, Interest, LogState, Watchful
 from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
 from broker.library import Library
+from broker.nodes import Overview
+from broker.nodes.this_node import ThisNode
 from broker.observers import Observers
 from broker.outside import Outside
 from broker.plugins import PluginHost
@@ -72,7 +74,7 @@ class ConversationWSBroker:
         self.started = False
         self._opened = False
         self._ready = asyncio.Event()
-        self._start_problem: str | None = None
+        self.start_problem: str | None = None
         self._checks_drafts = self.plugins.has("check_draft")
         self._max_envelope_bytes = settings.max_envelope_bytes
         self._pool = pool
@@ -108,6 +110,8 @@ class ConversationWSBroker:
         )
         self.outside = Outside(self)
         self.library = Library(self, self.stores.library)
+        self._this_node = ThisNode(self)
+        self.overview = Overview(self, self.stores.nodes, self._this_node)
         self._emitters = EmitterSupervisor(self.plugins, self.clock)
         self._coordinator.on_lost = self._log_was_reset
         if isinstance(self.log, Interest):
@@ -163,6 +167,7 @@ class ConversationWSBroker:
             self.plugins.subscribe_changes(self._plugins_changed)
             self.housekeeping.start()
             self._observers.start()
+        await self.stores.nodes.open(self._this_node)
         await self.runs.start()
         await self.plugins.acall_all("on_startup", broker=self)
         await self.library.start()
@@ -170,6 +175,7 @@ class ConversationWSBroker:
             self.log.on_trouble(self.availability.suspect)
         self.started = True
         self._ready.set()
+        self._in_background(self.stores.nodes.changed())
 
     async def start_when_possible(self) -> None:
         """As `start`, again and again until the store can be reached. Raises what is no matter of waiting."""
@@ -179,10 +185,10 @@ class ConversationWSBroker:
                 await self.start()
                 return
             except StoreUnavailable as exc:
-                self._start_problem = str(exc)
+                self.start_problem = str(exc)
                 logger.warning("the store cannot be reached, trying again in %.1f s: %s", delay_s, exc)
             except Exception as exc:
-                self._start_problem = str(exc)
+                self.start_problem = str(exc)
                 logger.exception("the broker cannot start")
                 raise
             await asyncio.sleep(delay_s)
@@ -200,6 +206,7 @@ class ConversationWSBroker:
         self.stores.hurry()
         if self.started:
             self.subscriptions.announce_drain()
+            self._in_background(self.stores.nodes.changed())
             await self.library.stop()
             await self.runs.stop(drain_s=drain_s)
             await self.plugins.acall_all("on_shutdown", broker=self)
@@ -213,6 +220,7 @@ class ConversationWSBroker:
         if self._opened:
             await self.housekeeping.stop()
         await self._observers.stop()
+        await self.stores.nodes.close()
         await self.stores.close()
 
     async def __aenter__(self) -> ConversationWSBroker:
@@ -226,7 +234,7 @@ class ConversationWSBroker:
         """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
         wrong: dict[str, str] = {}
         if not self.started:
-            wrong["startup"] = self._start_problem or "not started"
+            wrong["startup"] = self.start_problem or "not started"
         if self.draining:
             wrong["drain"] = "this process is shutting down"
         if not wrong:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import orjson
 import typer
 
+from broker.cli_cluster import DEFAULT_URL, Token, Url
+from broker.cli_cluster import app as cluster_app
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.sequence import parse_seq
 from broker.settings import GROUPS, Settings, describe, load_settings, variable
@@ -35,16 +37,11 @@ plugins_app = typer.Typer(help="Look at plugins.", no_args_is_help=True, rich_ma
 timeline_app = typer.Typer(help="Look after timelines.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(timeline_app, name="timeline")
+app.add_typer(cluster_app, name="cluster")
 
-Url = Annotated[str, typer.Option("--url", envvar="BROKER_URL", help="Base URL of the server, prefix included.")]
-Token = Annotated[
-    str | None,
-    typer.Option("--token", envvar="BROKER_TOKEN", help="Bearer token, where the server asks for one."),
-]
 _TOLD = frozenset({"ws.reset", "ws.bye", "ws.error", "ws.notice"})
 """Control frames that a person who follows a conversation wants to know of."""
 _DATA_EXAMPLE = """one such as '{"message": "hi"}'"""
-DEFAULT_URL = "http://127.0.0.1:8000/"
 
 
 @app.callback(invoke_without_command=True)
@@ -290,15 +287,16 @@ async def _served_plugins(url: str, token: str | None) -> list[dict[str, Any]]:
 def timeline_verify(
     conv_id: Annotated[str | None, typer.Argument(help="One conversation; else all.")] = None,
     db: Annotated[str | None, typer.Option(help="SQLite file [env: BROKER_DB].")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis in place of a file [env: BROKER_REDIS_URL].")] = None,
     plugins_dir: Annotated[
         str | None,
         typer.Option(help="Folder with the plugins whose handlers fold [env: BROKER_PLUGINS_DIR]."),
     ] = None,
 ) -> None:
     """Fold the log again and compare with the stored timeline; exit code 1 when they differ."""
-    from broker.verify import verify_file
+    from broker.verify import verify_store
 
-    report = _run(verify_file(load_settings(db=db, plugins_dir=plugins_dir), conv_id))
+    report = _run(verify_store(load_settings(db=db, redis_url=redis_url, plugins_dir=plugins_dir), conv_id))
     for line in report.lines():
         print(escape_controls(line))
     raise typer.Exit(0 if report.ok else EXIT_FAILED)

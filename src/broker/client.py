@@ -176,6 +176,14 @@ class BrokerClient:
         """Return the JSON answer of `GET path`. Raises RequestRefused, Unreachable."""
         return await self._request("GET", path, query=query)
 
+    async def switch_channel(self, channel: str, on: bool | None) -> dict[str, Any]:
+        """Switch a debug channel on all nodes; None: as the settings say. Raises RequestRefused, Unreachable."""
+        path = f"api/debug/channels/{quote(channel, safe='')}"
+        if on is None:
+            return await self._request("DELETE", path)
+        headers = {"content-type": "application/json"}
+        return await self._request("POST", path, content=orjson.dumps({"enabled": on}), headers=headers)
+
     async def _post(self, path: str, body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
         headers = {"idempotency-key": key or uuid.uuid4().hex, "content-type": "application/json"}
         content = orjson.dumps(body)

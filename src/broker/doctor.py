@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from broker.errors import BrokerError
 from broker.plugins import PluginHost
+from broker.redis_connection import RedisConnection
 from broker.settings import Settings, misspelled_variables
 
+REDIS_PATIENCE_S = 0.0  # one try
 NEEDED_DESCRIPTORS_BESIDE = 384
 """Descriptors a server needs beside one per client: store, logs, engines, plain requests."""
 
@@ -53,6 +56,8 @@ def _importable(name: str) -> bool:
 
 
 def _store(settings: Settings) -> Finding:
+    if settings.redis_url is not None:
+        return asyncio.run(_redis(settings.redis_url))
     if settings.db == ":memory:":
         return Finding("store", "warning", "--db :memory: keeps nothing when the server ends")
     path = Path(settings.db)
@@ -64,6 +69,30 @@ def _store(settings: Settings) -> Finding:
             return Finding("store", "problem", f"folder {folder} for --db {path} is read-only: change its rights")
         return Finding("store", "ok", f"{path} will be created")
     return _existing_store(path)
+
+
+async def _redis(url: str) -> Finding:
+    """Ask a Redis whether it keeps what it is given."""
+    connection = RedisConnection(url, patience_s=REDIS_PATIENCE_S)
+    try:
+        info = _info(await connection.one(("INFO",)))
+        await connection.one(("SET", "broker:doctor", "1", "PX", 1000))
+    except BrokerError as exc:
+        return Finding("store", "problem", str(exc))
+    finally:
+        await connection.close()
+    what = f"Redis {info.get('redis_version', '?')} at {connection.topology.name}"
+    if info.get("maxmemory_policy", "noeviction") != "noeviction":
+        text = f"{what} has maxmemory-policy {info['maxmemory_policy']}, which deletes conversations piecemeal"
+        return Finding("store", "problem", f"{text}: set it to noeviction")
+    if info.get("aof_enabled") == "0":
+        return Finding("store", "warning", f"{what} keeps no append-only file, its restart resets every client: appendonly yes")
+    return Finding("store", "ok", what)
+
+
+def _info(text: bytes) -> dict[str, str]:
+    pairs = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
 
 
 def _existing_store(path: Path) -> Finding:

@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     refuse = an error at once. A run in the middle of its answer always waits."""
     run_lease_s: float = Field(10.0, ge=1)
     """With Redis: seconds after which the runs of a node that says nothing are taken over by another."""
+    node_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
+    """With Redis: seconds between two signs of life of a node to the others."""
     durability: Literal["normal", "full"] = "normal"
     """What an acknowledged write survives: normal = the end of the process; full = power loss too (SQLite
     synchronous NORMAL or FULL)."""

@@ -15,6 +15,10 @@ from broker.library.memory import MemoryLibraryStore
 from broker.library.redis import RedisLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
 from broker.library.store import LibraryStore
+from broker.nodes.base import Nodes
+from broker.nodes.redis import RedisNodes
+from broker.nodes.single import SingleNode
+from broker.nodes.switches import MemorySwitches, SqliteSwitches
 from broker.plugins import PluginHost
 from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
@@ -35,13 +39,14 @@ LAST_PATIENCE_S = 2.0
 
 @dataclass(slots=True)
 class Stores:
-    """The stores of one broker, and the file or the connection to Redis that they share, if they do."""
+    """The stores of one broker, its way to the other nodes, and the file or connection to Redis that they share, if they do."""
 
     log: EventLog
     timeline: TimelineStore
     runs: RunStore
     turns: TurnStore
     library: LibraryStore
+    nodes: Nodes
     database: Database | None
     redis: RedisConnection | None = None
 
@@ -88,6 +93,7 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
             runs=runs or RedisRunStore(redis, lease_s=settings.run_lease_s),
             turns=RedisTurnStore(redis),
             library=shared_library,
+            nodes=RedisNodes(redis, heartbeat_s=settings.node_heartbeat_s),
             database=None,
             redis=redis,
         )
@@ -99,6 +105,7 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
             runs=runs or MemoryRunStore(),
             turns=MemoryTurnStore(),
             library=in_memory,
+            nodes=SingleNode(MemorySwitches()),
             database=None,
         )
     database = Database(settings.db, synchronous="FULL" if settings.durability == "full" else "NORMAL")
@@ -109,5 +116,6 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
         runs=runs or SqliteRunStore(database),
         turns=SqliteTurnStore(database),
         library=library,
+        nodes=SingleNode(SqliteSwitches(database)),
         database=database,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -25,6 +25,30 @@ _COLOURS = (
     ("tool.", "\x1b[33m"),
     ("run.", "\x1b[34m"),
 )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return the lines of a table: columns as wide as they need, numbers to the right, nothing cut."""
+    texts = [list(head), *([escape_controls(str(cell)) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(head))]
+    right = [bool(rows) and all(isinstance(row[column], int) for row in rows) for column in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if to_the_right else cell.ljust(width)
+            for cell, width, to_the_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in texts
+    ]
+
+
+def span(ms: int) -> str:
+    """Return a time span for people: `0.3 s`, `42 s`, `12 min`, `5 h`, `3 d`."""
+    if ms < 10_000:
+        return f"{max(ms, 0) / 1000:.1f} s"
+    for unit, unit_ms, below_ms in (("s", 1000, 120_000), ("min", 60_000, 7_200_000), ("h", 3_600_000, 172_800_000)):
+        if ms < below_ms:
+            return f"{ms // unit_ms} {unit}"
+    return f"{ms // 86_400_000} d"
 
 
 def line_of(event: Mapping[str, Any], *, colour: bool = False) -> str:

@@ -139,12 +139,14 @@ async def _all_entities(store: TimelineStore, conv_id: str) -> dict[str, Entity]
     return found
 
 
-async def verify_file(settings: Settings, conv_id: str | None = None) -> Report:
-    """Verify one conversation of `settings.db`, or all. The file may be in use: a consistent copy is read.
+async def verify_store(settings: Settings, conv_id: str | None = None) -> Report:
+    """Verify one conversation of the settings' Redis or SQLite file, or all. Both may be in use.
 
-    Raises InvalidInput for `:memory:`, NotFound for an unknown conversation or a missing file, ForeignDatabase,
-    NewerDatabase.
+    Of a file a consistent copy is read. Raises InvalidInput for `:memory:`, NotFound for an unknown conversation or a
+    missing file, ForeignDatabase, NewerDatabase, StoreUnavailable.
     """
+    if settings.redis_url is not None:
+        return await _verify(settings, conv_id)
     if settings.db == ":memory:":
         raise InvalidInput("db=':memory:' keeps nothing that could be verified: name the database file with --db")
     if not await asyncio.to_thread(Path(settings.db).exists):
@@ -182,7 +184,7 @@ async def _verify(settings: Settings, conv_id: str | None) -> Report:
 async def _names(log: EventLog, conv_id: str | None) -> list[str]:
     if conv_id is not None:
         if not (await log.state(conv_id)).exists:
-            raise NotFound(f"conversation {conv_id!r} is not in this database", conv_id=conv_id)
+            raise NotFound(f"conversation {conv_id!r} is not in this store", conv_id=conv_id)
         return [conv_id]
     names: list[str] = []
     before: int | None = None

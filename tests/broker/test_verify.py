@@ -16,7 +16,7 @@ from tests.support.core import Core
 from broker.errors import BrokerError, InvalidInput, NotFound
 from broker.settings import Settings
 from broker.timeline.store import TimelineSave
-from broker.verify import Report, verify_file
+from broker.verify import Report, verify_store
 
 
 async def conversation(core: Core, conv_id: str = "c1") -> None:
@@ -56,7 +56,7 @@ def differences(report: Report, conv_id: str = "c1") -> list[str]:
 
 
 async def test_an_honest_timeline_is_verified_entity_by_entity(written: Settings) -> None:
-    report = await verify_file(written)
+    report = await verify_store(written)
     assert report.ok, report.lines()
     assert [(one.conv_id, one.verified, one.dead_letters) for one in report.conversations] == [
         ("c1", 5, 1),
@@ -66,9 +66,9 @@ async def test_an_honest_timeline_is_verified_entity_by_entity(written: Settings
 
 
 async def test_one_conversation_may_be_named(written: Settings) -> None:
-    assert [one.conv_id for one in (await verify_file(written, "c2")).conversations] == ["c2"]
+    assert [one.conv_id for one in (await verify_store(written, "c2")).conversations] == ["c2"]
     with pytest.raises(NotFound, match="'c3'"):
-        await verify_file(written, "c3")
+        await verify_store(written, "c3")
 
 
 async def test_it_reads_beside_a_running_broker_in_the_middle_of_an_answer(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ async def test_it_reads_beside_a_running_broker_in_the_middle_of_an_answer(tmp_p
             if n % 40 == 0:
                 await asyncio.sleep(0)
                 await core.broker.housekeeping.tick()
-                report = await verify_file(core.settings)
+                report = await verify_store(core.settings)
                 assert report.ok, report.lines()
 
 
@@ -87,7 +87,7 @@ async def test_after_retention_older_entities_are_counted_not_blamed(tmp_path: P
     async with Core(str(tmp_path / "broker.db"), retention_count=5) as core:
         await conversation(core)
         await core.broker.housekeeping.sweep()
-    report = await verify_file(core.settings)
+    report = await verify_store(core.settings)
     assert report.ok, report.lines()
     assert report.conversations[0].older >= 3
 
@@ -103,12 +103,12 @@ async def test_an_invented_and_a_changed_entity_are_named(tmp_path: Path) -> Non
         known = (await store.get("c1", ["u1"]))["u1"]
         invented = replace(known, id="never-said")
         await store.save([TimelineSave("c1", [invented], head)])
-        found = differences(await verify_file(core.settings))
+        found = differences(await verify_store(core.settings))
         assert any("never-said" in line and "no envelope makes it" in line for line in found)
         newer = replace(known, version=head, props={"text": "changed"})
         await store.save([TimelineSave("c1", [newer], head)])
         assert any(
-            "u1" in line and "no envelope gives it" in line for line in differences(await verify_file(core.settings))
+            "u1" in line and "no envelope gives it" in line for line in differences(await verify_store(core.settings))
         )
 
 
@@ -118,12 +118,12 @@ async def test_a_changed_text_is_named(written: Settings) -> None:
         changed = bytes(props).replace(b"whole", b"other")
         assert database.execute("UPDATE entity SET props = ? WHERE id = 'm1'", (changed,)).rowcount
         database.commit()
-    assert any("m1" in line and "differs" in line for line in differences(await verify_file(written)))
+    assert any("m1" in line and "differs" in line for line in differences(await verify_store(written)))
 
 
 async def test_a_lost_entity_is_named(written: Settings) -> None:
     lose(written, "u1")
-    report = await verify_file(written)
+    report = await verify_store(written)
     assert any("u1" in line and "missing" in line for line in differences(report))
     assert "DIFFERS" in "\n".join(report.lines())
 
@@ -132,22 +132,22 @@ async def test_a_lost_entity_is_named(written: Settings) -> None:
 async def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with pytest.raises(NotFound, match="--db"):
-        await verify_file(Settings(db=str(path)))
+        await verify_store(Settings(db=str(path)))
     assert not path.exists()
 
 
 async def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="--db"):
-        await verify_file(Settings(db=":memory:"))
+        await verify_store(Settings(db=":memory:"))
     foreign = tmp_path / "notes.db"
     foreign.write_text("not a database" * 100)
     with pytest.raises(BrokerError, match=r"notes\.db"):
-        await verify_file(Settings(db=str(foreign)))
+        await verify_store(Settings(db=str(foreign)))
 
 
 async def test_verifying_changes_nothing(written: Settings) -> None:
     before = Path(written.db).read_bytes()
-    await verify_file(written)
+    await verify_store(written)
     assert Path(written.db).read_bytes() == before
 
 

@@ -19,7 +19,7 @@ from tests.support.http_client import TERMINAL, HttpClient
 from tests.support.live_server import wait_until
 
 from broker.settings import Settings
-from broker.verify import verify_file
+from broker.verify import verify_store
 
 PLUGINS = Path(__file__).resolve().parent.parent / "support" / "crash_plugins"
 CONV = "crash"
@@ -106,7 +106,7 @@ def assert_all_well(crash: Crash, expected: dict[str, str]) -> None:
         assert entity["kind"] != "tool_call" or props["status"] in ("done", "error", "denied"), entity
         assert entity["kind"] != "run" or f"run.{props['status']}" == expected[entity["id"]]
     crash.broker.stop()
-    report = asyncio.run(verify_file(Settings(db=str(crash.broker.folder / "broker.db"), plugins_dir="none"), CONV))
+    report = asyncio.run(verify_store(Settings(db=str(crash.broker.folder / "broker.db"), plugins_dir="none"), CONV))
     assert report.ok, report.lines()
     crash.broker.start()
 

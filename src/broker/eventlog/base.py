@@ -99,6 +99,29 @@ class Interest(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What a log holds of a conversation beyond a position.
+
+    head_seq: the last seq given. first_seq: of the first retained envelope after the position, 0 where there is none.
+    count: how many there are, counted up to a limit. now_ms: Unix ms by the clock that gives the seqs.
+    """
+
+    head_seq: int
+    first_seq: int
+    count: int
+    now_ms: int
+
+
+@runtime_checkable
+class Backlogs(Protocol):
+    """What a log offers in addition when others write to it: how far behind it a reader is, asked of the log itself."""
+
+    async def backlogs(self, positions: Sequence[tuple[str, int]], *, most: int) -> list[Backlog]:
+        """Return what follows each (conversation, position), counting `most` envelopes at most. Raises StoreError."""
+        ...
+
+
 @runtime_checkable
 class Watchful(Protocol):
     """What a log offers in addition when it notices trouble with its store by itself, also while nobody appends."""

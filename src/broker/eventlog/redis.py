@@ -11,12 +11,12 @@ from typing import Any
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
-from broker.eventlog.base import Committed, Follower, LogState, Page, Sink
+from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, Sink
 from broker.eventlog.life import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys
-from broker.eventlog.redis_scripts import ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.eventlog.redis_scripts import BACKLOG, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
 from broker.redis_connection import RedisConnection
 from broker.sequence import PER_MS, seq_from_stream_id, stream_id_from_seq
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _TRIM_ENTRIES = 500  # per script: a few ms, so that others do not wait for a long trim
 _LOOK_ENTRIES = 10_000
 _INDEX_PAGE = 200
+_BACKLOGS_AT_ONCE = 500
 _INDEX_WAIT_S = 0.5
 
 
@@ -199,6 +200,18 @@ class RedisEventLog:
     async def contains(self, conv_id: str, seq: int) -> bool:
         id = stream_id_from_seq(seq)
         return bool(await self._connection.one(("XRANGE", log_keys(conv_id)[0], id, id)))
+
+    async def backlogs(self, positions: Sequence[tuple[str, int]], *, most: int) -> list[Backlog]:
+        found: list[Backlog] = []
+        for start in range(0, len(positions), _BACKLOGS_AT_ONCE):
+            replies = await self._connection.all(
+                [
+                    BACKLOG.command(log_keys(conv_id)[:2], (stream_id_from_seq(after), most))
+                    for conv_id, after in positions[start : start + _BACKLOGS_AT_ONCE]
+                ]
+            )
+            found += [Backlog(_seq(head), _seq(first), count, now_ms) for now_ms, head, first, count in replies]
+        return found
 
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         if self._indexing is not None:

@@ -109,6 +109,25 @@ return cjson.encode({log[1], log[2], log[3] or '0-0', more, known, out})
 """
 )
 
+# KEYS stream, log. ARGV: after, most entries to count. Reply: now (ms), head or '', first ID after or '', count.
+BACKLOG = Script(
+    """
+local stamp = redis.call('TIME')
+local now = tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000)
+local from, most, first, count = '(' .. ARGV[1], tonumber(ARGV[2]), '', 0
+while count < most do
+  local ask = math.min(16, most - count)
+  local got = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', ask)
+  if #got == 0 then break end
+  if first == '' then first = got[1][1] end
+  count = count + #got
+  from = '(' .. got[#got][1]
+  if #got < ask then break end
+end
+return {now, redis.call('HGET', KEYS[2], 'head') or '', first, count}
+"""
+)
+
 # KEYS stream, log, keys. ARGV: through, most entries to remove. Reply: how many were removed.
 TRIM = Script(
     _PARTS
@@ -167,4 +186,4 @@ return existed
 """
 )
 
-SCRIPTS = (APPEND, READ, TRIM, TRIM_CANDIDATE, ERASE)
+SCRIPTS = (APPEND, READ, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE)

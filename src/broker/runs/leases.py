@@ -61,6 +61,10 @@ class Leases(Protocol):
         """Return the unsettled runs of one conversation, as `RunStore.unsettled` does of all."""
         ...
 
+    async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
+        """Return the node that holds the lease, by conversation; those that nobody works in are left out."""
+        ...
+
     async def release(self, conv_id: str, *, left: bool = False) -> None:
         """Give a lease back. left: tell the other nodes that what waits there is theirs to take."""
         ...
@@ -118,6 +122,11 @@ class LeaseKeeper:
                 log.warning("leases on runs cannot be looked after at present: %s", exc)
             except Exception:
                 log.exception("looking after leases on runs failed; it goes on at the next turn")
+
+    @property
+    def at_work(self) -> int:
+        """In how many conversations this node has a run at work or waiting for a person's approval."""
+        return len(self._awaiting.union(line.conv_id for line in self._lines.working))
 
     async def renew(self) -> None:
         """Prolong the leases on what is worked on here; stop what another node has taken over. Raises StoreError."""

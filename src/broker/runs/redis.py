@@ -382,6 +382,12 @@ class RedisRunStore:
             self._tokens[conv_id] = token.decode()
         return token is not None
 
+    async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
+        """Return the node that works in each conversation. Raises StoreError."""
+        tokens = await self._connection.all([("GET", run_keys(conv_id)[4]) for conv_id in conv_ids])
+        found = {conv_id: token.decode() for conv_id, token in zip(conv_ids, tokens, strict=True) if token}
+        return {conv_id: token.partition(":")[2] for conv_id, token in found.items()}
+
     async def release(self, conv_id: str, *, left: bool = False) -> None:
         """Give the lease back: nothing is worked on in this conversation any more. Raises StoreError."""
         token = self._tokens.pop(conv_id, None)

@@ -145,6 +145,21 @@ class RunService:
         """Runs at work in this process, and prompts that are being accepted. 0: nothing of runs goes on."""
         return len(self._lines.works) + len(self._intake.busy) + len(self._actions.busy)
 
+    @property
+    def at_work(self) -> int:
+        """Runs that this process works on, or holds while they await a person's approval."""
+        return self._leases.at_work if self._leases is not None else len(self._lines.working)
+
+    async def unsettled(self) -> tuple[list[Run], Mapping[str, str] | None]:
+        """Return the runs that have not ended, and the node that works in each conversation; None: there is no other.
+
+        Raises StoreError.
+        """
+        runs = await self.store.unsettled()
+        if not isinstance(self.store, Leases):
+            return runs, None
+        return runs, await self.store.holders(sorted({run.conv_id for run in runs}))
+
     def engine_profiles(self) -> list[dict[str, Any]]:
         """Return the engine profiles as clients may see them: the default first, secrets masked."""
         return self._runtime.profiles.describe()

@@ -22,6 +22,7 @@ class Switch(Body):
     enabled: bool
 
 
+Limit = Annotated[int, Query(ge=1, le=1000)]
 _SWITCH: TypeAdapter[Switch] = TypeAdapter(Switch)
 
 
@@ -36,17 +37,42 @@ def debug_router(api: Api) -> APIRouter:
         await api.permitted(request, "debug")
         return json_response({"conversations": [_conversation(one) for one in broker.conversations.all()]})
 
+    @router.get("/nodes")
+    async def nodes(request: Request) -> Response:
+        """Return the processes that share this store: state, connections, runs, position, lag, worst conversations."""
+        await api.permitted(request, "debug")
+        return json_response(await broker.overview.nodes())
+
     @router.get("/connections")
-    async def connections(request: Request, conv_id: str | None = None) -> Response:
-        """Return the connections of this process: view, position, and how far behind they are."""
+    async def connections(
+        request: Request,
+        conv_id: str | None = None,
+        node: str | None = None,
+        status: str | None = None,
+        subject: str | None = None,
+        limit: Limit = 100,
+    ) -> Response:
+        """Return the connections of all nodes, those that are behind first: view, position, how far behind, status."""
         await api.permitted(request, "debug", conv_id)
-        found = [one for one in broker.subscriptions.all() if conv_id is None or one.conv_id == conv_id]
-        return json_response({"connections": [broker.subscriptions.describe(one) for one in found]})
+        found = await broker.overview.connections(
+            conv_id=conv_id, node=node, status=status, subject=subject, limit=limit
+        )
+        return json_response(found)
+
+    @router.get("/runs")
+    async def runs(
+        request: Request,
+        conv_id: str | None = None,
+        node: str | None = None,
+        status: str | None = None,
+        limit: Limit = 100,
+    ) -> Response:
+        """Return the runs that have not ended: conversation, status, since when, and the node that works on each."""
+        await api.permitted(request, "debug", conv_id)
+        return json_response(await broker.overview.runs(conv_id=conv_id, node=node, status=status, limit=limit))
 
     @router.get("/dead-letters")
-    async def dead_letters(
-        request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-    ) -> Response:
+    async def dead_letters(request: Request, conv_id: str, limit: Limit = 100) -> Response:
         """Return the envelopes of a conversation that no timeline handler could fold, by seq, with the reason."""
         await api.permitted(request, "debug", check_conv_id(conv_id))
         letters = await broker.stores.timeline.dead_letters(conv_id, limit=limit)
@@ -61,7 +87,7 @@ def debug_router(api: Api) -> APIRouter:
         return json_response({"plugins": broker.plugins.describe()})
 
     @router.get("/turns")
-    async def turns(request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    async def turns(request: Request, conv_id: str, limit: Limit = 100) -> Response:
         """Return the recorded turns of a conversation, the newest first."""
         await api.permitted(request, "debug", check_conv_id(conv_id))
         recorded = await broker.stores.turns.turns(conv_id, limit=limit)
@@ -76,13 +102,24 @@ def debug_router(api: Api) -> APIRouter:
             raise NotFound(f"conversation {conv_id!r} has no turn {shown(turn_id)}, or it is past its retention")
         return json_response(_turn(found))
 
+    @router.get("/channels")
+    async def channels(request: Request) -> Response:
+        """Return the debug channels: whether they are on, since when, and who switched them."""
+        await api.permitted(request, "debug")
+        return json_response(await broker.overview.channels())
+
     @router.post("/channels/{name}", openapi_extra=json_body(_SWITCH))
     async def switch_channel(request: Request, name: str) -> Response:
-        """Switch a debug channel on or off, for every conversation of this process."""
-        await api.permitted(request, "debug")
+        """Switch a debug channel on or off, for every conversation on every node, until it is switched again."""
+        principal = await api.permitted(request, "debug")
         wanted = await api.body(request, _SWITCH)
-        broker.catalog.switch(name, on=wanted.enabled)
-        return json_response({"channel": name, "enabled": wanted.enabled})
+        return json_response(await broker.overview.switch(name, on=wanted.enabled, by=principal.subject))
+
+    @router.delete("/channels/{name}")
+    async def withdraw_switch(request: Request, name: str) -> Response:
+        """Forget how a debug channel was switched: each node's own setting holds again."""
+        principal = await api.permitted(request, "debug")
+        return json_response(await broker.overview.switch(name, on=None, by=principal.subject))
 
     return router
 

@@ -294,8 +294,11 @@ async def test_credentials_are_asked_for_where_auth_is_configured(tmp_path: Path
             assert problem(await reader.post("/chat", json={"prompt": "x", "conv_id": "private"}))[0] == 403
             assert problem(await publish(reader, "private"))[0] == 403
             assert problem(await reader.delete("/api/conversations/private"))[0] == 403
-            for path in ("conversations", "connections", "plugins", "turns?conv_id=c1"):
+            for path in ("conversations", "connections", "nodes", "runs", "channels", "plugins", "turns?conv_id=c1"):
                 assert problem(await reader.get(f"/api/debug/{path}")) == (403, "not-permitted")
+            trace = "/api/debug/channels/debug.trace"
+            assert problem(await reader.post(trace, json={"enabled": True})) == (403, "not-permitted")
+            assert problem(await reader.delete(trace)) == (403, "not-permitted")
         async with connect(app, authorization="Bearer operator") as operator:
             assert (await operator.get("/api/timeline?conv_id=private")).status_code == 200
             assert (await operator.get("/api/debug/plugins")).json()["plugins"][0]["hooks"]
@@ -305,13 +308,45 @@ async def test_operators_see_conversations_turns_and_switch_channels(client: htt
     await publish(client)
     seen = (await client.get("/api/debug/conversations")).json()["conversations"]
     assert [one["convId"] for one in seen] == ["c1"]
-    assert (await client.get("/api/debug/connections")).json() == {"connections": []}
+    connected = (await client.get("/api/debug/connections")).json()
+    assert (connected["connections"], connected["total"], connected["complete"]) == ([], 0, True)
     assert (await client.get("/api/debug/turns?conv_id=c1")).json() == {"turns": []}
     assert problem(await client.get("/api/debug/turns/none?conv_id=c1")) == (404, "not-found")
-    off = await client.post("/api/debug/channels/debug.trace", json={"enabled": False})
-    assert off.json() == {"channel": "debug.trace", "enabled": False}
+    off = (await client.post("/api/debug/channels/debug.trace", json={"enabled": False})).json()
+    assert (off["channel"], off["enabled"], off["source"], off["by"]) == ("debug.trace", False, "switched", "local")
+    again = (await client.post("/api/debug/channels/debug.trace", json={"enabled": False})).json()
+    assert again == off, "it has been off since the first time"
+    listed = (await client.get("/api/debug/channels")).json()["channels"]
+    assert [one["channel"] for one in listed] == ["debug.trace", "debug.turn_snapshot"]
+    assert listed[0] == off
+    withdrawn = (await client.delete("/api/debug/channels/debug.trace")).json()
+    assert (withdrawn["enabled"], withdrawn["source"], withdrawn["sinceMs"]) == (True, "setting", None)
     assert problem(await client.post("/api/debug/channels/nope", json={"enabled": True})) == (400, "unknown-channel")
     assert problem(await client.post("/api/debug/channels/sem", json={"enabled": False}))[0] == 400
+
+
+async def test_operators_see_the_one_node_and_its_runs(client: httpx.AsyncClient, echo: EchoPlugin) -> None:
+    echo.engine.go.clear()
+    await client.post("/chat", json={"prompt": "first", "conv_id": "c1"})
+    await client.post("/chat", json={"prompt": "second", "conv_id": "c1"})
+    answer = (await client.get("/api/debug/nodes")).json()
+    (node,) = answer["nodes"]
+    assert answer["askedNode"] == node["node"]
+    assert (node["state"], node["runs"], node["conversations"], node["lag"]["ms"]) == ("ready", 1, 1, 0)
+    assert int(node["position"]) > 0
+    found = (await client.get("/api/debug/runs")).json()
+    assert {(run["status"], run["node"]) for run in found["runs"]} == {("running", node["node"]), ("queued", node["node"])}
+    assert found["runs"][0]["sinceMs"] <= found["runs"][1]["sinceMs"]
+    one = (await client.get("/api/debug/runs?status=queued&limit=1")).json()
+    assert (one["total"], one["runs"]) == (1, [run for run in found["runs"] if run["status"] == "queued"])
+    assert len((await client.get("/api/debug/runs?limit=1")).json()["runs"]) == 1
+    assert (await client.get("/api/debug/runs?node=nobody")).json() == {"runs": [], "total": 0}
+    assert (await client.get("/api/debug/runs?conv_id=c2")).json()["total"] == 0
+    assert problem(await client.get("/api/debug/runs?status=walking")) == (400, "invalid-input")
+    assert problem(await client.get("/api/debug/connections?status=walking")) == (400, "invalid-input")
+    assert problem(await client.get("/api/debug/connections?node=nobody")) == (404, "not-found")
+    assert problem(await client.get("/api/debug/connections?limit=1001"))[0] == 422
+    echo.engine.go.set()
 
 
 async def test_foreign_pages_are_refused_whatever_they_ask(client: httpx.AsyncClient) -> None:
