@@ -105,7 +105,7 @@ def test_the_commands_for_one_process(start_broker: Start, tmp_path: Path) -> No
     assert "user.message" in printed
     assert "no such shape" in printed
     assert "1 dead letters: ok" in printed
-    assert re.search(r"^debug\.trace +on +0\.\d s +local$", printed, re.M)
+    assert re.search(r"^debug\.trace +on +\d+\.\d s +local$", printed, re.M)
     assert re.search(r"^debug\.trace +on +start +setting$", printed, re.M), "default: as the flag says"
     with HttpClient(broker.url) as client:
         assert client.http.get("/api/timeline?conv_id=c9").json()["entities"] == []

@@ -93,7 +93,17 @@ class Process:
     """
 
     WRITES = frozenset(
-        {"prepare", "discard", "claim", "update", "decide", "move_to_front", "save_conversation", "save_opaque", "publish"}
+        {
+            "prepare",
+            "discard",
+            "claim",
+            "update",
+            "decide",
+            "move_to_front",
+            "save_conversation",
+            "save_opaque",
+            "publish",
+        }
     )
 
     def __init__(self, die_at: int | None = None) -> None:

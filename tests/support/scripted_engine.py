@@ -108,9 +108,7 @@ class EnginePlugin:
     ) -> None:
         self.engine = engine or ScriptedEngine()
         self._tools = list(tools)
-        self._profiles = list(
-            profiles or [EngineProfile("scripted", "scripted", tools=[tool.name for tool in tools])]
-        )
+        self._profiles = list(profiles or [EngineProfile("scripted", "scripted", tools=[tool.name for tool in tools])])
         self.built: list[EnginePlan] = []
         self.phases: list[str] = []
         self.ended: list[Any] = []

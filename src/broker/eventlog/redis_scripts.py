@@ -7,6 +7,8 @@ Per conversation, all in one slot (`chat:{conv_id}` is its topic):
     chat:{c}:keys       sorted set of `dedupe key NUL entry ID` of retained entries, by name
     chat:{c}:append:N   what node N's newest append got, for a minute: a repetition after a lost reply gets the same
 
+An announcement is a hint: one that the server refuses does not undo what was written (`pcall`).
+
 IDs are handled as text or as their two halves: as one number they would not fit Lua's 53 bits.
 """
 
@@ -22,7 +24,7 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 # KEYS stream, log, keys, append, run-state.
 # ARGV: append id, deadline (ms, server's clock), clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
-#       then per envelope: type, id, channel, time_ms, dedupe key, data.
+#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each.
 # Reply: `ok <now> <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `late <now>`, `new <now>`,
 #       `fenced <now>`: then nothing was done.
 APPEND = Script(
@@ -50,8 +52,13 @@ local ms, n = parts(head)
 local clock = ARGV[3] == '' and now or tonumber(ARGV[3])
 local reply = {'ok', now_text, epoch, head}
 local size, fresh = 0, false
-for at = 9, #ARGV, 6 do
-  local key = ARGV[at + 4]
+local packed, at = ARGV[9], 1
+local function take(length) at = at + length return string.sub(packed, at - length, at - 1) end
+while at <= #packed do
+  local t, i, c, m, k, d
+  t, i, c, m, k, d, at = struct.unpack('>I4I4I4I4I4I4', packed, at)
+  t, i, c, m = take(t), take(i), take(c), take(m)
+  local key, data = take(k), take(d)
   local known
   if key ~= '' then
     local from = key .. '\\0'
@@ -64,10 +71,9 @@ for at = 9, #ARGV, 6 do
   else
     if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
     local id = text(ms, n)
-    redis.call('XADD', KEYS[1], id, 't', ARGV[at], 'i', ARGV[at + 1], 'c', ARGV[at + 2], 'm', ARGV[at + 3],
-      'k', key, 'd', ARGV[at + 5])
+    redis.call('XADD', KEYS[1], id, 't', t, 'i', i, 'c', c, 'm', m, 'k', key, 'd', data)
     if key ~= '' then redis.call('ZADD', KEYS[3], 0, key .. '\\0' .. id) end
-    size = size + #ARGV[at] + #ARGV[at + 1] + #ARGV[at + 2] + #ARGV[at + 5]
+    size = size + #t + #i + #c + #data
     reply[#reply + 1] = id
     fresh = true
   end
@@ -78,7 +84,7 @@ if fresh then
   local last = text(ms, n)
   redis.call('HSET', KEYS[2], 'epoch', epoch, 'head', last)
   redis.call('HINCRBY', KEYS[2], 'bytes', size)
-  redis.call(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
+  redis.pcall(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
 end
 return answer
 """
@@ -181,7 +187,7 @@ ERASE = Script(
     """
 local existed = redis.call('EXISTS', KEYS[2])
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
-if existed == 1 then redis.call(ARGV[1], ARGV[2], 'erased') end
+if existed == 1 then redis.pcall(ARGV[1], ARGV[2], 'erased') end
 return existed
 """
 )

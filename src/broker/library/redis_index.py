@@ -22,8 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from broker.library.store import Found
 from broker.redis_connection import RedisConnection
-from broker.redis_resp import Command
-from broker.redis_script import Script
+from broker.redis_script import Command, Script
 from broker.sequence import MAX_SEQ
 
 SHARDS = 64
