@@ -114,8 +114,13 @@ class TcpProxy:
                 return False
             return True
 
+        async def hold(data: bytes) -> None:
+            if self._late is not None and self._late in data:
+                self.delayed += 1
+                await asyncio.sleep(self._late_s)
+
         if self._pushes is None:
-            await self._pump(reader, writer, pass_on)
+            await self._pump(reader, writer, pass_on, hold)
             return
         replies, pushes = Replies(), self._pushes
 
@@ -125,13 +130,6 @@ class TcpProxy:
             return False
 
         await self._pump(reader, writer, mangle)
-
-        async def hold(data: bytes) -> None:
-            if self._late is not None and self._late in data:
-                self.delayed += 1
-                await asyncio.sleep(self._late_s)
-
-        await self._pump(reader, writer, pass_on, hold)
 
     def _note(self, data: bytes, swallowing: asyncio.Event) -> bool:
         if self._marker is not None and self._marker in data:
