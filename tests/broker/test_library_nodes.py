@@ -154,12 +154,16 @@ async def test_what_another_node_saves_while_a_conversation_is_erased_does_not_s
 ) -> None:
     async with Core(redis_url) as one, Core(redis_url, timeline_flush_interval_s=3600.0) as two:
         await two.connect("c")
-        await say(two, "c", "saved in between")
+        await say(two, "c", "saved before")
         erase = one.broker.log.erase
 
-        async def save_then_erase(conv_id: str) -> None:
+        async def noted() -> bool:
             await two.broker.housekeeping.save(two.broker.conversations.all(), everything=True)
-            assert await one.broker.stores.library.entries(["c"])
+            return bool(await one.broker.stores.library.entries(["c"]))
+
+        async def save_then_erase(conv_id: str) -> None:
+            await say(two, "c", "saved in between", "u2")
+            await until_async(noted)
             await erase(conv_id)
 
         monkeypatch.setattr(one.broker.log, "erase", save_then_erase)

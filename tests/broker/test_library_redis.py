@@ -332,7 +332,7 @@ async def test_any_search_finds_what_the_one_in_memory_finds(
     words = [f"{a}{b}" for a in ("al", "be", "ga", "de") for b in ("pha", "ta", "mma", "lta", "xyz")]
     memory = MemoryLibraryStore()
     messages = [
-        message(f"c{rng.randrange(400)}", rng.randrange(1, 150), " ".join(rng.sample(words, rng.randrange(1, 5))))
+        message(f"c{rng.randrange(400)}", rng.randrange(1, 40), " ".join(rng.sample(words, rng.randrange(1, 5))))
         for _ in range(700)
     ]
     titles = {f"c{rng.randrange(400)}": " ".join(rng.sample(words, 2)) for _ in range(60)}
@@ -364,3 +364,18 @@ async def test_any_search_finds_what_the_one_in_memory_finds(
         assert pages == expected
     if most == 100:
         assert short_pages, "the bound was reached"
+
+
+async def test_a_rare_word_of_conversations_that_share_a_seq_is_found_on_one_page(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a shard answers with at a time, and gone through by the word: none of them may be left behind."""
+    monkeypatch.setattr(redis_index, "SHARDS", 1)
+    await node.library.note({}, [message(f"other{n}", 10 + n, "hay") for n in range(400)])
+    needles = {f"c{n:02d}" for n in range(20)}
+    await node.library.note({}, [message(conv_id, 5, "needle") for conv_id in needles])
+    await node.library.note({}, [message("older", 4, "needle")])
+    page = await node.library.search(["needle"], before_seq=None, limit=1)
+    assert ({conv_id for conv_id, _ in page.conversations}, page.before) == (needles, 5)
+    last = await node.library.search(["needle"], before_seq=5, limit=1)
+    assert last.conversations == [("older", 4)]
