@@ -37,7 +37,7 @@ def register_event_types():
 
 @hookimpl
 def register_timeline_handlers():
-    return [TimelineHandler("poison.taken", lambda envelope: ("p1",), fold)]
+    return [TimelineHandler("poison.taken", fold)]
 """
 
 
