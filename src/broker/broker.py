@@ -72,6 +72,7 @@ class ConversationWSBroker:
         self._ready = asyncio.Event()
         self._start_problem: str | None = None
         self._checks_drafts = self.plugins.has("check_draft")
+        self._max_envelope_bytes = settings.max_envelope_bytes
         self._pool = pool
         self._refuse_kinds = {name for name, channel in self.catalog.channels.items() if channel.kind == "state"}
         self._always_on = {
@@ -257,15 +258,20 @@ class ConversationWSBroker:
         """
         if self.draining and not self.runs.active:
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
-        envelopes = [self._seal(conv_id, draft) for draft in drafts]
-        if times_ms is not None:
-            for envelope, time_ms in zip(envelopes, times_ms, strict=False):
-                if envelope is not None:
-                    envelope.time_ms = time_ms
-        live = [envelope for envelope in envelopes if envelope is not None]
+        live: list[Envelope] = []
+        dropped: list[int] = []  # places in `drafts`
+        seal = self._seal
+        for draft in drafts:
+            envelope = seal(conv_id, draft)
+            if envelope is None:
+                dropped.append(len(live) + len(dropped))
+                continue
+            if times_ms is not None:
+                envelope.time_ms = times_ms[len(live) + len(dropped)]
+            live.append(envelope)
         if not live:
             check_conv_id(conv_id)
-            return [0] * len(envelopes)
+            return [0] * len(dropped)
         conversation = self.conversations.get(conv_id)
         if conversation is None or conversation.opened is not None:
             conversation = await self.conversations.open(conv_id)
@@ -278,10 +284,9 @@ class ConversationWSBroker:
         finally:
             conversation.holds -= 1
             conversation.last_active_s = self.clock.monotonic_s()
-        if len(live) == len(envelopes):
-            return seqs
-        given = iter(seqs)
-        return [next(given) if envelope is not None else 0 for envelope in envelopes]
+        for place in dropped:
+            seqs.insert(place, 0)
+        return seqs
 
     async def _publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
         return await self.publish(conv_id, drafts, fence=fence)
@@ -299,14 +304,8 @@ class ConversationWSBroker:
                 )
             if not self.catalog.is_on(channel):
                 return None
-        return seal(
-            conv_id,
-            draft,
-            channel=name,
-            id=draft.id if draft.id is not None else uuid.uuid4().hex,
-            time_ms=self.clock.wall_ms(),
-            max_bytes=self.settings.max_envelope_bytes,
-        )
+        id = draft.id if draft.id is not None else uuid.uuid4().hex
+        return seal(conv_id, draft, name, id, self.clock.wall_ms(), self._max_envelope_bytes)
 
     def _committed(self, batches: list[Committed]) -> None:
         self._coordinator.on_committed(batches)

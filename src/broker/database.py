@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar
 
 from broker.database_jobs import Call, Calls, TraceErasers
 from broker.errors import ForeignDatabase, StoreUnavailable
-from broker.group_commit import GroupCommitWriter, Job
+from broker.group_commit import GroupCommitWriter, Job, Outcomes
 from broker.sqlite_file import ProcessLock, check_ours, check_place, connect, store_error
 from broker.sqlite_schema import Schema
 
@@ -187,15 +187,10 @@ class Database:
         what it wrote is undone and its exception comes out here; it may then have been called twice. Raises
         StoreUnavailable when the file cannot be written: nothing was. Cancelling does not undo what is queued.
         """
-        result: T = await self.submit(Call(self._calls, self.new_future(), fn))
+        result: T = await self.submit(Call(self._calls, fn))
         return result
 
-    def new_future(self) -> asyncio.Future[Any]:
-        """Return a future for a job. Raises StoreUnavailable when the database is not open."""
-        return self._running_loop().create_future()
-
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        # Kept from open(): asking asyncio costs a system call on Python 3.11, once per publish.
         if self._loop is None:
             raise self._not_open()
         return self._loop
@@ -208,31 +203,33 @@ class Database:
 
         Only the awaiting waits while too much is pending. Raises StoreUnavailable when the database is not open.
         """
-        if self._waiting or self._is_full():
+        if self._waiting or self._pending_jobs >= MAX_PENDING_JOBS or self._pending_bytes >= MAX_PENDING_BYTES:
             return self._submit_when_possible(job)
-        self._enqueue(job)
-        return job.future
+        return self._enqueue(job)
 
     async def _submit_when_possible(self, job: Job) -> Any:
-        turn: asyncio.Future[None] = self.new_future()
+        turn: asyncio.Future[None] = self._running_loop().create_future()
         self._waiting.append((turn, job.size_bytes))
         try:
             await turn
         except asyncio.CancelledError:
             self._admit_waiting()  # the turn may have been given already: pass it on
             raise
-        self._enqueue(job)
-        return await job.future
+        return await self._enqueue(job)
 
-    def _enqueue(self, job: Job) -> None:
-        if self._state != "open":
+    def _enqueue(self, job: Job) -> asyncio.Future[Any]:
+        # The loop is kept from open(): asking asyncio costs a system call on Python 3.11, once per publish.
+        loop = self._loop
+        if loop is None or self._state != "open":
             raise self._not_open()
         self._pending_jobs += 1
         self._pending_bytes += job.size_bytes
         # What is published in one turn of the loop goes over in one piece: the writer wakes once, not per job.
         if not self._outbox:
-            self._running_loop().call_soon(self._flush_outbox)
+            loop.call_soon(self._flush_outbox)
         self._outbox.append(job)
+        future = job.future = loop.create_future()
+        return future
 
     def _flush_outbox(self) -> None:
         if self._outbox and self._writer is not None:
@@ -258,35 +255,31 @@ class Database:
         Reads the whole file while writers wait: about 1 s per GB that the system has in memory. Raises
         StoreUnavailable when a reader or another process keeps it from happening.
         """
-        await self.submit(Job(self._trace_erasers, self.new_future()))
+        await self.submit(Job(self._trace_erasers))
 
     @property
     def pending_jobs(self) -> int:
         """How many writes are queued or being committed."""
         return self._pending_jobs
 
-    def _is_full(self) -> bool:
-        return self._pending_jobs >= MAX_PENDING_JOBS or self._pending_bytes >= MAX_PENDING_BYTES
-
-    def _deliver(self, batch: list[Job]) -> None:
+    def _deliver(self, batch: list[Job], size_bytes: int, outcomes: Outcomes) -> None:
         """Hand on what one commit made durable: first to the runners, then to those who wait for it."""
-        by_runner: dict[int, list[Job]] = {}
-        for job in batch:
-            if job.error is None:
-                by_runner.setdefault(id(job.runner), []).append(job)
-        for jobs in by_runner.values():
+        for runner, outcome in outcomes:
             try:
-                jobs[0].runner.committed(jobs)
+                runner.committed(outcome)
             except Exception:
                 logger.exception("database %s: a listener failed after the commit", self.path)
+        self._pending_jobs -= len(batch)
+        self._pending_bytes -= size_bytes
         for job in batch:
-            self._pending_jobs -= 1
-            self._pending_bytes -= job.size_bytes
-            if not job.future.done():
-                if job.error is None:
-                    job.future.set_result(job.result)
-                else:
-                    job.future.set_exception(job.error)
+            future = job.future
+            if job.error is None:
+                if not future.done():
+                    future.set_result(job.result)
+                continue
+            job.undone()
+            if not future.done():
+                future.set_exception(job.error)
         if self._waiting:
             self._admit_waiting()
 

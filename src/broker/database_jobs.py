@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ class Call(Job):
 
     __slots__ = ("fn",)
 
-    def __init__(self, runner: Runner, future: asyncio.Future[Any], fn: Callable[[sqlite3.Connection], object]) -> None:
-        super().__init__(runner, future)
+    def __init__(self, runner: Runner, fn: Callable[[sqlite3.Connection], object]) -> None:
+        super().__init__(runner)
         self.fn = fn
 
 
@@ -33,7 +32,7 @@ class Calls:
             assert isinstance(job, Call)
             job.result = job.fn(connection)
 
-    def committed(self, jobs: Sequence[Job]) -> None:
+    def committed(self, outcome: Any) -> None:
         pass
 
 
@@ -73,7 +72,7 @@ class TraceErasers:
             # The page cache still has the pages as they were, and would write them so at the next change.
             connection.execute("PRAGMA shrink_memory")
 
-    def committed(self, jobs: Sequence[Job]) -> None:
+    def committed(self, outcome: Any) -> None:
         pass
 
     def close(self) -> None:

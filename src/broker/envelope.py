@@ -52,7 +52,7 @@ def check_channel_name(name: object) -> str:
 
 def check_event_type(name: object) -> str:
     """Return `name` if it is a legal event type (dotted lower-case words), else raise InvalidDraft."""
-    if isinstance(name, str) and (name in _KNOWN_TYPES or _TYPE.match(name)):
+    if isinstance(name, str) and _TYPE.match(name):
         if len(_KNOWN_TYPES) >= _KNOWN_TYPES_MAX:  # types come from outside too: bounded
             _KNOWN_TYPES.clear()
         _KNOWN_TYPES.add(name)
@@ -146,24 +146,28 @@ def encode_json(value: object) -> bytes:
         raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {shown(value)}") from exc
 
 
-def seal(conv_id: str, draft: Draft, *, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
+def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
     """Check and encode a draft: the last moment at which it can be refused for its form.
 
     Raises InvalidDraft for an illegal type, id, channel or data, and for more than `max_bytes` of encoded data.
     """
-    check_event_type(draft.type)
-    if not isinstance(draft.data, dict) and not isinstance(draft.data, Mapping):  # asking an ABC takes longer
-        raise InvalidDraft(f"data of {draft.type} is {shown(draft.data)}: an object is required")
+    type, data = draft.type, draft.data
+    if type not in _KNOWN_TYPES:
+        check_event_type(type)
+    if not isinstance(data, dict):
+        if not isinstance(data, Mapping):  # second: asking an ABC takes longer
+            raise InvalidDraft(f"data of {type} is {shown(data)}: an object is required")
+        data = dict(data)
     if not id or len(id) > MAX_ID_CHARS or not id.isprintable():
         raise InvalidDraft(f"id {shown(id)} is not usable: 1 to {MAX_ID_CHARS} printable characters")
-    data = draft.data if isinstance(draft.data, dict) else dict(draft.data)
     data_json = encode_json(data)
-    if len(data_json) > 2 * _NESTING_MAX and data_json.count(b"{") + data_json.count(b"[") > _NESTING_MAX:
+    size = len(data_json)
+    if size > 2 * _NESTING_MAX and data_json.count(b"{") + data_json.count(b"[") > _NESTING_MAX:
         encode_json([[[[[[[[data]]]]]]]])  # with room for what stands around it in an upsert, a page, an export
-    if len(data_json) > max_bytes:
+    if size > max_bytes:
         raise InvalidDraft(
-            f"data of {draft.type} has {len(data_json)} bytes, the limit is {max_bytes}: send it in parts or by reference",
+            f"data of {type} has {size} bytes, the limit is {max_bytes}: send it in parts or by reference",
             limit=max_bytes,
-            actual=len(data_json),
+            actual=size,
         )
-    return Envelope(conv_id, draft.type, id, channel, data_json, time_ms, dedupe_key=draft.dedupe_key)
+    return Envelope(conv_id, type, id, channel, data_json, time_ms, 0, None, draft.dedupe_key)

@@ -12,6 +12,8 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -19,6 +21,8 @@ from broker.errors import StoreError
 from broker.sqlite_file import concerns_whole_file, store_error
 
 logger = logging.getLogger(__name__)
+
+_runner_of = attrgetter("runner")
 
 MAX_BATCH_JOBS = 1024
 MAX_BATCH_BYTES = 4 * 1024 * 1024  # a batch is also what an error throws back and what the page cache has to hold
@@ -34,26 +38,43 @@ class Runner(Protocol):
     transactional: bool
     """Whether jobs run inside the batch's transaction. Where not (a checkpoint), they run without other runners'."""
 
-    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
-        """Run `jobs` on the writer thread and set their `result`. May be called again after a rollback."""
+    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> object:
+        """Run `jobs` on the writer thread and set their `result`. May be called again after a rollback.
+
+        What it returns is handed to `committed`; None where there is nothing to tell.
+        """
         ...
 
-    def committed(self, jobs: Sequence[Job]) -> None:
-        """Called on the event loop after the commit, in commit order, before the jobs' futures are resolved."""
+    def committed(self, outcome: Any) -> None:
+        """Called on the event loop after the commit, in commit order, before the jobs' futures are resolved.
+
+        outcome: what `run_batch` returned. Not called for None.
+        """
         ...
+
+
+Outcomes = list[tuple[Runner, object]]
+"""What a batch's runners have to tell, each with what it returned."""
 
 
 class Job:
-    """One piece of work for the writer. A runner may bring its own subclass with what it needs."""
+    """One piece of work for the writer. A runner may bring its own subclass with what it needs.
+
+    future: made when the job is queued (`Database.submit`).
+    """
 
     __slots__ = ("error", "future", "result", "runner", "size_bytes")
 
-    def __init__(self, runner: Runner, future: asyncio.Future[Any], size_bytes: int = 0) -> None:
+    future: asyncio.Future[Any]
+
+    def __init__(self, runner: Runner, size_bytes: int = 0) -> None:
         self.runner = runner
-        self.future = future
         self.size_bytes = size_bytes
         self.result: Any = None
         self.error: BaseException | None = None
+
+    def undone(self) -> None:
+        """Called on the event loop when nothing of the job was kept, before its future gets the error."""
 
 
 class GroupCommitWriter:
@@ -64,11 +85,12 @@ class GroupCommitWriter:
         connection: sqlite3.Connection,
         path: str,
         *,
-        deliver: Callable[[list[Job]], None],
+        deliver: Callable[[list[Job], int, Outcomes], None],
         on_rollback: Callable[[], None],
         on_stopped: Callable[[], None],
     ) -> None:
-        """deliver, on_stopped: called on the running event loop. on_rollback: called on the writer thread."""
+        """deliver: called with a batch, its size in bytes and its outcomes. It and on_stopped are called on the running
+        event loop; on_rollback on the writer thread."""
         self._connection = connection
         self._path = path
         self._deliver = deliver
@@ -97,10 +119,9 @@ class GroupCommitWriter:
         stopping = False
         while not stopping or self._backlog:
             stopping = self._take_pending(wait=not self._backlog and not stopping) or stopping
-            batch = self._next_batch()
+            batch, size_bytes = self._next_batch()
             if batch:
-                self._execute(batch)
-                self._post(self._deliver, batch)
+                self._post(self._deliver, batch, size_bytes, self._execute(batch))
         self._post(self._on_stopped)
 
     def _take_pending(self, *, wait: bool) -> bool:
@@ -114,58 +135,80 @@ class GroupCommitWriter:
             return False
         return True
 
-    def _next_batch(self) -> list[Job]:
-        """Take the next jobs that run together: transactional ones, or neighbours of one runner that is not."""
+    def _next_batch(self) -> tuple[list[Job], int]:
+        """Take the next jobs that run together: transactional ones, or neighbours of one runner that is not.
+
+        Return them and their size in bytes.
+        """
+        backlog = self._backlog
         batch: list[Job] = []
         size = 0
-        while self._backlog and len(batch) < MAX_BATCH_JOBS and size < MAX_BATCH_BYTES:
-            job = self._backlog[0]
-            alone = not (job.runner.transactional and (not batch or batch[0].runner.transactional))
-            if batch and alone and job.runner is not batch[0].runner:
-                break
-            batch.append(self._backlog.popleft())
+        runner: Runner | None = None  # the last job's: neighbours mostly have the same
+        while backlog and len(batch) < MAX_BATCH_JOBS and size < MAX_BATCH_BYTES:
+            job = backlog[0]
+            if job.runner is not runner:
+                if runner is not None and not (runner.transactional and job.runner.transactional):
+                    break
+                runner = job.runner
+            batch.append(backlog.popleft())
             size += job.size_bytes
-        return batch
+        return batch, size
 
-    def _execute(self, batch: list[Job]) -> None:
-        """Run a batch all or nothing; a job that is at fault itself is singled out by running them one by one."""
-        error = self._attempt(batch, self._run_fused)
+    def _execute(self, batch: list[Job]) -> Outcomes:
+        """Run a batch all or nothing; a job that is at fault itself is singled out by running them one by one.
+
+        Return what was committed has to be told of.
+        """
+        outcomes: Outcomes = []
+        error = self._attempt(batch, outcomes, self._run_fused)
         if error is None:
-            return
+            return outcomes
         if len(batch) > 1 and batch[0].runner.transactional and not concerns_whole_file(error):
-            error = self._attempt(batch, self._run_each)
+            error = self._attempt(batch, outcomes, self._run_each)
             if error is None:
-                return
+                return outcomes
         for job in batch:
             job.result = None
             job.error = self._as_raised(error)
+        return outcomes
 
-    def _attempt(self, batch: list[Job], run: Callable[[list[Job]], None]) -> BaseException | None:
+    def _attempt(
+        self, batch: list[Job], outcomes: Outcomes, run: Callable[[list[Job], Outcomes], None]
+    ) -> BaseException | None:
         transactional = batch[0].runner.transactional
         try:
             if transactional:
                 self._connection.execute("BEGIN IMMEDIATE")
-            run(batch)
+            run(batch, outcomes)
             if transactional:
                 self._connection.execute("COMMIT")
         except BaseException as exc:  # the thread must outlive anything a job does
+            outcomes.clear()
             self._roll_back("ROLLBACK")
             return exc
         return None
 
-    def _run_fused(self, batch: list[Job]) -> None:
-        by_runner: dict[int, list[Job]] = {}
-        for job in batch:
-            by_runner.setdefault(id(job.runner), []).append(job)
-        for jobs in by_runner.values():
-            jobs[0].runner.run_batch(self._connection, jobs)
+    def _run_fused(self, batch: list[Job], outcomes: Outcomes) -> None:
+        by_runner: dict[Runner, list[Job]] = {}
+        for runner, jobs in groupby(batch, _runner_of):
+            known = by_runner.get(runner)
+            if known is None:
+                by_runner[runner] = list(jobs)
+            else:
+                known.extend(jobs)
+        for runner, mine in by_runner.items():
+            outcome = runner.run_batch(self._connection, mine)
+            if outcome is not None:
+                outcomes.append((runner, outcome))
 
-    def _run_each(self, batch: list[Job]) -> None:
+    def _run_each(self, batch: list[Job], outcomes: Outcomes) -> None:
         for job in batch:
             job.error = None
             self._connection.execute("SAVEPOINT one_job")
             try:
-                job.runner.run_batch(self._connection, [job])
+                outcome = job.runner.run_batch(self._connection, [job])
+                if outcome is not None:
+                    outcomes.append((job.runner, outcome))
             except BaseException as exc:
                 # SQLite itself may have ended the transaction; then nothing of the batch can be kept.
                 if concerns_whole_file(exc) or not self._connection.in_transaction:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from broker.envelope import Draft
 
-PublishMany = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
+PublishMany = Callable[[str, Sequence[Draft]], Coroutine[Any, Any, list[int]]]
 
 
 class Publisher:
@@ -36,9 +36,9 @@ class Publisher:
         seqs = await self._publish(self.conv_id, (Draft(type, data, id, channel, dedupe_key),))
         return seqs[0]
 
-    async def publish_many(self, drafts: Sequence[Draft]) -> list[int]:
-        """Publish several, all or none, with neighbouring places in the conversation; return their seqs.
+    def publish_many(self, drafts: Sequence[Draft]) -> Coroutine[Any, Any, list[int]]:
+        """Publish several, all or none, with neighbouring places in the conversation; await their seqs.
 
         A draft for a debug channel that is switched off is dropped; its seq is 0.
         """
-        return await self._publish(self.conv_id, drafts)
+        return self._publish(self.conv_id, drafts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -126,8 +126,11 @@ class EventLog(Protocol):
         """Finish pending appends and release the store."""
         ...
 
-    async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
-        """Give each envelope its seq (in place), store all or none, return the seqs in the same order.
+    def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> Awaitable[list[int]]:
+        """Give each envelope its seq (in place), store all or none; await the seqs in the same order.
+
+        The sequence belongs to the log from here on. Each result is to be awaited: an append may begin at the call or
+        only then, and when it fails, the awaiting raises.
 
         An envelope whose `dedupe_key` is already in the conversation's retained log is not stored again: the first
         one's seq is returned in its place and the sink does not see it.

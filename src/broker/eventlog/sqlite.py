@@ -8,7 +8,7 @@ integer (`conv`) in there; their ids are in `conversation` alone.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 import orjson
 
@@ -65,21 +65,14 @@ class SqliteEventLog:
     async def close(self) -> None:
         await self._database.flush()
 
-    async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
-        if not envelopes:
-            return []
-        mine = list(envelopes)
-        size_bytes = len(mine[0].data_json)
-        if len(mine) > 1:
-            size_bytes = sum([len(envelope.data_json) for envelope in mine])
-        append = Append(self._appends, self._database.new_future(), conv_id, mine, size_bytes)
-        try:
-            await self._database.submit(append)
-        except Exception:
-            for envelope in mine:
-                envelope.seq = 0
-            raise
-        return append.seqs
+    def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> Awaitable[list[int]]:
+        if len(envelopes) == 1:
+            size_bytes = len(envelopes[0].data_json)
+        elif envelopes:
+            size_bytes = sum([len(envelope.data_json) for envelope in envelopes])
+        else:
+            return _no_seqs()
+        return self._database.submit(Append(self._appends, conv_id, envelopes, size_bytes))
 
     async def state(self, conv_id: str) -> LogState:
         return await self._database.read(lambda connection: self._state(connection, conv_id)[1])
@@ -244,6 +237,10 @@ WHERE total >= ? LIMIT 1
 """
 _FIRST_SINCE = "SELECT seq FROM envelope WHERE conv = ? AND time_ms >= ? ORDER BY seq LIMIT 1"
 _LAST_BEFORE = "SELECT seq FROM envelope WHERE conv = ? AND seq < ? ORDER BY seq DESC LIMIT 1"
+
+
+async def _no_seqs() -> list[int]:
+    return []
 
 
 def _number(connection: sqlite3.Connection, statement: str, parameters: tuple[int, int]) -> int:

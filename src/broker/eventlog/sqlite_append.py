@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sqlite3
 from collections import OrderedDict
@@ -41,19 +40,21 @@ _UPSERT_HEADS = (
 
 
 class Append(Job):
-    """One append call. prev_seq, stored, seqs: filled in by the writer."""
+    """One append call. Its result are the seqs."""
 
-    __slots__ = ("conv_id", "envelopes", "prev_seq", "seqs", "stored")
+    __slots__ = ("conv_id", "envelopes")
 
-    def __init__(
-        self, runner: Appends, future: asyncio.Future[Any], conv_id: str, envelopes: list[Envelope], size_bytes: int
-    ) -> None:
-        super().__init__(runner, future, size_bytes)
+    def __init__(self, runner: Appends, conv_id: str, envelopes: Sequence[Envelope], size_bytes: int) -> None:
+        self.runner = runner  # all of Job's here: one call less per publish
+        self.size_bytes = size_bytes
+        self.result = None
+        self.error = None
         self.conv_id = conv_id
         self.envelopes = envelopes
-        self.prev_seq = 0
-        self.stored: list[Envelope] = []
-        self.seqs: list[int] = []
+
+    def undone(self) -> None:
+        for envelope in self.envelopes:
+            envelope.seq = 0
 
 
 @dataclass(slots=True)
@@ -133,71 +134,71 @@ class Appends:
         self._heads = heads
         self._clock = clock
 
-    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
-        appends = cast(Sequence[Append], jobs)
-        heads = self._heads.load(connection, {append.conv_id for append in appends})
-        now_ms = self._clock.wall_ms()
-        dedupe_keys: dict[tuple[int, str], int] = {}
-        rows: list[Any] = []
-        for append in appends:
-            head = heads.get(append.conv_id)
-            if head is None:
-                head = heads[append.conv_id] = self._heads.create(connection, append.conv_id)
-            _place(connection, append, head, now_ms, dedupe_keys, rows)
-        _execute_rows(connection, _INSERT_ENVELOPES, rows)
-        values: list[Any] = []
-        for head in heads.values():
-            values += (
-                head.conv, head.conv_id, head.generation, head.head_seq, head.trimmed_seq, head.count, head.bytes,
-            )  # fmt: skip
-        _execute_rows(connection, _UPSERT_HEADS, values)
-
-    def committed(self, jobs: Sequence[Job]) -> None:
-        by_conversation: dict[str, Committed] = {}
+    def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> list[Committed] | None:
+        by_conversation: dict[str, list[Append]] = {}
         for append in cast(Sequence[Append], jobs):
-            if append.stored:
-                known = by_conversation.get(append.conv_id)
-                if known is None:
-                    by_conversation[append.conv_id] = Committed(append.conv_id, append.prev_seq, append.stored)
-                else:
-                    known.envelopes += append.stored
-        if by_conversation and self.sink is not None:
-            self.sink(list(by_conversation.values()))
+            same = by_conversation.get(append.conv_id)
+            if same is None:
+                by_conversation[append.conv_id] = [append]
+            else:
+                same.append(append)
+        heads = self._heads.load(connection, by_conversation)
+        now_ms = self._clock.wall_ms()
+        rows: list[Any] = []
+        values: list[Any] = []
+        outcome: list[Committed] = []
+        for conv_id, appends in by_conversation.items():
+            head = heads.get(conv_id) or self._heads.create(connection, conv_id)
+            committed = Committed(conv_id, head.head_seq, [])
+            _place(connection, appends, head, now_ms, rows, committed.envelopes)
+            if committed.envelopes:
+                outcome.append(committed)
+                values += (
+                    head.conv, head.conv_id, head.generation, head.head_seq, head.trimmed_seq, head.count, head.bytes,
+                )  # fmt: skip
+        _execute_rows(connection, _INSERT_ENVELOPES, rows)
+        _execute_rows(connection, _UPSERT_HEADS, values)
+        return outcome or None
+
+    def committed(self, outcome: list[Committed]) -> None:
+        if self.sink is not None:
+            self.sink(outcome)
 
 
 def _place(
     connection: sqlite3.Connection,
-    append: Append,
+    appends: list[Append],
     head: Head,
     now_ms: int,
-    dedupe_keys: dict[tuple[int, str], int],
     rows: list[Any],
+    stored: list[Envelope],
 ) -> None:
-    """Give the envelopes of `append` their seqs and add the values of their rows to `rows`."""
-    append.prev_seq = head.head_seq
-    append.stored = []
-    append.seqs = []
-    for envelope in append.envelopes:
-        key = envelope.dedupe_key
-        if key is not None:
-            first = dedupe_keys.get((head.conv, key)) or _first_with_key(connection, head.conv, key)
-            if first:
-                envelope.seq = first
-                append.seqs.append(first)
-                continue
-        seq = head.head_seq = next_seq(head.head_seq, now_ms)
-        if key is not None:
-            dedupe_keys[head.conv, key] = seq
-        size = envelope.size_bytes
-        envelope.seq = seq
-        head.count += 1
-        head.bytes += size
-        append.seqs.append(seq)
-        append.stored.append(envelope)
-        rows += (
-            head.conv, seq, size, envelope.time_ms, envelope.type, envelope.id, envelope.channel, key,
-            envelope.data_json,
-        )  # fmt: skip
+    """Give the envelopes of one conversation their seqs; add their rows' values to `rows` and the new ones to `stored`."""
+    conv, seq = head.conv, next_seq(head.head_seq, now_ms) - 1  # one commit is one moment: from here they count on
+    dedupe_keys: dict[str, int] = {}
+    size_bytes = 0
+    for append in appends:
+        seqs = append.result = []
+        for envelope in append.envelopes:
+            key = envelope.dedupe_key
+            if key is not None:
+                first = dedupe_keys.get(key) or _first_with_key(connection, conv, key)
+                if first:
+                    envelope.seq = first
+                    seqs.append(first)
+                    continue
+                dedupe_keys[key] = seq + 1
+            type, id, channel, data = envelope.type, envelope.id, envelope.channel, envelope.data_json
+            size = len(data) + len(type) + len(id) + len(channel)  # size_bytes, without the call
+            envelope.seq = seq = seq + 1
+            size_bytes += size
+            seqs.append(seq)
+            stored.append(envelope)
+            rows += (conv, seq, size, envelope.time_ms, type, id, channel, key, data)
+    if stored:
+        head.head_seq = seq
+    head.count += len(stored)
+    head.bytes += size_bytes
 
 
 def _first_with_key(connection: sqlite3.Connection, conv: int, key: str) -> int:

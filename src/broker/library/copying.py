@@ -246,7 +246,7 @@ class Copier:
     def _sealed(self, conv_id: str, draft: Draft, time_ms: int) -> Envelope:
         channel = draft.channel or self._broker.catalog.channel_of(draft.type)
         limit = self._broker.settings.max_envelope_bytes
-        return seal(conv_id, draft, channel=channel, id=draft.id or "", time_ms=time_ms, max_bytes=limit)
+        return seal(conv_id, draft, channel, draft.id or "", time_ms, limit)
 
     async def _fill(self, entry: LibraryEntry, timed: Sequence[Timed]) -> LibraryEntry:
         """Publish what a new conversation consists of, all or nothing: until the end its entry says `pending`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Sequence
 from typing import Any, cast
@@ -66,8 +65,8 @@ class _Save(Job):
 
     __slots__ = ("parts",)
 
-    def __init__(self, runner: _Saves, future: asyncio.Future[Any], parts: list[_Part], size_bytes: int) -> None:
-        super().__init__(runner, future, size_bytes)
+    def __init__(self, runner: _Saves, parts: list[_Part], size_bytes: int) -> None:
+        super().__init__(runner, size_bytes)
         self.parts = parts
 
 
@@ -86,7 +85,7 @@ class _Saves:
                         "INSERT OR IGNORE INTO dead_letter VALUES (?, ?, ?, ?)", [(timeline, *row) for row in letters]
                     )
 
-    def committed(self, jobs: Sequence[Job]) -> None:
+    def committed(self, outcome: Any) -> None:
         pass
 
 
@@ -115,7 +114,7 @@ class SqliteTimelineStore:
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
             parts.append((save.conv_id, save.cursor, rows, letters))
         if parts:
-            await self._database.submit(_Save(self._saves, self._database.new_future(), parts, size))
+            await self._database.submit(_Save(self._saves, parts, size))
 
     async def cursor(self, conv_id: str) -> int:
         def cursor(connection: sqlite3.Connection) -> int:
