@@ -76,7 +76,9 @@ class StreamCoordinator:
     def _follows(self, conversation: Conversation, batch: Committed) -> bool:
         """Say whether a batch is the next stretch after the conversation's position and can be folded without reading."""
         timeline, envelopes = conversation.timeline, batch.envelopes
-        return batch.prev_seq <= timeline.position < envelopes[0].seq and not timeline.missing(envelopes)
+        return batch.prev_seq <= timeline.position < envelopes[0].seq and (
+            timeline.complete or not timeline.missing(envelopes)
+        )
 
     def _advance(self, conversation: Conversation) -> None:
         """Fold and dispatch the inbox as far as memory allows; leave the rest to a task."""

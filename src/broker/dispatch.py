@@ -89,7 +89,8 @@ class Dispatcher:
 
     def mark(self, conversation: Conversation) -> Mark:
         """Return where the conversation's live connections stand now."""
-        return Mark(conversation.position, conversation.timeline.shown_floor)
+        timeline = conversation.timeline
+        return Mark(timeline.position, timeline.shown_floor if timeline.pending else timeline.position)
 
     def dispatch(
         self, conversation: Conversation, envelopes: Sequence[Envelope], show: Sequence[Entity], before: Mark
@@ -104,15 +105,29 @@ class Dispatcher:
     def _to_audiences(
         self, conversation: Conversation, envelopes: Sequence[Envelope], show: Sequence[Entity], before: Mark
     ) -> None:
-        upserts = self._upserts(conversation, show)
+        upserts = self._upserts(conversation, show) if show else ()
+        channels = {envelope.channel for envelope in envelopes}
         built: dict[tuple[int, int], Message] = {}
+        whole: dict[int, list[Message]] = {}  # prev to messages, where a view showed all envelopes as they are
+        mark = before
         for audience in list(conversation.audiences.values()):
-            mark = Mark(before.position, before.state, audience.prev)
+            view, prev = audience.view, audience.prev
+            if mark.prev != prev:  # the others' are mostly the same
+                mark = Mark(before.position, before.state, prev)
             try:
-                # State before the events that made it: a connection that breaks in the middle of this write resumes
-                # after the last event it got, and must have the state up to there.
-                messages = self._state_messages(audience.view, upserts) if audience.view.state else []
-                messages.extend(self._event_messages(audience, envelopes, built))
+                shows_all = view.plain and channels <= view.channels
+                messages = whole.get(prev) if shows_all else None
+                if messages is None:
+                    messages = self._event_messages(audience, envelopes, built)
+                    if shows_all:
+                        whole[prev] = messages
+                else:
+                    audience.prev = envelopes[-1].seq
+                    audience.hidden = 0
+                if upserts and view.state:
+                    # State before the events that made it: a connection that breaks in the middle of this write resumes
+                    # after the last event it got, and must have the state up to there.
+                    messages = self._state_messages(view, upserts) + messages
                 if audience.hidden >= self._through_events:
                     messages.append(self._through(audience))
                 if messages:

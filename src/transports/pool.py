@@ -168,9 +168,10 @@ class ConnectionPool:
         if target is None:
             return
         self._broadcasts += 1
-        shard = target.shards[0]
+        shards = target.shards
+        shard = shards[0]
         if (
-            len(target.shards) == 1
+            len(shards) == 1
             and not target.kept
             and (self._written < self._writes_per_turn or shard.count <= self._small_group)
         ):
