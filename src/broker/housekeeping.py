@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 QUIET_CONVERSATIONS_PER_SWEEP = 100
 """How many conversations without new envelopes a sweep looks at for retention; the next one goes on from there."""
+TRIM_ASKED_AT_ONCE = 500
+"""Conversations per question to the log: some ms on SQLite's reader threads."""
 
 
 class Housekeeping:
@@ -151,28 +153,34 @@ class Housekeeping:
 
     async def _retain(self) -> None:
         written = {conversation.conv_id for conversation in self._conversations.take_written()}
-        for conv_id in written:
-            await self.trim(conv_id)
+        await self._trim_due(list(written))
         # The others take turns, also those that are open: what nobody adds to grows old all the same.
         quiet = await self._log.conversations(before_seq=self._quiet_before, limit=QUIET_CONVERSATIONS_PER_SWEEP)
         self._quiet_before = quiet[-1][1] if len(quiet) >= QUIET_CONVERSATIONS_PER_SWEEP else None
-        for conv_id, _ in quiet:
-            if conv_id not in written:
+        await self._trim_due([conv_id for conv_id, _ in quiet if conv_id not in written])
+
+    async def _trim_due(self, conv_ids: list[str]) -> None:
+        # Not one by one: asking for each of 10,000 conversations took a quarter of the time of a busy process.
+        for start in range(0, len(conv_ids), TRIM_ASKED_AT_ONCE):
+            for conv_id in await self._log.trim_due(conv_ids[start : start + TRIM_ASKED_AT_ONCE], **self._limits()):
                 await self.trim(conv_id)
+
+    def _limits(self) -> dict[str, int]:
+        """Return retention's limits as of now, as the log takes them."""
+        settings = self._settings
+        oldest_ms = self._clock.wall_ms() - int(settings.retention_age_s * 1000) if settings.retention_age_s else 0
+        return {
+            "max_count": settings.retention_count,
+            "max_bytes": settings.retention_bytes,
+            "min_time_ms": oldest_ms,
+        }
 
     async def trim(self, conv_id: str) -> int:
         """Apply retention to one conversation; return how many envelopes went.
 
         Never beyond what the stored timeline contains, so that the rest can always be folded over it.
         """
-        settings = self._settings
-        oldest_ms = self._clock.wall_ms() - int(settings.retention_age_s * 1000) if settings.retention_age_s else 0
-        through = await self._log.trim_candidate(
-            conv_id,
-            max_count=settings.retention_count,
-            max_bytes=settings.retention_bytes,
-            min_time_ms=oldest_ms,
-        )
+        through = await self._log.trim_candidate(conv_id, **self._limits())
         if not through:
             return 0
         conversation = self._conversations.get(conv_id)

@@ -1,7 +1,5 @@
 """The SQLite file: whose it is, one writer, group commit, reading, closing."""
 
-
-
 from __future__ import annotations
 
 import asyncio

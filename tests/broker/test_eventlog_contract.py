@@ -293,12 +293,24 @@ class TestTrim:
 
 class TestTrimCandidate:
     async def candidate(self, log: EventLog, *, count: int = 0, size: int = 0, min_time_ms: int = 0) -> int:
-        return await log.trim_candidate("c1", max_count=count, max_bytes=size, min_time_ms=min_time_ms)
+        limits = {"max_count": count, "max_bytes": size, "min_time_ms": min_time_ms}
+        through = await log.trim_candidate("c1", **limits)
+        assert await log.trim_due(["nope", "c1"], **limits) == (["c1"] if through else []), "both questions, one answer"
+        return through
 
     async def test_no_limit_trims_nothing(self, log: EventLog) -> None:
         await append(log, 5)
         assert await self.candidate(log) == 0
         assert await log.trim_candidate("nope", max_count=1, max_bytes=1, min_time_ms=1) == 0
+
+    async def test_many_are_asked_for_at_once(self, log: EventLog) -> None:
+        for number in range(6):
+            await append(log, number, f"c{number}")
+        asked = [f"c{number}" for number in range(6)]
+        due = await log.trim_due(asked, max_count=3, max_bytes=0, min_time_ms=0)
+        assert sorted(due) == ["c4", "c5"]
+        assert await log.trim_due(asked[:5], max_count=3, max_bytes=0, min_time_ms=0) == ["c4"]
+        assert await log.trim_due([], max_count=3, max_bytes=0, min_time_ms=0) == []
 
     async def test_by_count(self, log: EventLog) -> None:
         seqs = await append(log, 5)

@@ -172,6 +172,13 @@ class EventLog(Protocol):
         """
         ...
 
+    async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
+        """Return those of `conv_ids` for which `trim_candidate` with the same limits finds something to trim.
+
+        Takes far less than asking for each: most conversations have nothing. At most some hundred at a time.
+        """
+        ...
+
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """Return (conv_id, head_seq) of existing conversations, the most recently written first.
 

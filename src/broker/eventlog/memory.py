@@ -177,6 +177,10 @@ class MemoryEventLog:
             excess_bytes -= envelope.size_bytes
         return known.seqs[drop - 1] if drop else 0
 
+    async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
+        limits = {"max_count": max_count, "max_bytes": max_bytes, "min_time_ms": min_time_ms}
+        return [conv_id for conv_id in conv_ids if await self.trim_candidate(conv_id, **limits)]
+
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         heads = [
             (known.head_seq, conv_id)

@@ -253,6 +253,13 @@ class RedisEventLog:
             )
         )
 
+    async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
+        limits = (max_count, max_bytes, min_time_ms, _LOOK_ENTRIES)
+        found = await self._connection.all(
+            [TRIM_CANDIDATE.command(log_keys(conv_id)[:2], limits) for conv_id in conv_ids]
+        )
+        return [conv_id for conv_id, through in zip(conv_ids, found, strict=True) if _seq(through)]
+
     async def erase(self, conv_id: str) -> None:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
         existed = await self._connection.one(ERASE.command(log_keys(conv_id), ("PUBLISH", live_channel(conv_id))))

@@ -177,6 +177,14 @@ class SqliteEventLog:
 
         return await self._database.read(candidate)
 
+    async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
+        limits = {"count": max_count or MAX_SEQ, "bytes": max_bytes or MAX_SEQ, "time": min_time_ms}
+        parameters = {"conv_ids": orjson.dumps(list(conv_ids)).decode(), **limits}
+        due: list[str] = orjson.loads(
+            await self._database.read(lambda connection: connection.execute(_TRIM_DUE, parameters).fetchone()[0])
+        )
+        return due
+
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """As in EventLog. Conversations that share their head_seq stay on one page, which may then exceed `limit`."""
 
@@ -228,6 +236,12 @@ SELECT json_group_array(json_array(head_seq, conv_id)) FROM (
     SELECT head_seq, conv_id FROM conversation WHERE head_seq < :before AND head_seq >= coalesce((
         SELECT head_seq FROM conversation WHERE head_seq < :before ORDER BY head_seq DESC LIMIT 1 OFFSET :limit - 1), 0)
     ORDER BY head_seq DESC, conv_id)
+"""
+# By age the oldest envelope decides: the rule stops at the first young one.
+_TRIM_DUE = """
+SELECT json_group_array(conv_id) FROM conversation AS known
+WHERE conv_id IN (SELECT value FROM json_each(:conv_ids)) AND count > 1 AND (count > :count OR bytes > :bytes OR
+    :time > (SELECT time_ms FROM envelope WHERE conv = known.conv ORDER BY seq LIMIT 1))
 """
 _NTH = "SELECT seq FROM envelope WHERE conv = ? ORDER BY seq LIMIT 1 OFFSET ?"
 _FIRST_BYTES = """
