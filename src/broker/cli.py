@@ -227,7 +227,9 @@ def publish(
 
     async def run() -> int:
         async with BrokerClient(url, token=token) as client:
-            return await client.publish(conv_id, type, value, id=id, channel=channel, idempotency_key=idempotency_key)
+            return await client.publish(
+                conv_id, type, value, id=id, channel=channel, idempotency_key=idempotency_key
+            )
 
     print(_run(run()))
 

@@ -124,3 +124,5 @@ def _port(settings: Settings) -> Finding:
                 return Finding("port", "problem", f"{where} is in use: stop that process, or choose another --port")
             return Finding("port", "problem", f"{where} cannot be used: {exc.strerror or exc}")
     return Finding("port", "ok", f"{where} is free")
+
+

@@ -246,7 +246,9 @@ async def _serve_asgi(
         await in_any_case(_leave(broker, connection, reader, written))
 
 
-async def _leave(broker: ConversationWSBroker, connection: QueuedConnection, *tasks: asyncio.Task[Any]) -> None:
+async def _leave(
+    broker: ConversationWSBroker, connection: QueuedConnection, *tasks: asyncio.Task[Any]
+) -> None:
     """Give back what a connection had."""
     await ended(*tasks)
     await connection.stop()

@@ -16,9 +16,7 @@ from broker.settings import Settings, variable
 runner = CliRunner()
 
 
-def broker(
-    *arguments: str, cwd: Path | None = None, stdin: str = "", **variables: str
-) -> subprocess.CompletedProcess[str]:
+def broker(*arguments: str, cwd: Path | None = None, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*broker_command(), *arguments],
         capture_output=True,

@@ -1,5 +1,7 @@
 """The SQLite file: whose it is, one writer, group commit, reading, closing."""
 
+
+
 from __future__ import annotations
 
 import asyncio

@@ -23,14 +23,8 @@ def event(kind: str, **data: Any) -> dict[str, Any]:
         (event("log", message="started", level="info"), "info: started"),
         (event("run.failed", runId="r", error={"code": "x"}), 'error: {"code":"x"}'),
         (event("run.failed", runId="r", error="boom"), "error: boom"),
-        (
-            event("tool.start", id="t", name="calculator", input={"a": 1}),
-            '{"id":"t","name":"calculator","input":{"a":1}}',
-        ),
-        (
-            event("timeline.upsert", entity={"id": "m", "kind": "message", "props": {"text": "x"}}),
-            'message m {"text":"x"}',
-        ),
+        (event("tool.start", id="t", name="calculator", input={"a": 1}), '{"id":"t","name":"calculator","input":{"a":1}}'),
+        (event("timeline.upsert", entity={"id": "m", "kind": "message", "props": {"text": "x"}}), 'message m {"text":"x"}'),
     ],
 )
 def test_what_an_event_says(given: dict[str, Any], expected: str) -> None:

@@ -80,18 +80,13 @@ class _Writer:
             "INSERT INTO run (run_id, conv_id, status, place, settled, body) VALUES (?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (run_id) DO UPDATE SET status = excluded.status, place = excluded.place,"
             " settled = excluded.settled, body = excluded.body",
-            (
-                run.run_id,
-                run.conv_id,
-                run.status,
-                run.order,
-                run.ended and run.terminal_published,
-                _json(run.to_json()),
-            ),
+            (run.run_id, run.conv_id, run.status, run.order, run.ended and run.terminal_published, _json(run.to_json())),
         )
         self.saves += 1
 
-    def update(self, run_id: str, expect: frozenset[RunStatus], changes: Mapping[str, Any], now_ms: int) -> Run | None:
+    def update(
+        self, run_id: str, expect: frozenset[RunStatus], changes: Mapping[str, Any], now_ms: int
+    ) -> Run | None:
         run = self.run(run_id)
         new = changed(run, expect, changes, now_ms) if run else None
         if new is run:
@@ -137,12 +132,7 @@ class _Writer:
         return self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
     def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
+        self, run_id: str, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str, now_ms: int
     ) -> tuple[Run | None, dict[str, str]]:
         run = self.run(run_id)
         if run is None or run.status != "awaiting_tool_approval":
@@ -163,8 +153,7 @@ class _Writer:
             self.saves_skipped += 1
             return
         self._connection.execute(
-            "INSERT OR REPLACE INTO run_conversation (conv_id, body) VALUES (?, ?)",
-            (state.conv_id, _json(asdict(state))),
+            "INSERT OR REPLACE INTO run_conversation (conv_id, body) VALUES (?, ?)", (state.conv_id, _json(asdict(state)))
         )
         self.saves += 1
 
@@ -201,12 +190,7 @@ class SqliteRunStore:
         return await self._write(lambda writer: writer.update(run_id, expect, changes, now_ms))  # type: ignore[no-any-return]
 
     async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
+        self, run_id: str, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str, now_ms: int
     ) -> tuple[Run | None, dict[str, str]]:
         return await self._write(lambda writer: writer.decide(run_id, call_ids, decision, by, now_ms))  # type: ignore[no-any-return]
 
@@ -248,9 +232,7 @@ class SqliteRunStore:
 
     async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
         sql = "INSERT OR REPLACE INTO run_opaque (conv_id, message_id, body) VALUES (?, ?, ?)"
-        await self._database.write(
-            lambda connection: connection.execute(sql, (conv_id, message_id, _json(list(data)))).rowcount
-        )
+        await self._database.write(lambda connection: connection.execute(sql, (conv_id, message_id, _json(list(data)))).rowcount)
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         sql = "SELECT message_id, body FROM run_opaque WHERE conv_id = ?"

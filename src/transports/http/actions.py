@@ -65,9 +65,7 @@ ConvId = Annotated[str, Path(description="the conversation")]
 class PollLimit:
     """How often one caller may ask for one conversation's state: a burst, then one request per `interval_s`."""
 
-    def __init__(
-        self, interval_s: float, *, burst: int = STATE_BURST, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, interval_s: float, *, burst: int = STATE_BURST, now: Callable[[], float] = time.monotonic) -> None:
         self._interval_s = interval_s
         self._burst = burst
         self._now = now

@@ -51,7 +51,9 @@ async def read_json(request: Request, adapter: TypeAdapter[T], max_bytes: int) -
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise HttpProblem(415, "not-json", f"content type {content_type!r} is not supported: send application/json")
+        raise HttpProblem(
+            415, "not-json", f"content type {content_type!r} is not supported: send application/json"
+        )
     value = parse_json(await read_body(request, max_bytes))
     try:
         return adapter.validate_python(value)

@@ -135,3 +135,5 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """For OpenAPI: the problem answers that any operation can give."""
+
+

@@ -61,7 +61,9 @@ def debug_router(api: Api) -> APIRouter:
         return json_response({"plugins": broker.plugins.describe()})
 
     @router.get("/turns")
-    async def turns(request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
+    async def turns(
+        request: Request, conv_id: str, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> Response:
         """Return the recorded turns of a conversation, the newest first."""
         await api.permitted(request, "debug", check_conv_id(conv_id))
         recorded = await broker.stores.turns.turns(conv_id, limit=limit)

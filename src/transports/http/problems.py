@@ -100,7 +100,9 @@ def status_of(error: BrokerError) -> int:
 def response_of(error: Exception) -> Response:
     """Return the problem document of any error that a handler raised. Internals of a 500 stay in the log."""
     if isinstance(error, HttpProblem):
-        return problem_response(error.status, error.code, error.detail, fields=error.fields, headers=error.headers)
+        return problem_response(
+            error.status, error.code, error.detail, fields=error.fields, headers=error.headers
+        )
     if not isinstance(error, BrokerError) or (status := status_of(error)) == 500:
         logger.error("request failed: %s", error, exc_info=error)
         code = error.code if isinstance(error, BrokerError) else "internal"

@@ -18,9 +18,7 @@ from broker.runs.engine import (
 )
 
 
-def play(
-    *events: EngineEvent, taken: set[str] | None = None
-) -> tuple[StepAnswer, list[tuple[str, str, dict[str, object]]]]:
+def play(*events: EngineEvent, taken: set[str] | None = None) -> tuple[StepAnswer, list[tuple[str, str, dict[str, object]]]]:
     """Return the answer and its drafts as (type, id with the message id as `M`, data without runId)."""
     answer = StepAnswer("run-1", "gpt", taken if taken is not None else set())
     drafts = [draft for event in events for draft in answer.take(event)] + answer.close()
@@ -150,10 +148,7 @@ def test_usage_adds_up() -> None:
     one = {"prompt_tokens": 1, "details": {"cached": 2}, "tier": "a", "none": None}
     two = {"prompt_tokens": 10, "details": {"cached": 3, "audio": 1}, "tier": "b", "none": 4}
     assert add_usage(one, two) == {
-        "prompt_tokens": 11,
-        "details": {"cached": 5, "audio": 1},
-        "tier": "b",
-        "none": 4,
+        "prompt_tokens": 11, "details": {"cached": 5, "audio": 1}, "tier": "b", "none": 4,
     }
     assert add_usage(None, None) is None
     assert add_usage(None, two) == two

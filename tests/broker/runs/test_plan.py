@@ -60,10 +60,7 @@ def test_key_order_and_conversation_change_nothing() -> None:
 
 def test_a_secret_is_not_in_the_signature_nor_shown_but_reaches_the_engine() -> None:
     rotated = EngineProfile(
-        "smart",
-        "openai",
-        config={**PROFILE.config, "api_key": "other"},
-        overridable=PROFILE.overridable,
+        "smart", "openai", config={**PROFILE.config, "api_key": "other"}, overridable=PROFILE.overridable,
         secrets=PROFILE.secrets,
     )
     plan = make_plan("c", rotated, {})
@@ -80,11 +77,7 @@ def test_changes_name_the_differing_keys() -> None:
 
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**53), 2**53)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -104,10 +97,7 @@ def test_canonical_json_keeps_true_and_one_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            {"model": "x"},
-            r"override 'model' is not allowed by engine profile 'smart'; allowed: max_tokens, temperature",
-        ),
+        ({"model": "x"}, r"override 'model' is not allowed by engine profile 'smart'; allowed: max_tokens, temperature"),
         ({"temperature": 3}, r"temperature=3 is not usable: 3 is greater than the maximum of 2; allowed"),
         ({"temperature": "hot"}, r"temperature='hot' is not usable: 'hot' is not of type 'number'"),
         ({"max_tokens": 1.5}, r"max_tokens=1.5 is not usable"),

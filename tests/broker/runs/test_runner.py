@@ -99,10 +99,7 @@ async def test_usage_is_summed_over_the_steps() -> None:
     async with Bench(EnginePlugin(engine, tools=[ECHO])) as bench:
         assert (await talk(bench)).usage == {"total_tokens": 12}
         assert bench.events("c", "run.finished")[0].data["usage"] == {"total_tokens": 12}
-        assert [e.data.get("usage") for e in bench.events("c", "llm.final")] == [
-            {"total_tokens": 5},
-            {"total_tokens": 7},
-        ]
+        assert [e.data.get("usage") for e in bench.events("c", "llm.final")] == [{"total_tokens": 5}, {"total_tokens": 7}]
 
 
 async def test_opaque_data_comes_back_in_this_run_and_the_next_and_is_shown_to_nobody() -> None:
@@ -120,10 +117,7 @@ async def test_the_system_prompt_of_the_profile_is_told() -> None:
     async with Bench(plugin) as bench:
         await talk(bench)
         assert isinstance(plugin.engine, ScriptedEngine)
-        assert [(m.role, m.content) for m in plugin.engine.requests[0].messages] == [
-            ("system", "be nice"),
-            ("user", "hi"),
-        ]
+        assert [(m.role, m.content) for m in plugin.engine.requests[0].messages] == [("system", "be nice"), ("user", "hi")]
 
 
 # -- failures -------------------------------------------------------------------------------------------------------
@@ -171,9 +165,7 @@ async def test_no_engine_for_the_profile_says_what_to_do() -> None:
         run = await talk(bench)
         assert run.status == "failed"
         assert run.error is not None
-        assert (
-            "no loaded plugin builds engine 'missing_engine', which engine profile 'p' asks for" in run.error["message"]
-        )
+        assert "no loaded plugin builds engine 'missing_engine', which engine profile 'p' asks for" in run.error["message"]
 
 
 async def test_an_engine_that_cannot_be_built_fails_the_run_and_the_next_may_work() -> None:

@@ -125,9 +125,7 @@ async def test_one_run_at_a_time_in_order() -> None:
         ({"overrides": {"x": {1}}}, InvalidInput, "are no JSON"),
     ],
 )
-async def test_bad_input_is_refused_and_leaves_nothing(
-    fields: dict[str, Any], error: type[Exception], message: str
-) -> None:
+async def test_bad_input_is_refused_and_leaves_nothing(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     async with Bench(EnginePlugin()) as bench:
         asked = {"conv_id": "c", "prompt": "hi", **fields}
         with pytest.raises(error, match=message):

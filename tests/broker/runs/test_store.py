@@ -97,7 +97,9 @@ async def test_a_key_keeps_the_first_answer(store: RunStore) -> None:
 
 
 async def test_racing_prepares_with_one_key_make_one_run(store: RunStore) -> None:
-    results = await asyncio.gather(*(store.prepare(a_run(f"r{i}"), record=a_key(), max_queued=9) for i in range(6)))
+    results = await asyncio.gather(
+        *(store.prepare(a_run(f"r{i}"), record=a_key(), max_queued=9) for i in range(6))
+    )
     assert len([result for result in results if result.run is not None]) == 1
     assert len({result.record.answer["run_id"] for result in results if result.record}) == 1
 

@@ -83,13 +83,7 @@ def plugin(played: list[Exchange], system: str | None) -> EnginePlugin:
             results[name].append(result)
         script.append(events)
     tools = [
-        Tool(
-            name,
-            "",
-            {"type": "object"},
-            lambda _given, _context, name=name: results[name].popleft(),
-            max_output_bytes=1 << 20,
-        )
+        Tool(name, "", {"type": "object"}, lambda _given, _context, name=name: results[name].popleft(), max_output_bytes=1 << 20)
         for name in results
     ]
     profile = EngineProfile("p", "scripted", tools=list(results), system_prompt=system)
@@ -193,3 +187,4 @@ async def test_a_recorded_tool_loop_with_and_without_approval(
         ]
         approved = [e.props.get("approvedBy") for e in entities if e.kind == "tool_call"]
         assert approved == ["alice" if approval else None] * len(made)
+

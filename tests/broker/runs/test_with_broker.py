@@ -61,9 +61,7 @@ async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(tmp
         assert runs[one.run_id].status == "interrupted"
         assert runs[two.run_id].status == "finished"
         entities = await core.broker.timeline.entities("conv")
-        said = [
-            (e.props["role"], str(e.props["text"]), e.props.get("partial")) for e in entities if e.kind == "message"
-        ]
+        said = [(e.props["role"], str(e.props["text"]), e.props.get("partial")) for e in entities if e.kind == "message"]
         assert said == [
             ("user", "one", None),
             ("assistant", "half of it", True),
