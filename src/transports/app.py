@@ -118,10 +118,11 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     )
     app.state.broker = broker
     api = Api(broker)
-    for make_router in _ROUTERS:
-        app.include_router(make_router(api))
+    # First: routes are tried in order, and matching all others took as long as the rest of accepting a connection.
     app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(broker, pool)))
     app.router.routes.append(Route("/sse", make_sse_endpoint(broker, pool), methods=["GET"]))
+    for make_router in _ROUTERS:
+        app.include_router(make_router(api))
     own_routes = APIRouter(tags=["plugins"])
     broker.plugins.call_collect("register_routes", router=own_routes)
     app.include_router(own_routes)
