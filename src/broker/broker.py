@@ -25,6 +25,7 @@ from broker.observers import Observers
 from broker.outside import Outside
 from broker.plugins import PluginHost
 from broker.publisher import Publisher
+from broker.recent import RecentKeeper
 from broker.recovery import Recovery
 from broker.runs.service import RunService
 from broker.security import Action, Credentials, Principal
@@ -96,14 +97,9 @@ class ConversationWSBroker:
         self._coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
         self.views = ViewCompiler(self.catalog, self.plugins)
         self.access = Access(settings, self.plugins)
-        recovery = Recovery(
-            self.log,
-            self.timeline,
-            self.dispatcher,
-            pool,
-            page_events=settings.replay_page_events,
-            page_bytes=settings.replay_page_bytes,
-        )
+        pages = {"page_events": settings.replay_page_events, "page_bytes": settings.replay_page_bytes}
+        self.recent = RecentKeeper(self.log, self.conversations, self.clock, **pages)
+        recovery = Recovery(self.log, self.timeline, self.dispatcher, pool, self.recent, **pages)
         self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
         self.outside = Outside(self)
         self.library = Library(self, self.stores.library)
@@ -136,6 +132,7 @@ class ConversationWSBroker:
             self.dispatcher,
             pool,
             self.runs,
+            self.recent,
         )
 
     def _plugins_changed(self) -> None:

@@ -18,6 +18,7 @@ from broker.timeline.store import TimelineStore
 
 if TYPE_CHECKING:
     from broker.dispatch import Audience
+    from broker.recent import RecentEvents
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class Conversation:
     """One open conversation. Costs memory only: no task, no timer, no queue while nothing happens.
 
     position: everything up to here is folded and dispatched in this process. inbox: committed, not yet dispatched.
-    busy: somebody is advancing it (loading entities, filling a gap); others only add to the inbox.
+    busy: somebody is advancing it (loading entities, filling a gap); others only add to the inbox. recent: its last events,
+    while clients come back to them.
     """
 
     __slots__ = (
@@ -38,6 +40,7 @@ class Conversation:
         "inbox",
         "last_active_s",
         "opened",
+        "recent",
         "subscriptions",
         "timeline",
         "waiters",
@@ -50,6 +53,7 @@ class Conversation:
         self.inbox: list[Committed] = []
         self.busy = True
         self.audiences: dict[str, Audience] = {}
+        self.recent: RecentEvents | None = None
         self.subscriptions = 0
         self.holds = 0
         self.waiters: list[asyncio.Future[None]] = []
@@ -162,7 +166,9 @@ class ConversationManager:
         return conversation
 
     def _remove(self, conv_id: str) -> None:
-        del self._open[conv_id]
+        conversation = self._open.pop(conv_id)
+        if conversation.recent is not None:
+            conversation.recent.close()
         self._touched.pop(conv_id, None)
         self._written.pop(conv_id, None)
         if self._interest is not None:

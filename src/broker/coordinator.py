@@ -117,7 +117,10 @@ class StreamCoordinator:
 
     def _hand_on(self, conversation: Conversation, envelopes: list[Envelope]) -> None:
         before = self._dispatcher.mark(conversation) if conversation.audiences else NOBODY_LIVE
+        position = conversation.timeline.position
         show = conversation.timeline.fold(envelopes)
+        if conversation.recent is not None:
+            conversation.recent.extend(position, envelopes)
         self._conversations.touch(conversation, written=True)
         self._dispatcher.dispatch(conversation, envelopes, show, before)
 

@@ -15,6 +15,7 @@ from broker.conversations import Conversation, ConversationManager
 from broker.dispatch import Dispatcher, Pool
 from broker.errors import BrokerError, StoreError
 from broker.eventlog.base import EventLog
+from broker.recent import RecentKeeper
 from broker.runs.service import RunService
 from broker.settings import Settings
 from broker.timeline.store import TimelineSave, TimelineStore
@@ -38,8 +39,10 @@ class Housekeeping:
         dispatcher: Dispatcher,
         pool: Pool,
         runs: RunService,
+        recent: RecentKeeper,
     ) -> None:
         self._runs = runs
+        self._recent = recent
         self._settings = settings
         self._clock = clock
         self._log = log
@@ -139,6 +142,7 @@ class Housekeeping:
     async def sweep(self) -> None:
         """Close stalled sockets, tell quiet connections their position, trim by retention, evict what is idle."""
         self._pool.sweep(self._clock.monotonic_s())
+        self._recent.sweep()
         for conversation in self._conversations.all():
             if conversation.audiences:
                 self._dispatcher.tick(conversation)
@@ -180,5 +184,7 @@ class Housekeeping:
             await self.save([conversation], everything=True)
         through = min(through, await self._store.cursor(conv_id))
         gone = await self._log.trim(conv_id, through=through) if through else 0
+        if gone and conversation is not None:
+            self._recent.drop(conversation)
         self.trimmed += gone
         return gone

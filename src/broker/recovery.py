@@ -12,6 +12,7 @@ from collections import deque
 from broker.dispatch import Dispatcher, Message, Pool, control_message, event_messages, reset_message, through_message
 from broker.envelope import Envelope
 from broker.eventlog.base import EventLog
+from broker.recent import RecentKeeper
 from broker.subscription import Subscription
 from broker.timeline.reader import TimelineReader
 
@@ -29,6 +30,7 @@ class Recovery:
         reader: TimelineReader,
         dispatcher: Dispatcher,
         pool: Pool,
+        recent: RecentKeeper,
         *,
         page_events: int,
         page_bytes: int,
@@ -37,9 +39,39 @@ class Recovery:
         self._reader = reader
         self._dispatcher = dispatcher
         self._pool = pool
+        self._recent = recent
         self._page_events = page_events
         self._page_bytes = page_bytes
         self.resets_late = 0
+
+    def at_once(self, subscription: Subscription, state_after: int | None) -> list[Message] | None:
+        """Return all frames that bring a new subscription up to date, if they are few and memory has them.
+
+        The caller sends them and joins it to its audience in the same turn of the event loop. state_after: entities with a
+        higher version are among them, None: no state. None: it has to `run`.
+        """
+        conversation, view = subscription.conversation, subscription.view
+        messages: list[Message] = []
+        recent = self._recent.at(conversation, subscription.cursor)
+        if recent is None and subscription.cursor != conversation.position:
+            return None
+        if state_after is not None and view.state:
+            entities = conversation.timeline.changed_since(state_after)
+            if entities is None or len(entities) > STATE_PAGE_ENTITIES:
+                return None
+            if recent is not None:
+                messages.extend(recent.state_messages(conversation.conv_id, view, entities))
+            else:
+                messages.extend(self._dispatcher.state_messages(conversation, view, entities))
+        events = recent.messages(view, subscription.cursor, subscription.told) if recent is not None else []
+        messages.extend(events)
+        if sum([len(message.text) for message in messages]) > CHUNK_BYTES:
+            return None
+        subscription.cursor = conversation.position
+        if events:
+            subscription.told = events[-1].position or subscription.told
+        messages.extend(self.closing_messages(subscription))
+        return messages
 
     async def run(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
         """Bring `subscription` up to date and make it live.
@@ -93,13 +125,23 @@ class Recovery:
         upto = subscription.conversation.position
         if subscription.view.state:
             upto = min(upto, subscription.state_cursor)
-        page = await self._log.read(
-            subscription.conv_id,
-            after=subscription.cursor,
-            upto=upto,
-            limit=self._page_events,
-            max_bytes=self._page_bytes,
-        )
+        recent = self._recent.at(subscription.conversation, subscription.cursor)
+        if recent is not None and upto == recent.through and not lag and not subscription.history:
+            frames = recent.messages(subscription.view, subscription.cursor, subscription.told)
+            if not await self._send(subscription, frames):
+                return False
+            subscription.cursor = max(upto, subscription.cursor)
+            return True
+        if recent is not None:
+            page = recent.page(subscription.cursor, upto, self._page_events)
+        else:
+            page = await self._log.read(
+                subscription.conv_id,
+                after=subscription.cursor,
+                upto=upto,
+                limit=self._page_events,
+                max_bytes=self._page_bytes,
+            )
         if page.trimmed_seq > subscription.cursor:
             return await self._reset(subscription, page.trimmed_seq)
         view = subscription.view

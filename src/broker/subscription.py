@@ -169,7 +169,12 @@ async def decide_start(
         # The state holds all that the lost events would have told; a view without state gets every event there still is.
         after = head if has_state else state.trimmed_seq
         return Start(after=after, state_after=0, reset=reset, recovered=False, oldest_seq=state.trimmed_seq)
+    return resumed(max(since, state.trimmed_seq), since=since, hydrate=hydrate, overlap_s=overlap_s)
+
+
+def resumed(after: int, *, since: int, hydrate: bool, overlap_s: float) -> Start:
+    """Return the start of a client that gets what it asks for: every event after `after`, and the state it may lack."""
     # With `hydrate` all of the state, and every event after `since` all the same: a client whose connection broke before
     # its state was complete asks for both.
     state_after = 0 if hydrate else max(since - int(overlap_s * 1000) * PER_MS, 0)  # a seq is a time
-    return Start(after=max(since, state.trimmed_seq), state_after=state_after, reset=None, recovered=True)
+    return Start(after=after, state_after=state_after, reset=None, recovered=True)

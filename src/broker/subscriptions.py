@@ -12,7 +12,7 @@ from broker.dispatch import Audience, Dispatcher, Mark, Message, Pool, control_m
 from broker.errors import BrokerError, InvalidInput, LimitExceeded, Unavailable
 from broker.recovery import Recovery
 from broker.security import Principal
-from broker.subscription import Start, SubscribeRequest, Subscription, decide_start
+from broker.subscription import Start, SubscribeRequest, Subscription, decide_start, resumed
 
 if TYPE_CHECKING:
     from broker.broker import ConversationWSBroker
@@ -85,6 +85,9 @@ class Subscriptions:
         conversation = subscription.conversation
         if since is None:  # nothing to look up: the common case costs no read
             return Start(conversation.position, 0 if hydrate else None, None, False)
+        overlap_s = self._broker.settings.upsert_interval_s + STATE_OVERLAP_S
+        if await self._broker.recent.resumed(conversation, since, epoch) is not None:
+            return resumed(since, since=since, hydrate=hydrate, overlap_s=overlap_s)
         state = await self._broker.log.state(subscription.conv_id)
         return await decide_start(
             self._broker.log,
@@ -95,7 +98,7 @@ class Subscriptions:
             epoch=epoch,
             hydrate=hydrate,
             has_state=subscription.view.state,
-            overlap_s=self._broker.settings.upsert_interval_s + STATE_OVERLAP_S,
+            overlap_s=overlap_s,
         )
 
     def _hello(self, subscription: Subscription, start: Start) -> Message:
@@ -143,8 +146,9 @@ class Subscriptions:
             # The client's own position is void: this frame is where it starts to count again.
             opening.append(through_message(conversation.conv_id, start.after))
             subscription.told = start.after
-        if start.state_after is None and start.after == conversation.position:
-            opening.extend(self._recovery.closing_messages(subscription))
+        missed = self._recovery.at_once(subscription, start.state_after)
+        if missed is not None:
+            opening.extend(missed)
             if self._dispatcher.deliver(subscription.connection_id, opening) and self._dispatcher.join(
                 subscription.connection_id, conversation, subscription.view
             ):
