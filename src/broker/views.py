@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 Filter = Callable[[Envelope], bool]
 Transform = Callable[[Envelope], Envelope]
 VIEWS_KEPT_MAX = 1024
+CHANNELS_REMEMBERED_CHARS = 256
+"""Longer lists of channels are worked out each time: what is remembered of what clients ask for is bounded."""
 MERGED_BYTES_MAX = (
     16_384  # a merged delta longer than this would only make frames large, not fewer in any way that counts
 )
@@ -155,10 +157,12 @@ class ViewCompiler:
         self._catalog = catalog
         self._plugins = plugins
         self._views: dict[tuple[str, frozenset[str], bool], View] = {}
+        self._asked: dict[tuple[frozenset[str], str, str | None], View] = {}  # whoever may the same gets the same
 
     def forget(self) -> None:
         """Drop every compiled view: plugins changed."""
         self._views.clear()
+        self._asked.clear()
 
     def compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
         """Return the view of a profile, with `channels` as given on the wire.
@@ -166,6 +170,18 @@ class ViewCompiler:
         channels: None for the profile's own, a comma list to replace them, or `+name`/`-name` entries to add and take
         away. Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; nothing is silently narrowed.
         """
+        if channels is not None and len(channels) > CHANNELS_REMEMBERED_CHARS:
+            return self._compile(principal, profile_name, channels)
+        asked = (frozenset(principal.permissions), profile_name, channels)
+        view = self._asked.get(asked)
+        if view is None:
+            view = self._compile(principal, profile_name, channels)
+            if len(self._asked) >= VIEWS_KEPT_MAX:
+                self._asked.clear()
+            self._asked[asked] = view
+        return view
+
+    def _compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
         profile = self._catalog.profile(profile_name)
         if not principal.may(profile.permission):
             raise PermissionDenied(
@@ -186,7 +202,7 @@ class ViewCompiler:
         cached = self._views.get((profile.name, events, state))
         if cached is None:
             if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
-                self._views.clear()
+                self.forget()
             cached = self._views[(profile.name, events, state)] = self._build(profile, events, state)
         return cached
 

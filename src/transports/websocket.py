@@ -7,8 +7,8 @@ straight to the transport. Elsewhere a queue and a writer serve it through ASGI.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -142,7 +142,7 @@ class _TakenOver:
     __slots__ = ("_broker", "_closed", "_fast", "_pool", "framing", "id", "messages")
 
     def __init__(self, broker: ConversationWSBroker, pool: ConnectionPool) -> None:
-        self.id = uuid.uuid4().hex
+        self.id = secrets.token_hex(16)
         self.framing: Framing = RAW_WEBSOCKET
         self._broker = broker
         self._pool = pool
@@ -222,7 +222,7 @@ async def _serve_asgi(
     principal: Principal,
 ) -> None:
     connection = QueuedConnection(
-        uuid.uuid4().hex,
+        secrets.token_hex(16),
         ASGI_WEBSOCKET,
         pool,
         buffer_bytes=broker.settings.connection_buffer_bytes,
