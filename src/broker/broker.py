@@ -98,7 +98,7 @@ class ConversationWSBroker:
         self.views = ViewCompiler(self.catalog, self.plugins)
         self.access = Access(settings, self.plugins)
         pages = {"page_events": settings.replay_page_events, "page_bytes": settings.replay_page_bytes}
-        self.recent = RecentKeeper(self.log, self.conversations, self.clock, **pages)
+        self.recent = RecentKeeper(self.log, self.conversations, self.timeline, self.clock, **pages)
         recovery = Recovery(self.log, self.timeline, self.dispatcher, pool, self.recent, **pages)
         self.subscriptions = Subscriptions(self, pool, self.dispatcher, recovery)
         self.outside = Outside(self)

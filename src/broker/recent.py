@@ -18,11 +18,13 @@ from broker.clock import Clock
 from broker.dispatch import Message
 from broker.envelope import Envelope
 from broker.eventlog.base import EventLog, Page
+from broker.timeline.projector import ADOPTED_ENTITIES_MAX
 from broker.views import View, event_frame, state_frame, upsert_envelope
 
 if TYPE_CHECKING:
     from broker.conversations import Conversation, ConversationManager
     from broker.timeline.entity import Entity
+    from broker.timeline.reader import TimelineReader
 
 TOTAL_BYTES_MAX = 32 * 1024 * 1024
 """Of all conversations together; beyond, those that nobody has come back to for the longest are forgotten."""
@@ -30,6 +32,8 @@ BYTES_MAX = 2 * 1024 * 1024
 """Of one conversation: what grows beyond while it is kept is forgotten, and read anew for whoever comes next."""
 IDLE_S = 5.0
 """How long a conversation keeps its recent end after a client last came back to it."""
+LIFE_S = 60.0
+"""How long at most: then the log is read again, from which another process may have removed something."""
 ENVELOPE_BYTES, MESSAGE_BYTES = 512, 192
 """About what Python takes for an envelope and for a frame beside their texts (measured with sys.getsizeof)."""
 
@@ -60,7 +64,8 @@ class RecentEvents:
     """Every envelope of one conversation with after < seq <= through, and frames made of them.
 
     through is the conversation's position: what is dispatched is added (`extend`). useless_below: positions for which the
-    log cannot be read up to here as one page, or which retention has reached.
+    log cannot be read up to here as one page, or which retention has reached. state_useless_below: versions since which too
+    many entities changed to be kept in memory.
     """
 
     __slots__ = (
@@ -74,7 +79,10 @@ class RecentEvents:
         "after",
         "closed",
         "loading",
+        "loading_state",
+        "made_at_s",
         "size_bytes",
+        "state_useless_below",
         "through",
         "used_at_s",
         "useless_below",
@@ -83,11 +91,12 @@ class RecentEvents:
     def __init__(self, position: int, now_s: float, kept: Kept) -> None:
         self._kept = kept
         self.after = self.through = position
-        self.useless_below = 0
+        self.useless_below = self.state_useless_below = 0
         self.size_bytes = 0
         self.closed = False
         self.loading: asyncio.Future[None] | None = None
-        self.used_at_s = now_s
+        self.loading_state: asyncio.Future[None] | None = None
+        self.made_at_s = self.used_at_s = now_s
         self._after_known = True  # whether `after` is the seq of an event of this log, or 0
         self._envelopes: list[Envelope] = []
         self._seqs: list[int] = []
@@ -212,13 +221,15 @@ def _size(envelope: Envelope) -> int:
 class RecentKeeper:
     """Gives conversations their recent end and takes it away again.
 
-    page_events, page_bytes: how far behind a client may be to be answered from there: one page of the log.
+    page_events, page_bytes: how far behind a client may be to be answered from there: one page of the log. reader: has the
+    entities that memory lacks.
     """
 
     def __init__(
         self,
         log: EventLog,
         conversations: ConversationManager,
+        reader: TimelineReader,
         clock: Clock,
         *,
         page_events: int,
@@ -227,6 +238,7 @@ class RecentKeeper:
     ) -> None:
         self._log = log
         self._conversations = conversations
+        self._reader = reader
         self._clock = clock
         self._page_events = page_events
         self._page_bytes = page_bytes
@@ -260,11 +272,35 @@ class RecentKeeper:
                 await asyncio.shield(recent.loading)
         return None
 
+    async def state_at_hand(self, conversation: Conversation, version: int) -> None:
+        """Have the entities newer than `version` in memory, if they are few, reading them once for all who wait.
+
+        Raises StoreError.
+        """
+        while conversation.timeline.changed_since(version) is None:
+            recent = self._of(conversation)
+            if recent is None or version < recent.state_useless_below:
+                return
+            if recent.loading_state is not None:
+                await asyncio.shield(recent.loading_state)
+                continue
+            loading = recent.loading_state = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader.page_of(conversation, since_version=version, limit=ADOPTED_ENTITIES_MAX)
+                if conversation.timeline.changed_since(version) is None:
+                    recent.state_useless_below = version + 1
+            finally:
+                recent.loading_state = None
+                loading.set_result(None)
+
     def _of(self, conversation: Conversation) -> RecentEvents | None:
         """Return the conversation's recent end, a new one if need be; None once the conversation was dropped."""
         recent, now_s = conversation.recent, self._clock.monotonic_s()
         if recent is not None and (
-            recent.closed or recent.through != conversation.position or recent.size_bytes > BYTES_MAX
+            recent.closed
+            or recent.through != conversation.position
+            or recent.size_bytes > BYTES_MAX
+            or now_s - recent.made_at_s >= LIFE_S
         ):
             self.drop(conversation)
             recent = None

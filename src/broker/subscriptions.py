@@ -87,7 +87,10 @@ class Subscriptions:
             return Start(conversation.position, 0 if hydrate else None, None, False)
         overlap_s = self._broker.settings.upsert_interval_s + STATE_OVERLAP_S
         if await self._broker.recent.resumed(conversation, since, epoch) is not None:
-            return resumed(since, since=since, hydrate=hydrate, overlap_s=overlap_s)
+            start = resumed(since, since=since, hydrate=hydrate, overlap_s=overlap_s)
+            if start.state_after and subscription.view.state:
+                await self._broker.recent.state_at_hand(conversation, start.state_after)
+            return start
         state = await self._broker.log.state(subscription.conv_id)
         return await decide_start(
             self._broker.log,

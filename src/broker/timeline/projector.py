@@ -26,6 +26,8 @@ BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
+ADOPTED_ENTITIES_MAX = 64
+"""Beyond these, until the next save: newest entities that a client came back for and that only the store had."""
 REFOLD_MAX = 2000
 """Envelopes folded before the cursor is saved even though no entity changed, or one waits for its budget: what opening has
 to fold again at most."""
@@ -127,6 +129,18 @@ class ConversationTimeline:
                 self._entities.setdefault(id, loaded[id])
             else:
                 self._absent.add(id)
+
+    def adopt_newer(self, version: int, entities: Sequence[Entity]) -> None:
+        """Take all entities newer than `version`: what a reader found that kept saves waiting until this very moment.
+
+        So the next reader that asks for what is newer needs no store. Many are left where they are.
+        """
+        if self.complete or len(entities) > ADOPTED_ENTITIES_MAX:
+            return
+        for entity in entities:
+            self._entities.setdefault(entity.id, entity)
+            self._absent.discard(entity.id)
+        self._cache_floor = min(self._cache_floor, version)
 
     def fold(self, envelopes: Sequence[Envelope]) -> list[Entity]:
         """Fold envelopes in; return the entities that should be shown now, each once, in its newest state."""

@@ -78,6 +78,8 @@ class TimelineReader:
             (entity for entity in by_id.values() if entity.version > since_version),
             key=lambda entity: (entity.position, entity.id),
         )
+        if horizon is None and not after_position and not timeline.complete:
+            timeline.adopt_newer(since_version, found)
         end = limit
         while 0 < end < len(found) and found[end].position == found[end - 1].position:
             end += 1
