@@ -150,10 +150,17 @@ def w7(tools: Tools, size: Size, plain: Recipe) -> Figures:
         positions = _positions(folder / "broker.db", behind=10)
         paths = tuple(f"{SUBSCRIBE}&since={position}" for position in positions)
         with Server(ours(paths=paths), folder) as server:
-            back = _come_back(server, tools, size.reconnecting)
+            back_s, back_cpu_s = _come_back(server, tools, size.reconnecting)
     with Server(plain) as server:
-        accepted = _come_back(server, tools, size.reconnecting)
-    return {"recovery_s": back, "plain_accept_s": accepted, "ratio": back / accepted}
+        accepted_s, accepted_cpu_s = _come_back(server, tools, size.reconnecting)
+    return {
+        "recovery_s": back_s,
+        "plain_accept_s": accepted_s,
+        "ratio": back_s / accepted_s,
+        "cpu_us_per_client": back_cpu_s / size.reconnecting * 1e6,
+        "plain_cpu_us_per_client": accepted_cpu_s / size.reconnecting * 1e6,
+        "cpu_ratio": back_cpu_s / accepted_cpu_s,
+    }
 
 
 def _positions(db: Path, behind: int) -> list[int]:
@@ -170,9 +177,11 @@ def _positions(db: Path, behind: int) -> list[int]:
     return [heads[0]]
 
 
-def _come_back(server: Server, tools: Tools, connections: int) -> float:
+def _come_back(server: Server, tools: Tools, connections: int) -> tuple[float, float]:
+    """Return seconds until all are live, and the server's CPU seconds."""
     options = {"connections": connections, "conversations": 50, "hold": 0, "in_flight": 500, "timeout": 120}
-    return float(str(server.load(tools, **options)["seconds"]))
+    result = server.load(tools, **options)
+    return float(str(result["seconds"])), float(str(result["server_cpu_s"]))
 
 
 def durable(size: Size, publishers: int = 1000, batch: int = 1) -> Figures:
