@@ -1,8 +1,7 @@
 """A node's way to Redis: one server, one behind Sentinel, or a cluster. All stores of a broker share one.
 
 Every command that goes through `execute` must be harmless to repeat: it is repeated, for a bounded time, when the
-connection breaks before its answer came. (A client library that repeats on its own appends twice when a reply is lost;
-that is why none is used here, see docs/decisions/0004-redis-streams.md.)
+connection breaks before its answer came. The client library repeats nothing (see docs/decisions/0004-redis-streams.md).
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from redis.asyncio.client import PubSub
+
 from broker.errors import StoreError, StoreUnavailable
-from broker.redis_link import RedisLink, RedisUnreachable
-from broker.redis_resp import Command, RedisReplyError
-from broker.redis_script import Script
-from broker.redis_topology import Address, Topology, key_slot, parse_redis_url, slot_map
+from broker.redis_script import Command, RedisReplyError, RedisUnreachable, Script
+from broker.redis_servers import PROBE, RedisServers
+from broker.redis_topology import Topology, parse_redis_url
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,6 @@ _REMEDIES = {
     "READONLY": "it is a replica: --redis-url has to name the primary, or Sentinel",
 }
 
-ANY_NODE = ("PING", "INFO", "CLUSTER", "SCRIPT", "TIME")
-
 
 class RedisConnection:
     """Executes commands. `node` names this process towards the others.
@@ -56,20 +54,26 @@ class RedisConnection:
         self.topology: Topology = parse_redis_url(url)
         self.node = secrets.token_hex(6)
         self.patience_s = patience_s
-        self.reconnects = 0
         self._timeout_s = timeout_s
-        self._links: dict[tuple[Address | None, str], RedisLink] = {}
-        self._opening: dict[tuple[Address | None, str], asyncio.Task[RedisLink]] = {}
+        self._servers = RedisServers(self.topology, timeout_s)
         self._scripts: dict[str, Script] = {}
-        self._slots: list[Address | None] | None = None
-        self._mode_known = False
         self._closed = False
         self._away = False
 
     @property
     def is_cluster(self) -> bool:
         """Whether the server is part of a Redis Cluster. Known once the first command was executed."""
-        return self._slots is not None
+        return self._servers.is_cluster
+
+    @property
+    def announce(self) -> str:
+        """The command that announces on a channel. Known once the first command was executed."""
+        return "SPUBLISH" if self._servers.sharded else "PUBLISH"
+
+    @property
+    def reconnects(self) -> int:
+        """How many connections that worked were lost."""
+        return self._servers.breaks
 
     def open(self) -> None:
         """Allow commands (again). Connections are made when they are needed."""
@@ -82,13 +86,8 @@ class RedisConnection:
     async def close(self) -> None:
         """Close all connections. Commands that wait fail."""
         self._closed = True
-        opening = list(self._opening.values())
-        for task in opening:
-            task.cancel()
-        await asyncio.gather(*opening, return_exceptions=True)
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        servers, self._servers = self._servers, RedisServers(self.topology, self._timeout_s)
+        await servers.close()
 
     async def one(self, command: Command, *, lane: str = "read") -> Any:
         """Execute one command and return its reply. Raises StoreUnavailable, StoreError."""
@@ -124,12 +123,13 @@ class RedisConnection:
             return []
         replies: list[Any] = [None] * len(commands)
         pending: Sequence[int] = range(len(commands))
+        asked: dict[int, str] = {}
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + (self.patience_s if patience_s is None else patience_s)
         delay_s = RETRY_S
         at_once = 5
         while True:
-            pending, problem = await self._attempt(commands, pending, replies, lane)
+            pending, problem = await self._attempt(commands, pending, replies, lane, asked)
             if not pending:
                 if self._away:
                     self._away = False
@@ -151,133 +151,109 @@ class RedisConnection:
     # -- one attempt ------------------------------------------------------------------------------------------------
 
     async def _attempt(
-        self, commands: Sequence[Command], pending: Sequence[int], replies: list[Any], lane: str
+        self, commands: Sequence[Command], pending: Sequence[int], replies: list[Any], lane: str, asked: dict[int, str]
     ) -> tuple[list[int], Exception | None]:
-        """Send what is pending; fill in replies; return what has to be tried again, and why."""
+        """Send what is pending; fill in replies; return what has to be tried again, and why.
+
+        asked: commands that a cluster sent elsewhere for once (ASK), with the server.
+        """
+        servers = self._servers
+        groups: dict[tuple[str, bool], list[int]] = defaultdict(list)
         try:
-            if not self._mode_known:
-                await self._find_mode()
-            groups: dict[Address | None, list[int]] = {None: list(pending)}
-            if self._slots is not None:
-                groups = defaultdict(list)
-                for index in pending:
-                    groups[self._address_of(commands[index])].append(index)
+            await servers.find()
+            for index in pending:
+                asking = asked.pop(index, None)
+                groups[asking or servers.server_for(commands[index]), asking is not None].append(index)
         except (RedisUnreachable, RedisReplyError) as exc:
+            await servers.refresh()
             return list(pending), exc
-        if len(groups) == 1:
-            ((address, indexes),) = groups.items()
-            return await self._send(address, commands, indexes, replies, lane)
         results = await asyncio.gather(
-            *(self._send(address, commands, indexes, replies, lane) for address, indexes in groups.items())
+            *(
+                self._send(server, asking, commands, indexes, replies, lane, asked)
+                for (server, asking), indexes in groups.items()
+            )
         )
-        again = [index for indexes, _ in results for index in indexes]
+        again = sorted(index for indexes, _ in results for index in indexes)
         return again, next((problem for _, problem in results if problem is not None), None)
 
     async def _send(
-        self, address: Address | None, commands: Sequence[Command], indexes: list[int], replies: list[Any], lane: str
+        self,
+        server: str,
+        asking: bool,
+        commands: Sequence[Command],
+        indexes: list[int],
+        replies: list[Any],
+        lane: str,
+        asked: dict[int, str],
     ) -> tuple[list[int], Exception | None]:
+        servers = self._servers
+        batch = [commands[index] for index in indexes]
         try:
-            link = await self._link(address, lane)
-            got = await link.call([commands[index] for index in indexes])
+            if asking:
+                got = (await servers.lane(server, lane).call([part for one in batch for part in (("ASKING",), one)]))[
+                    1::2
+                ]
+            else:
+                got = await servers.lane(server, lane).call(batch)
             missing = {
-                str(commands[index][1])
-                for index, reply in zip(indexes, got, strict=True)
+                str(command[1])
+                for command, reply in zip(batch, got, strict=True)
                 if isinstance(reply, RedisReplyError) and reply.code == "NOSCRIPT"
             }
             if missing:
-                await link.call([("SCRIPT", "LOAD", self._scripts[sha].text) for sha in missing])
+                await servers.lane(server, lane).call([("SCRIPT", "LOAD", self._scripts[sha].text) for sha in missing])
         except RedisUnreachable as exc:
-            if self._slots is not None:
-                await self._refresh_slots()
+            await servers.refresh(server)
             return indexes, exc
-        except RedisReplyError as exc:  # the login was refused
-            return indexes, RedisUnreachable(f"Redis at {self.topology.name} refuses the login: {exc}")
         again: list[int] = []
         problem: Exception | None = None
         for index, reply in zip(indexes, got, strict=True):
             replies[index] = reply
-            if isinstance(reply, RedisReplyError) and await self._passes(reply, link):
+            if isinstance(reply, RedisReplyError) and await self._passes(reply):
                 again.append(index)
                 problem = reply
-        if again and len(again) < len(indexes) and self._slots is None:
+                if reply.code == "ASK" and reply.redirect is not None:
+                    asked[index] = f"{reply.redirect.host}:{reply.redirect.port}"
+        if again and len(again) < len(indexes) and not servers.is_cluster:
             # Not in a cluster, whose commands have different keys: those behind the first one that failed are repeated
             # with it, so that commands of one key keep their order.
             again = indexes[indexes.index(again[0]) :]
         return again, problem
 
-    async def _passes(self, reply: RedisReplyError, link: RedisLink) -> bool:
+    async def _passes(self, reply: RedisReplyError) -> bool:
         """Say whether it is worth trying again after this refusal, having done what makes it so."""
-        if reply.code in _MENDED:
-            if reply.code != "NOSCRIPT":
-                await self._refresh_slots()
-            return True
-        if reply.code in _PASSING:
-            if reply.code == "READONLY":  # a failover: ask anew who is the primary
-                link.close()
-            return True
-        return False
+        if reply.redirect is not None:
+            await self._servers.redirect(reply.redirect)
+        elif reply.code == "READONLY":  # a failover
+            await self._servers.one_is_replica()
+            await self._servers.refresh()
+        return reply.code in _MENDED or reply.code in _PASSING
 
-    # -- links ------------------------------------------------------------------------------------------------------
+    # -- announcements ----------------------------------------------------------------------------------------------
 
-    async def _link(self, address: Address | None, lane: str) -> RedisLink:
-        key = (address, lane)
-        link = self._links.get(key)
-        if link is not None and not link.closed:
-            return link
-        opening = self._opening.get(key)
-        if opening is None:
-            opening = self._opening[key] = asyncio.create_task(self._open(address))
-            opening.add_done_callback(lambda task: self._opened(key, task))
-        return await asyncio.shield(opening)
+    async def publish(self, channel: str, message: str) -> None:
+        """Announce something to those who listen to a channel (see Wakeups). Raises StoreUnavailable, StoreError."""
+        if not self._servers.found:
+            await self.one(("PING",))
+        await self.one((self.announce, channel, message))
 
-    def _opened(self, key: tuple[Address | None, str], task: asyncio.Task[RedisLink]) -> None:
-        self._opening.pop(key, None)
-        if task.cancelled() or task.exception() is not None:
-            return
-        if self._closed:
-            task.result().close()
-            return
-        self.reconnects += key in self._links
-        self._links[key] = task.result()
+    async def find(self) -> None:
+        """Find out what kind of Redis it is. Raises RedisUnreachable, RedisReplyError."""
+        await self._servers.find()
 
-    async def _open(self, address: Address | None, on_push: Callable[[Any], None] | None = None) -> RedisLink:
-        host, port = address or await self.topology.primary(self._timeout_s)
-        return await RedisLink.open(host, port, self.topology.login, timeout_s=self._timeout_s, on_push=on_push)
+    def listening_server(self, channel: str) -> str:
+        """Return the name of the server where a channel is listened to. After `find`. Raises RedisUnreachable."""
+        return self._servers.server_of(channel if self._servers.sharded else PROBE)
 
-    async def subscriber(self, on_push: Callable[[Any], None]) -> RedisLink:
-        """Open a connection for subscriptions; the caller closes it. Raises RedisUnreachable, RedisReplyError."""
-        return await self._open(None, on_push)
+    async def subscriber(self, server: str) -> PubSub:
+        """Open a connection for subscriptions at a server; the caller closes it. Raises RedisUnreachable, RedisReplyError."""
+        await self._servers.find()
+        return await self._servers.subscriber(server)
 
-    # -- clusters ---------------------------------------------------------------------------------------------------
+    async def refresh_slots(self, lost: str | None = None) -> None:
+        """Ask a cluster who has which slot. lost: a server that does not answer."""
+        await self._servers.refresh(lost)
 
-    async def _find_mode(self) -> None:
-        link = await self._link(None, "read")
-        reply = (await link.call([("INFO", "server")]))[0]
-        if isinstance(reply, RedisReplyError):
-            raise reply
-        if b"redis_mode:cluster" in reply:
-            await self._refresh_slots()
-            if self._slots is None:
-                raise RedisUnreachable(f"the Redis Cluster at {self.topology.name} has no slots assigned yet")
-        self._mode_known = True
-
-    async def _refresh_slots(self) -> None:
-        """Ask the first server that answers who has which slot."""
-        known = {address for address in self._slots or () if address is not None}
-        for address in (None, *known):
-            try:
-                link = await self._link(address, "read")
-                reply = (await link.call([("CLUSTER", "SLOTS")]))[0]
-            except (RedisUnreachable, RedisReplyError):
-                continue
-            if isinstance(reply, list) and reply:
-                self._slots = slot_map(reply, link.name)
-                return
-
-    def _address_of(self, command: Command) -> Address | None:
-        assert self._slots is not None
-        name = command[0]
-        if name in ANY_NODE:
-            return None
-        key = command[3] if name == "EVALSHA" else command[1]
-        return self._slots[key_slot(key if isinstance(key, bytes) else str(key).encode())]
+    def watch_slots(self, on_change: Callable[[], None], on: bool) -> None:
+        """Begin or cease to call `on_change` when slots of a cluster belong to other servers than before."""
+        self._servers.watch_slots(on_change, on)

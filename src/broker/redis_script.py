@@ -1,11 +1,33 @@
-"""Lua scripts as they are sent to Redis: by their digest."""
+"""Commands and Lua scripts as they are sent to Redis; what is said when one is not carried out."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from broker.redis_resp import Command
+from redis.exceptions import AskError, RedisError
+
+Command = Sequence[bytes | str | int]
+
+
+class RedisUnreachable(Exception):
+    """The server cannot be reached, or the connection broke before the answer came."""
+
+
+class RedisReplyError(Exception):
+    """An error that the server answered with. code: its first word (`READONLY`, `OOM`, `NOSCRIPT`, `ERR`, …)."""
+
+    def __init__(self, text: str, redirect: AskError | None = None) -> None:
+        """redirect: where a cluster sends the command instead."""
+        super().__init__(text)
+        self.code = text.partition(" ")[0]
+        self.redirect = redirect
+
+    @classmethod
+    def of(cls, error: RedisError) -> RedisReplyError:
+        """Return the error reply that the client library raises as `error`: it takes known first words away."""
+        text = str(error) if error.status_code is None else f"{error.status_code} {error}"
+        return cls(text, error if isinstance(error, AskError) else None)
 
 
 class Script:

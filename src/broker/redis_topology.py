@@ -1,25 +1,38 @@
-"""Where Redis is: what a `--redis-url` means, who is primary behind Sentinel, which server has which slot."""
+"""Where Redis is: what a `--redis-url` means, and the client library's clients for it."""
 
 from __future__ import annotations
 
-import binascii
-import ssl
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.event import EventDispatcher
+
 from broker.errors import InvalidInput
-from broker.redis_link import Login, RedisLink, RedisUnreachable
 
 Address = tuple[str, int]
 
-SLOTS = 16_384
 DEFAULT_PORT = 6379
 SENTINEL_PORT = 26379
+MAX_CONNECTIONS = 16
+"""Per server. One per lane and one per subscription are used."""
 _FORMS = (
     "redis://[user:password@]host[:port][/db] (also for one node of a Redis Cluster), the same with rediss:// for TLS, "
     "or redis+sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How to introduce oneself: credentials, database number, TLS."""
+
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    db: int = 0
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +44,44 @@ class Topology:
     service: str | None = None
     name: str = field(default="", compare=False)
 
-    async def primary(self, timeout_s: float) -> Address:
-        """Return the server that takes writes. Raises RedisUnreachable."""
-        if self.service is None:
-            return self.addresses[0]
-        problems = []
-        for host, port in self.addresses:
-            try:
-                link = await RedisLink.open(host, port, Login(tls=self.login.tls), timeout_s=timeout_s)
-            except RedisUnreachable as exc:
-                problems.append(str(exc))
-                continue
-            try:
-                reply = (await link.call([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)]))[0]
-            except RedisUnreachable as exc:
-                problems.append(str(exc))
-                continue
-            finally:
-                link.close()
-            if isinstance(reply, list) and len(reply) == 2:
-                return reply[0].decode(), int(reply[1])
-            problems.append(f"Sentinel at {host}:{port} knows no primary {self.service!r}")
-        raise RedisUnreachable("; ".join(problems))
+    def client(self, timeout_s: float, address: Address | None = None) -> Redis:
+        """Return a client of a server: the one at `address`, by default the one that takes writes."""
+        options = {**self._options(timeout_s), "max_connections": MAX_CONNECTIONS, "db": self.login.db}
+        if self.service is not None and address is None:
+            client: Redis = self.sentinel(timeout_s).master_for(self.service, **options)
+            return client
+        host, port = address or self.addresses[0]
+        return Redis(host=host, port=port, **options)
+
+    def sentinel(self, timeout_s: float) -> Sentinel:
+        """Return a client of the Sentinels. They have no password; Redis has."""
+        options = self._options(timeout_s)
+        return Sentinel(self.addresses, sentinel_kwargs={**options, "username": None, "password": None})  # type: ignore[no-untyped-call]
+
+    def cluster(self, timeout_s: float, events: EventDispatcher) -> RedisCluster:
+        """Return a client of the cluster that the first address is part of. events: hears of changed slots."""
+        host, port = self.addresses[0]
+        # Each fifth redirection the library would close all connections, those in use included: 0 is never.
+        return RedisCluster(
+            host=host,
+            port=port,
+            reinitialize_steps=0,
+            event_dispatcher=events,
+            max_connections=MAX_CONNECTIONS,
+            **self._options(timeout_s),
+        )
+
+    def _options(self, timeout_s: float) -> dict[str, Any]:
+        return {
+            "username": self.login.username,
+            "password": self.login.password,
+            "ssl": self.login.tls,
+            "protocol": 2,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            # The library repeats a command whose reply was lost, which would append twice: see RedisConnection.execute.
+            "retry": Retry(NoBackoff(), 0),
+        }
 
 
 def parse_redis_url(url: str) -> Topology:
@@ -63,8 +92,7 @@ def parse_redis_url(url: str) -> Topology:
             return _sentinel(parts)
         if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.query:
             raise ValueError("unknown form")
-        tls = ssl.create_default_context() if parts.scheme == "rediss" else None
-        login = _login(parts, _db(parts.path.strip("/")), tls)
+        login = _login(parts, _db(parts.path.strip("/")), parts.scheme == "rediss")
         address = (parts.hostname, parts.port or DEFAULT_PORT)
     except ValueError as exc:
         raise InvalidInput(f"the Redis URL cannot be used ({exc}): write {_FORMS}", parameter="redis_url") from None
@@ -84,10 +112,10 @@ def _sentinel(parts: SplitResult) -> Topology:
         urlsplit(f"redis://{parts.netloc.rpartition('@')[0]}@x") if "@" in parts.netloc else urlsplit("redis://x")
     )
     name = f"{service} (Sentinel at {','.join(hosts)})"
-    return Topology(tuple(addresses), _login(credentials, _db(db), None), service, name=name)
+    return Topology(tuple(addresses), _login(credentials, _db(db), False), service, name=name)
 
 
-def _login(parts: SplitResult, db: int, tls: ssl.SSLContext | None) -> Login:
+def _login(parts: SplitResult, db: int, tls: bool) -> Login:
     password = unquote(parts.password) if parts.password is not None else None
     return Login(unquote(parts.username) if parts.username else None, password, db, tls)
 
@@ -96,22 +124,3 @@ def _db(text: str) -> int:
     if text and not text.isdigit():
         raise ValueError("the database is a number")
     return int(text or 0)
-
-
-def key_slot(key: bytes) -> int:
-    """Return the cluster slot of a key: that of its hash tag, the part between the first braces, if it has one."""
-    start = key.find(b"{")
-    if start >= 0:
-        end = key.find(b"}", start + 1)
-        if end > start + 1:
-            key = key[start + 1 : end]
-    return binascii.crc_hqx(key, 0) % SLOTS
-
-
-def slot_map(reply: list[Any], asked: str) -> list[Address | None]:
-    """Return the primary of each slot from a CLUSTER SLOTS reply. asked: `host:port` that gave it."""
-    slots: list[Address | None] = [None] * SLOTS
-    for first, last, primary, *_ in reply:
-        host = primary[0].decode() or asked.rpartition(":")[0]
-        slots[first : last + 1] = [(host, primary[1])] * (last - first + 1)
-    return slots

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from broker.clock import Clock
 from broker.database import Database
 from broker.eventlog.base import EventLog
 from broker.eventlog.memory import MemoryEventLog
-from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.library.indexing import IndexingTimelineStore
 from broker.library.memory import MemoryLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
 from broker.library.store import LibraryStore
 from broker.plugins import PluginHost
-from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
-from broker.runs.redis import RedisRunStore
-from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 from broker.settings import Settings
 from broker.timeline.memory import MemoryTimelineStore
-from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import TimelineStore
+
+if TYPE_CHECKING:
+    from broker.redis_connection import RedisConnection
 
 
 @dataclass(slots=True)
@@ -71,6 +70,13 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
     timeline = plugins.call_first("build_timeline_store", settings=settings)
     runs = plugins.call_first("build_run_store", settings=settings)
     if settings.redis_url is not None:
+        # Here, so that a start without Redis does not wait for its client library.
+        from broker.eventlog.redis import RedisEventLog
+        from broker.redis_connection import RedisConnection
+        from broker.runs.redis import RedisRunStore
+        from broker.runs.redis_turns import RedisTurnStore
+        from broker.timeline.redis import RedisTimelineStore
+
         redis = RedisConnection(settings.redis_url, patience_s=settings.redis_patience_s)
         local_library = MemoryLibraryStore()
         return Stores(

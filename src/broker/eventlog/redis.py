@@ -255,7 +255,8 @@ class RedisEventLog:
 
     async def erase(self, conv_id: str) -> None:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
-        existed = await self._connection.one(ERASE.command(log_keys(conv_id), ("PUBLISH", live_channel(conv_id))))
+        announcement = (self._connection.announce, live_channel(conv_id))
+        existed = await self._connection.one(ERASE.command(log_keys(conv_id), announcement))
         if self._indexing is not None:
             await asyncio.shield(self._indexing)
         commands: list[Any] = [("ZREM", INDEX, conv_id)]

@@ -19,7 +19,7 @@ from broker.eventlog.base import Committed
 from broker.eventlog.redis_keys import escaped, live_channel, log_keys
 from broker.eventlog.redis_scripts import APPEND
 from broker.redis_connection import RedisConnection
-from broker.redis_resp import Command, RedisReplyError
+from broker.redis_script import Command, RedisReplyError
 from broker.sequence import seq_from_stream_id
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,8 @@ class Appends:
         keys = (*log_keys(conv_id), f"{name}:append:{self._connection.node}", f"{name}:run-state")
         clock = self._clock.wall_ms() if self._clock is not None else ""
         arguments: list[bytes | str | int] = [
-            flight.id, deadline_ms, clock, epoch, self._connection.node, "PUBLISH", live_channel(conv_id),
+            flight.id, deadline_ms, clock, epoch, self._connection.node, self._connection.announce,
+            live_channel(conv_id),
             flight.fence,
         ]  # fmt: skip
         for envelope in flight.envelopes():

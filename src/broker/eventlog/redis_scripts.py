@@ -7,6 +7,8 @@ Per conversation, all in one slot (`chat:{conv_id}` is its topic):
     chat:{c}:keys       sorted set of `dedupe key NUL entry ID` of retained entries, by name
     chat:{c}:append:N   what node N's newest append got, for a minute: a repetition after a lost reply gets the same
 
+An announcement is a hint: one that the server refuses does not undo what was written (`pcall`).
+
 IDs are handled as text or as their two halves: as one number they would not fit Lua's 53 bits.
 """
 
@@ -78,7 +80,7 @@ if fresh then
   local last = text(ms, n)
   redis.call('HSET', KEYS[2], 'epoch', epoch, 'head', last)
   redis.call('HINCRBY', KEYS[2], 'bytes', size)
-  redis.call(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
+  redis.pcall(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
 end
 return answer
 """
@@ -162,7 +164,7 @@ ERASE = Script(
     """
 local existed = redis.call('EXISTS', KEYS[2])
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
-if existed == 1 then redis.call(ARGV[1], ARGV[2], 'erased') end
+if existed == 1 then redis.pcall(ARGV[1], ARGV[2], 'erased') end
 return existed
 """
 )

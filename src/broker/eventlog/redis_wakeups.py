@@ -1,32 +1,30 @@
-"""Wake-ups: the announcements of appends that Redis publishes. Hints only: any of them may be late, lost or repeated."""
+"""Wake-ups: the announcements of appends that Redis publishes. Hints only: any of them may be late, lost or repeated.
+
+Where the server has sharded channels (Redis 7, Valkey), a channel is announced and listened to at the server that has
+its slot, and nowhere else in the cluster. So there is one subscription per server, and it follows the slots.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
-from typing import Any
 
+from broker.eventlog.redis_subscription import Subscription
 from broker.redis_connection import RedisConnection
-from broker.redis_link import RedisLink, RedisUnreachable
-from broker.redis_resp import RedisReplyError
+from broker.redis_script import RedisReplyError, RedisUnreachable
 
 logger = logging.getLogger(__name__)
 
-PING_S = 2.0
-SILENCE_S = 6.0
-"""Without even an answer to pings for this long the connection counts as gone."""
-RETRY_S = 0.1
-RETRY_MAX_S = 1.0
-CHANNELS_AT_ONCE = 500
+PLACE_S = 2.0
+"""How long a channel whose slot has no server, or has another one than this node believes, waits for the next look."""
 
 
 class Wakeups:
-    """A subscription to the channels that were asked for, over one connection that is opened again when it breaks.
+    """A subscription to the channels that were asked for, opened again when it breaks.
 
-    on_message(channel, payload). on_listening(channel): from here on its messages come. on_connected(): after a break
-    every channel is listened to again, each with its `on_listening`.
+    on_message(channel, payload). on_listening(channel): from here on its messages come; after a break every channel is
+    listened to again, each with its `on_listening`.
     """
 
     def __init__(
@@ -39,80 +37,106 @@ class Wakeups:
         self._connection = connection
         self._on_message = on_message
         self._on_listening = on_listening
-        self._channels: dict[str, None] = {}
-        self._changed: dict[str, bool] = {}
-        self._link: RedisLink | None = None
+        self._channels: dict[str, Subscription | None] = {}
+        """Where each channel is listened to; None: not known yet."""
+        self._changed: set[str] = set()
+        self._subscriptions: dict[str, Subscription] = {}
         self._task: asyncio.Task[None] | None = None
-        self._heard_s = 0.0
-        self.connects = 0
+        self._closing: set[asyncio.Task[None]] = set()
+        self._doubt = asyncio.Event()
+        self._placing = False
         self.received = 0
 
     def start(self) -> None:
         """Connect and stay connected."""
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._stay_connected())
+            self._connection.watch_slots(self._doubt.set, True)
+            self._task = asyncio.get_running_loop().create_task(self._follow_slots())
 
     async def close(self) -> None:
         task, self._task = self._task, None
         if task is not None:
+            self._connection.watch_slots(self._doubt.set, False)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        self._placing = False
+        subscriptions, self._subscriptions = list(self._subscriptions.values()), {}
+        self._channels = dict.fromkeys(self._channels)
+        await asyncio.gather(*(subscription.close() for subscription in subscriptions), *self._closing)
 
     def listen(self, channel: str, on: bool) -> None:
         """Begin or cease to listen to a channel. Changes of one loop turn travel together."""
         if on:
-            self._channels[channel] = None
+            self._channels.setdefault(channel)
+            if self._placing:
+                if not self._changed:
+                    asyncio.get_running_loop().call_soon(self._place_changes)
+                self._changed.add(channel)
         else:
-            self._channels.pop(channel, None)
-        if not self._changed and self._link is not None:
-            asyncio.get_running_loop().call_soon(self._send_changes)
-        if self._link is not None:
-            self._changed[channel] = on
+            subscription = self._channels.pop(channel, None)
+            if subscription is not None:
+                subscription.listen(channel, False)
 
-    def _send_changes(self) -> None:
-        changed, self._changed = self._changed, {}
-        for word, wanted in (("SUBSCRIBE", True), ("UNSUBSCRIBE", False)):
-            names = [channel for channel, on in changed.items() if on is wanted]
-            for start in range(0, len(names), CHANNELS_AT_ONCE):
-                if self._link is not None:
-                    self._link.send((word, *names[start : start + CHANNELS_AT_ONCE]))
+    def _place_changes(self) -> None:
+        changed, self._changed = self._changed, set()
+        if not self._place([channel for channel in changed if channel in self._channels]):
+            self._doubt.set()
 
-    async def _stay_connected(self) -> None:
-        delay_s = RETRY_S
-        while True:
+    def _place(self, channels: list[str]) -> bool:
+        """Have each channel listened to where it is announced now; say whether that is known for all."""
+        known = True
+        for channel in channels:
+            before = self._channels[channel]
             try:
-                link = await self._connection.subscriber(self._take)
-            except (RedisUnreachable, RedisReplyError):
-                await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
-                delay_s = min(delay_s * 2, RETRY_MAX_S)
+                server = self._connection.listening_server(channel)
+            except RedisUnreachable:
+                known = False
                 continue
-            delay_s = RETRY_S
-            self.connects += 1
-            self._heard_s = asyncio.get_running_loop().time()
-            self._link = link
+            subscription = self._subscriptions.get(server)
+            if subscription is None:
+                subscription = self._subscriptions[server] = Subscription(
+                    self._connection, server, on_message=self._take, on_listening=self._heard, on_doubt=self._doubt.set
+                )
+            if subscription is not before:
+                if before is not None:
+                    before.listen(channel, False)
+                subscription.listen(channel, True)
+                self._channels[channel] = subscription
+        return known
+
+    async def _follow_slots(self) -> None:
+        """Place every channel, again whenever something says that it may be elsewhere now."""
+        while True:
+            self._doubt.clear()
             try:
-                self._changed = dict.fromkeys(self._channels, True)
-                self._send_changes()
-                await self._until_lost(link)
-            finally:
-                self._link = None
-                self._changed = {}
-                link.close()
+                await self._connection.find()
+                self._placing = True
+                known = self._place(list(self._channels))
+                self._drop_unused()
+            except (RedisUnreachable, RedisReplyError):
+                known = False
+            if known:
+                await self._doubt.wait()
+                continue
+            try:
+                async with asyncio.timeout(PLACE_S):
+                    await self._doubt.wait()
+            except TimeoutError:
+                await self._connection.refresh_slots()
 
-    async def _until_lost(self, link: RedisLink) -> None:
-        """Return when the connection is gone, or has been silent for too long."""
-        loop = asyncio.get_running_loop()
-        while not link.closed and loop.time() - self._heard_s < SILENCE_S:
-            link.send(("PING",))
-            await asyncio.wait({link.lost}, timeout=PING_S)
-
-    def _take(self, reply: Any) -> None:
-        self._heard_s = asyncio.get_running_loop().time()
-        if not isinstance(reply, list) or len(reply) < 2 or not isinstance(reply[1], bytes):
+    def _drop_unused(self) -> None:
+        """Close subscriptions at servers that have none of the channels any more."""
+        if not self._connection.is_cluster:
             return
-        kind, channel = reply[0], reply[1].decode()
-        if kind == b"message":
-            self.received += 1
-            self._on_message(channel, reply[2].decode())
-        elif kind == b"subscribe":
+        for server in [server for server, subscription in self._subscriptions.items() if not len(subscription)]:
+            task = asyncio.get_running_loop().create_task(self._subscriptions.pop(server).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _take(self, channel: str, payload: str) -> None:
+        self.received += 1
+        self._on_message(channel, payload)
+
+    def _heard(self, channel: str) -> None:
+        if channel in self._channels:
             self._on_listening(channel)

@@ -356,7 +356,7 @@ class RedisRunStore:
             self._pokes.start()
 
     async def poke(self, conv_id: str) -> None:
-        await self._connection.one(("PUBLISH", POKES, conv_id))
+        await self._connection.publish(POKES, conv_id)
 
     async def renew(self, conv_ids: Sequence[str]) -> list[str]:
         """Prolong this node's leases; return the conversations that another node has taken over. Raises StoreError."""

@@ -20,8 +20,7 @@ import orjson
 
 from broker.envelope import topic
 from broker.redis_connection import RedisConnection
-from broker.redis_resp import Command
-from broker.redis_script import Script
+from broker.redis_script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, TimelineSave

@@ -1,0 +1,236 @@
+"""The servers behind one URL: one, the primary behind Sentinel, or those of a cluster, each with its lanes.
+
+A server is named `host:port` in a cluster, and '' where there is only one to talk to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.client import PubSub
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.event import AsyncAfterSlotsCacheRefreshEvent, AsyncEventListenerInterface, EventDispatcher
+from redis.exceptions import AskError, MovedError, RedisClusterException, RedisError
+
+from broker.redis_lane import RedisLane, unreachable
+from broker.redis_script import Command, RedisReplyError, RedisUnreachable
+from broker.redis_topology import Topology
+
+PROBE = "broker:probe"
+"""A channel that nobody listens to: whether it can be announced on says whether the server has sharded channels."""
+ANY_NODE = ("PING", "INFO", "CLUSTER", "COMMAND", "SCRIPT", "TIME")
+
+
+class RedisServers:
+    """Clients of the library and what they found out. Usable after `find`."""
+
+    def __init__(self, topology: Topology, timeout_s: float) -> None:
+        self._topology = topology
+        self._timeout_s = timeout_s
+        self._one: Redis | None = None
+        self._cluster: RedisCluster | None = None
+        self._listening: dict[str, Redis] = {}
+        self._lanes: dict[tuple[str, str], RedisLane] = {}
+        self._finding: asyncio.Task[None] | None = None
+        self._watchers: list[Callable[[], None]] = []
+        self.found = False
+        self.sharded = False
+        """Whether announcements can go to the server of a slot only (SPUBLISH; Redis 7, Valkey)."""
+
+    @property
+    def is_cluster(self) -> bool:
+        return self._cluster is not None
+
+    @property
+    def breaks(self) -> int:
+        """How many connections that worked were lost."""
+        return sum(lane.breaks for lane in self._lanes.values())
+
+    async def find(self) -> None:
+        """Find out what kind of Redis it is. Raises RedisUnreachable, RedisReplyError."""
+        if not self.found:
+            if self._finding is None:  # one attempt for all that wait
+                self._finding = asyncio.get_running_loop().create_task(self._find())
+                self._finding.add_done_callback(self._has_tried)
+            await asyncio.shield(self._finding)
+
+    def _has_tried(self, task: asyncio.Task[None]) -> None:
+        self._finding = None
+        if not task.cancelled():
+            task.exception()  # whoever waits gets it; nobody waiting is no error of its own
+
+    async def _find(self) -> None:
+        if self._one is None:
+            self._one = self._topology.client(self._timeout_s)
+            self._one.response_callbacks.clear()  # replies as they are
+        info = (await self.lane("", "read").call([("INFO", "server")]))[0]
+        if isinstance(info, RedisReplyError):
+            raise info
+        if b"redis_mode:cluster" in info and self._cluster is None:
+            await self._find_cluster()
+        self.sharded = await self._has_sharded_channels()
+        self.found = True
+
+    async def _find_cluster(self) -> None:
+        events = EventDispatcher()
+        events.register_listeners({AsyncAfterSlotsCacheRefreshEvent: [_SlotsListener(self._slots_changed)]})
+        cluster = self._topology.cluster(self._timeout_s, events)
+        try:
+            await cluster.initialize()
+        except (RedisError, RedisClusterException, OSError) as exc:
+            raise RedisUnreachable(f"the Redis Cluster at {self._topology.name} is not usable: {exc}") from exc
+        # Replies as they are, but for what the cluster's client itself asks for.
+        for name in [name for name in cluster.response_callbacks if name != "COMMAND"]:
+            del cluster.response_callbacks[name]
+        self._cluster = cluster
+
+    async def _has_sharded_channels(self) -> bool:
+        """Try it: a version number says nothing about renamed commands and ACLs."""
+        commands: list[Command] = [("SPUBLISH", PROBE, ""), ("COMMAND", "INFO", "SSUBSCRIBE")]
+        published, listening = await self.lane(self.server_of(PROBE), "read").call(commands)
+        if isinstance(published, RedisReplyError) and published.code not in ("ERR", "NOPERM"):
+            raise published
+        return not isinstance(published, RedisReplyError) and listening != [None]
+
+    async def close(self) -> None:
+        """Close every connection; what waits fails. Not to be used any more."""
+        if self._finding is not None:
+            self._finding.cancel()
+            await asyncio.gather(self._finding, return_exceptions=True)
+        lanes, self._lanes = list(self._lanes.values()), {}
+        for lane in lanes:
+            await lane.close()
+        listening, self._listening = list(self._listening.values()), {}
+        cluster, self._cluster = self._cluster, None
+        one, self._one = self._one, None
+        for client in (*listening, *([one] if one is not None else [])):
+            await _quietly(client.aclose())
+            if isinstance(client.connection_pool, SentinelConnectionPool):
+                await _quietly(client.connection_pool.sentinel_manager.aclose())
+        if cluster is not None:
+            await _quietly(cluster.aclose())
+            # Where the library thinks that it has to start anew it keeps its connections.
+            await _quietly(cluster.nodes_manager.aclose())
+            await _quietly(cluster.nodes_manager.aclose("startup_nodes"))
+
+    # -- slots ------------------------------------------------------------------------------------------------------
+
+    def watch_slots(self, on_change: Callable[[], None], on: bool) -> None:
+        """Begin or cease to call `on_change` when slots belong to other servers than before."""
+        if on:
+            self._watchers.append(on_change)
+        elif on_change in self._watchers:
+            self._watchers.remove(on_change)
+
+    def _slots_changed(self) -> None:
+        for watcher in list(self._watchers):
+            watcher()
+
+    def server_of(self, key: str) -> str:
+        """Return the server that has a key or a sharded channel. Raises RedisUnreachable for a slot without one."""
+        if self._cluster is None:
+            return ""
+        try:
+            node = self._cluster.get_node_from_key(key)
+        except (RedisClusterException, KeyError) as exc:
+            raise RedisUnreachable(f"the Redis Cluster at {self._topology.name}: {exc}") from exc
+        if node is None:
+            raise RedisUnreachable(f"the Redis Cluster at {self._topology.name} has no server for {key!r}")
+        return str(node.name)
+
+    def server_for(self, command: Command) -> str:
+        """Return the server that carries out a command. Raises RedisUnreachable."""
+        if self._cluster is None:
+            return ""
+        if command[0] in ANY_NODE:
+            return str(self._cluster.get_random_node().name)
+        key = command[3] if command[0] == "EVALSHA" else command[1]
+        return self.server_of(key.decode() if isinstance(key, bytes) else str(key))
+
+    async def redirect(self, to: AskError) -> None:
+        """Take note that a slot belongs to another server."""
+        if self._cluster is not None and isinstance(to, MovedError):
+            await self._cluster.nodes_manager.move_slot(to)
+
+    async def refresh(self, lost: str | None = None) -> None:
+        """Ask the servers who has which slot. lost: the one that does not answer, asked last."""
+        if self._cluster is not None:
+            try:
+                await self._cluster.nodes_manager.initialize(last_failed_node_name=lost)
+            except (RedisError, RedisClusterException, OSError):
+                pass  # the next attempt asks again
+
+    # -- lanes ------------------------------------------------------------------------------------------------------
+
+    def lane(self, server: str, name: str) -> RedisLane:
+        """Return a lane to a server."""
+        lane = self._lanes.get((server, name))
+        if lane is None:
+            pipeline = self._at_one if not server else lambda commands: self._at_node(server, commands)
+            lane = RedisLane(pipeline, server or self._topology.name, self._timeout_s)
+            self._lanes[server, name] = lane
+        return lane
+
+    async def _at_one(self, commands: Sequence[Command]) -> list[Any]:
+        assert self._one is not None
+        pipeline = self._one.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return list(await pipeline.execute(raise_on_error=False))
+
+    async def _at_node(self, server: str, commands: Sequence[Command]) -> list[Any]:
+        assert self._cluster is not None
+        node = self._cluster.get_node(node_name=server)
+        if node is None:
+            raise RedisClusterException(f"{server} is not part of the cluster any more")
+        pipeline = self._cluster.pipeline()
+        for command in commands:
+            pipeline.execute_command(*command, target_nodes=[node])
+        # Redirected commands come back to `execute`, which repeats them in their order.
+        return list(await pipeline.execute(raise_on_error=False, allow_redirections=False))
+
+    async def one_is_replica(self) -> None:
+        """Take note that the server does not take writes: a name may stand for another one by now."""
+        if self._one is not None and self._cluster is None:
+            await _quietly(self._one.connection_pool.disconnect(inuse_connections=False))
+
+    async def subscriber(self, server: str) -> PubSub:
+        """Return an open connection for subscriptions at a server; the caller closes it. Raises RedisUnreachable."""
+        client = self._one
+        if server:
+            client = self._listening.get(server)
+            if client is None:
+                host, _, port = server.rpartition(":")
+                client = self._listening[server] = self._topology.client(self._timeout_s, (host, int(port)))
+        assert client is not None, "find() first"
+        pubsub = client.pubsub()
+        try:
+            await pubsub.connect()  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as exc:
+            await _quietly(pubsub.aclose())  # type: ignore[no-untyped-call]
+            raise unreachable(exc, server or self._topology.name, self._timeout_s) from exc
+        except BaseException:
+            await _quietly(pubsub.aclose())  # type: ignore[no-untyped-call]
+            raise
+        return pubsub
+
+
+class _SlotsListener(AsyncEventListenerInterface):
+    """Hears from the library that slots belong to other servers than before."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    async def listen(self, event: object) -> None:
+        self._on_change()
+
+
+async def _quietly(closing: Any) -> None:
+    """Close something that may be broken already."""
+    try:
+        await closing
+    except (RedisError, RedisClusterException, OSError):
+        pass
