@@ -16,7 +16,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope, topic
 from broker.errors import BrokerError, RunEnded, StoreError, StoreUnavailable
 from broker.eventlog.base import Committed
-from broker.eventlog.redis_keys import escaped, live_channel, log_keys
+from broker.eventlog.redis_keys import live_channel, log_keys, packed
 from broker.eventlog.redis_scripts import APPEND
 from broker.redis_connection import RedisConnection
 from broker.redis_script import Command, RedisReplyError
@@ -240,7 +240,5 @@ class Appends:
             live_channel(conv_id),
             flight.fence,
         ]  # fmt: skip
-        for envelope in flight.envelopes():
-            key = escaped(envelope.dedupe_key) if envelope.dedupe_key is not None else ""
-            arguments += (envelope.type, envelope.id, envelope.channel, envelope.time_ms, key, envelope.data_json)
+        arguments.append(b"".join([packed(envelope) for envelope in flight.envelopes()]))
         return APPEND.command(keys, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import orjson
@@ -13,6 +14,9 @@ LIFE = "broker:log"
 """Hash: life (identity of this data set), erasures."""
 INDEX = "broker:conversations"
 """Sorted set of conversation ids by the time of their last append (ms): a hint, written after the append."""
+
+
+_LENGTHS = struct.Struct(">6I")
 
 
 def log_keys(conv_id: str) -> tuple[str, str, str]:
@@ -34,6 +38,19 @@ def escaped(key: str) -> str:
 def unescaped(key: str) -> str:
     """Undo `escaped`."""
     return key.replace("\x01\x01", "\x00").replace("\x01\x02", "\x01") if "\x01" in key else key
+
+
+def packed(envelope: Envelope) -> bytes:
+    """Return an envelope as the append script reads it: the lengths of six fields, four bytes each, then the fields.
+
+    All envelopes of an append are one argument: the client library takes 0.6 us for each argument of a command.
+    """
+    type_, id_, channel = envelope.type.encode(), envelope.id.encode(), envelope.channel.encode()
+    time_ms = b"%d" % envelope.time_ms
+    key = escaped(envelope.dedupe_key).encode() if envelope.dedupe_key is not None else b""
+    data = envelope.data_json
+    lengths = _LENGTHS.pack(len(type_), len(id_), len(channel), len(time_ms), len(key), len(data))
+    return b"".join((lengths, type_, id_, channel, time_ms, key, data))
 
 
 def envelope_of(conv_id: str, row: list[Any]) -> Envelope:

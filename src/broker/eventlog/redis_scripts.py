@@ -24,7 +24,7 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 # KEYS stream, log, keys, append, run-state.
 # ARGV: append id, deadline (ms, server's clock), clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
-#       then per envelope: type, id, channel, time_ms, dedupe key, data.
+#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each.
 # Reply: `ok <now> <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `late <now>`, `new <now>`,
 #       `fenced <now>`: then nothing was done.
 APPEND = Script(
@@ -52,8 +52,13 @@ local ms, n = parts(head)
 local clock = ARGV[3] == '' and now or tonumber(ARGV[3])
 local reply = {'ok', now_text, epoch, head}
 local size, fresh = 0, false
-for at = 9, #ARGV, 6 do
-  local key = ARGV[at + 4]
+local packed, at = ARGV[9], 1
+local function take(length) at = at + length return string.sub(packed, at - length, at - 1) end
+while at <= #packed do
+  local t, i, c, m, k, d
+  t, i, c, m, k, d, at = struct.unpack('>I4I4I4I4I4I4', packed, at)
+  t, i, c, m = take(t), take(i), take(c), take(m)
+  local key, data = take(k), take(d)
   local known
   if key ~= '' then
     local from = key .. '\\0'
@@ -66,10 +71,9 @@ for at = 9, #ARGV, 6 do
   else
     if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
     local id = text(ms, n)
-    redis.call('XADD', KEYS[1], id, 't', ARGV[at], 'i', ARGV[at + 1], 'c', ARGV[at + 2], 'm', ARGV[at + 3],
-      'k', key, 'd', ARGV[at + 5])
+    redis.call('XADD', KEYS[1], id, 't', t, 'i', i, 'c', c, 'm', m, 'k', key, 'd', data)
     if key ~= '' then redis.call('ZADD', KEYS[3], 0, key .. '\\0' .. id) end
-    size = size + #ARGV[at] + #ARGV[at + 1] + #ARGV[at + 2] + #ARGV[at + 5]
+    size = size + #t + #i + #c + #data
     reply[#reply + 1] = id
     fresh = true
   end
