@@ -42,6 +42,8 @@ _REMEDIES = {
     "READONLY": "it is a replica: --redis-url has to name the primary, or Sentinel",
 }
 
+_CLOSED = "the connection to Redis is closed: this process is shutting down"
+
 
 class RedisConnection:
     """Executes commands. `node` names this process towards the others.
@@ -118,7 +120,7 @@ class RedisConnection:
         may have been carried out.
         """
         if self._closed:
-            raise StoreUnavailable("the connection to Redis is closed: this process is shutting down")
+            raise StoreUnavailable(_CLOSED)
         if not commands:
             return []
         replies: list[Any] = [None] * len(commands)
@@ -147,6 +149,8 @@ class RedisConnection:
                 logger.warning("Redis does not serve, trying on: %s", problem)
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
+            if self._closed:
+                raise StoreUnavailable(_CLOSED) from problem
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 
@@ -167,11 +171,11 @@ class RedisConnection:
         except (RedisUnreachable, RedisReplyError) as exc:
             await servers.refresh()
             return list(pending), exc
+        if len(groups) == 1:
+            ((where, indexes),) = groups.items()
+            return await self._send(*where, commands, indexes, replies, lane, asked)
         results = await asyncio.gather(
-            *(
-                self._send(server, asking, commands, indexes, replies, lane, asked)
-                for (server, asking), indexes in groups.items()
-            )
+            *(self._send(*where, commands, indexes, replies, lane, asked) for where, indexes in groups.items())
         )
         again = sorted(index for indexes, _ in results for index in indexes)
         return again, next((problem for _, problem in results if problem is not None), None)

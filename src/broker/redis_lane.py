@@ -6,6 +6,7 @@ A lane has a task of its own, so that a caller who is cancelled leaves no connec
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -13,19 +14,25 @@ from typing import Any
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    DataError,
     RedisClusterException,
     RedisError,
     ResponseError,
     TimeoutError,
 )
 
+from broker.errors import StoreError
 from broker.redis_script import Command, RedisReplyError, RedisUnreachable
+
+logger = logging.getLogger(__name__)
 
 MAX_COMMANDS = 1024
 """Per round; a caller's commands are not divided."""
 
 Pipeline = Callable[[Sequence[Command]], Awaitable[list[Any]]]
 """Carries out commands in one round trip; gives replies, and the library's exceptions in place of those that failed."""
+
+_Call = tuple[Sequence[Command], asyncio.Future[list[Any]]]
 
 
 def unreachable(error: BaseException, name: str, timeout_s: float) -> RedisUnreachable:
@@ -36,6 +43,16 @@ def unreachable(error: BaseException, name: str, timeout_s: float) -> RedisUnrea
     return RedisUnreachable(f"Redis at {name} cannot be reached: {reason}")
 
 
+def check_cancelled() -> None:
+    """Raise CancelledError if this task was told to end.
+
+    Before Python 3.12 `asyncio.wait_for`, with which the client library sends, may swallow that it was.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class RedisLane:
     """A queue of commands to one server. name: of the server, for messages. timeout_s: that it may be silent."""
 
@@ -43,7 +60,7 @@ class RedisLane:
         self._pipeline = pipeline
         self._name = name
         self._timeout_s = timeout_s
-        self._waiting: deque[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = deque()
+        self._waiting: deque[_Call] = deque()
         self._task: asyncio.Task[None] | None = None
         self._worked = False
         self.breaks = 0
@@ -68,25 +85,38 @@ class RedisLane:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _work(self) -> None:
-        round_: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
+        round_: list[_Call] = []
         try:
             while self._waiting:
                 round_ = self._next_round()
                 if not round_:
                     continue
-                try:
-                    replies = await self._pipeline([command for commands, _ in round_ for command in commands])
-                except (RedisError, RedisClusterException, OSError) as exc:
-                    self._broke(round_, unreachable(exc, self._name, self._timeout_s))
-                    continue
-                self._hand_out(round_, replies)
+                await self._run(round_)
+                check_cancelled()
         except asyncio.CancelledError:
             self._broke(round_, RedisUnreachable(f"the connection to Redis at {self._name} is closed"))
             raise
         finally:
             self._task = None
 
-    def _next_round(self) -> list[tuple[Sequence[Command], asyncio.Future[list[Any]]]]:
+    async def _run(self, round_: list[_Call]) -> None:
+        try:
+            replies = await self._pipeline([command for commands, _ in round_ for command in commands])
+        except DataError as exc:  # found before anything was sent
+            if len(round_) > 1:  # somebody's command is none: the others have theirs carried out
+                for one in round_:
+                    await self._run([one])
+            elif not round_[0][1].done():
+                round_[0][1].set_exception(StoreError(f"not a command for Redis: {exc}"))
+        except (RedisError, RedisClusterException, OSError) as exc:
+            self._broke(round_, unreachable(exc, self._name, self._timeout_s))
+        except Exception as exc:
+            logger.exception("the Redis client library failed")
+            self._broke(round_, unreachable(exc, self._name, self._timeout_s))
+        else:
+            self._hand_out(round_, replies)
+
+    def _next_round(self) -> list[_Call]:
         round_ = []
         size = 0
         while self._waiting and size < MAX_COMMANDS:
@@ -96,7 +126,7 @@ class RedisLane:
                 size += len(commands)
         return round_
 
-    def _hand_out(self, round_: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]], results: list[Any]) -> None:
+    def _hand_out(self, round_: list[_Call], results: list[Any]) -> None:
         at = 0
         for commands, future in round_:
             replies = results[at : at + len(commands)]
@@ -108,24 +138,17 @@ class RedisLane:
                 elif isinstance(reply, Exception):
                     broken = broken or reply
             if broken is not None:
-                self._broke([(commands, future)], unreachable(broken, self._name, self._timeout_s), others=False)
+                self._broke([(commands, future)], unreachable(broken, self._name, self._timeout_s))
             elif not future.done():
                 self._worked = True
                 future.set_result(replies)
 
-    def _broke(
-        self,
-        round_: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]],
-        error: RedisUnreachable,
-        others: bool = True,
-    ) -> None:
+    def _broke(self, round_: list[_Call], error: RedisUnreachable) -> None:
         """Tell the callers of a round, and those that wait behind it: a server that hangs is not waited for twice."""
         self.breaks += self._worked
         self._worked = False
-        if others:
-            round_ = [*round_, *self._waiting]
-            self._waiting.clear()
-        for _, future in round_:
+        behind, self._waiting = self._waiting, deque()
+        for _, future in (*round_, *behind):
             if not future.done():
                 future.set_exception(RedisUnreachable(str(error)))
                 future.exception()  # whoever waits gets it; nobody waiting is no error of its own

@@ -21,6 +21,8 @@ from broker.redis_topology import Topology
 
 PROBE = "broker:probe"
 """A channel that nobody listens to: whether it can be announced on says whether the server has sharded channels."""
+REFRESH_S = 0.1
+"""At most so often the servers of a cluster are asked who has which slot."""
 ANY_NODE = ("PING", "INFO", "CLUSTER", "COMMAND", "SCRIPT", "TIME")
 
 
@@ -35,6 +37,8 @@ class RedisServers:
         self._listening: dict[str, Redis] = {}
         self._lanes: dict[tuple[str, str], RedisLane] = {}
         self._finding: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed_s = 0.0
         self._watchers: list[Callable[[], None]] = []
         self.found = False
         self.sharded = False
@@ -51,11 +55,16 @@ class RedisServers:
 
     async def find(self) -> None:
         """Find out what kind of Redis it is. Raises RedisUnreachable, RedisReplyError."""
-        if not self.found:
-            if self._finding is None:  # one attempt for all that wait
-                self._finding = asyncio.get_running_loop().create_task(self._find())
-                self._finding.add_done_callback(self._has_tried)
-            await asyncio.shield(self._finding)
+        if self.found:
+            return
+        if self._finding is None:  # one attempt for all that wait
+            self._finding = asyncio.get_running_loop().create_task(self._find())
+            self._finding.add_done_callback(self._has_tried)
+        task = self._finding
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise RedisUnreachable(f"the connection to Redis at {self._topology.name} is closed")
+        task.result()
 
     def _has_tried(self, task: asyncio.Task[None]) -> None:
         self._finding = None
@@ -97,9 +106,10 @@ class RedisServers:
 
     async def close(self) -> None:
         """Close every connection; what waits fails. Not to be used any more."""
-        if self._finding is not None:
-            self._finding.cancel()
-            await asyncio.gather(self._finding, return_exceptions=True)
+        tasks = [task for task in (self._finding, self._refreshing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         lanes, self._lanes = list(self._lanes.values()), {}
         for lane in lanes:
             await lane.close()
@@ -146,7 +156,7 @@ class RedisServers:
         if self._cluster is None:
             return ""
         if command[0] in ANY_NODE:
-            return str(self._cluster.get_random_node().name)
+            return str(self._cluster.get_random_primary_node().name)
         key = command[3] if command[0] == "EVALSHA" else command[1]
         return self.server_of(key.decode() if isinstance(key, bytes) else str(key))
 
@@ -157,11 +167,22 @@ class RedisServers:
 
     async def refresh(self, lost: str | None = None) -> None:
         """Ask the servers who has which slot. lost: the one that does not answer, asked last."""
-        if self._cluster is not None:
-            try:
-                await self._cluster.nodes_manager.initialize(last_failed_node_name=lost)
-            except (RedisError, RedisClusterException, OSError):
-                pass  # the next attempt asks again
+        if self._cluster is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._refreshing is None and loop.time() - self._refreshed_s > REFRESH_S:  # one for all whose commands fail
+            self._refreshing = loop.create_task(self._ask_for_slots(self._cluster, lost))
+        if self._refreshing is not None:
+            await asyncio.wait({self._refreshing})
+
+    async def _ask_for_slots(self, cluster: RedisCluster, lost: str | None) -> None:
+        try:
+            await cluster.nodes_manager.initialize(last_failed_node_name=lost)
+        except (RedisError, RedisClusterException, OSError):
+            pass  # the next attempt asks again
+        finally:
+            self._refreshing = None
+            self._refreshed_s = asyncio.get_running_loop().time()
 
     # -- lanes ------------------------------------------------------------------------------------------------------
 

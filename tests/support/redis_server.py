@@ -43,8 +43,10 @@ def lasting_server() -> RedisServer:
 class RedisServer:
     """One server process. Writes every command to its file before it answers, so that a kill loses nothing."""
 
-    def __init__(self, folder: Path, *flags: str, persistent: bool = True) -> None:
+    def __init__(self, folder: Path, *flags: str, persistent: bool = True, config: Path | None = None) -> None:
+        """config: a file with settings that cannot be flags."""
         self.folder = folder
+        self._config = [str(config)] if config is not None else []
         self.port = free_port()
         self._flags = list(flags)
         self._persistent = persistent
@@ -71,7 +73,7 @@ class RedisServer:
         with (self.folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    executable, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder),
+                    executable, *self._config, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder),
                     "--save", "", "--enable-debug-command", "yes", *keep, *self._flags,
                 ],
                 stdout=log,
@@ -158,6 +160,18 @@ class RedisCluster:
             text = info.decode() if isinstance(info, bytes) else str(info)
             slots = client.execute_command("CLUSTER", "SLOTS")
         return ("cluster_state:ok" in text or "'cluster_state': 'ok'" in text) and len(slots) == 3
+
+    def move_slot(self, slot: int, source: RedisServer, target: RedisServer) -> None:
+        """Move a slot with its keys, as `redis-cli --cluster reshard` does."""
+        with source.client() as old, target.client() as new:
+            ids = [client.execute_command("CLUSTER", "MYID").decode() for client in (old, new)]
+            new.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+            old.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+            while keys := old.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+                old.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for server in (target, *[server for server in self.servers if server is not target]):
+            with server.client() as client:
+                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
 
     def flush(self) -> None:
         for server in self.servers:

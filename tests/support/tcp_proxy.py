@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 
@@ -17,8 +18,11 @@ class TcpProxy:
         self._pumps: set[asyncio.Task[None]] = set()
         self._marker: bytes | None = None
         self._drop: bytes | None = None
+        self._late: bytes | None = None
+        self._late_s = 0.0
         self.swallowed = 0
         self.dropped = 0
+        self.delayed = 0
 
     async def __aenter__(self) -> TcpProxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -46,6 +50,10 @@ class TcpProxy:
     def drop_replies_with(self, marker: bytes | None) -> None:
         """Leave out what the server sends as long as it contains `marker`, and go on; None: no more."""
         self._drop = marker
+
+    def delay_replies_with(self, marker: bytes | None, delay_s: float = 0.0) -> None:
+        """Hold back what the server sends as long as it contains `marker`, and all behind it; None: no more."""
+        self._late, self._late_s = marker, delay_s
 
     def cut(self) -> None:
         """Break every connection."""
@@ -86,7 +94,12 @@ class TcpProxy:
                 return False
             return True
 
-        await self._pump(reader, writer, pass_on)
+        async def hold(data: bytes) -> None:
+            if self._late is not None and self._late in data:
+                self.delayed += 1
+                await asyncio.sleep(self._late_s)
+
+        await self._pump(reader, writer, pass_on, hold)
 
     def _note(self, data: bytes, swallowing: asyncio.Event) -> bool:
         if self._marker is not None and self._marker in data:
@@ -94,11 +107,18 @@ class TcpProxy:
             swallowing.set()
         return True
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pass_on: object) -> None:
-        assert callable(pass_on)
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pass_on: Callable[[bytes], bool],
+        hold: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> None:
         try:
             while data := await reader.read(65_536):
                 if pass_on(data):
+                    if hold is not None:
+                        await hold(data)
                     writer.write(data)
                     await writer.drain()
         except OSError:

@@ -12,6 +12,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import MovedError, RedisError, ResponseError
 
 from broker.redis_connection import RedisConnection
+from broker.redis_lane import check_cancelled
 from broker.redis_script import RedisReplyError, RedisUnreachable
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ RETRY_MAX_S = 1.0
 CHANNELS_AT_ONCE = 500
 
 
-class Subscription:
+class ServerSubscription:
     """Listens at the server called `server`. on_doubt(): its channels may have to be listened to elsewhere.
 
     The client library subscribes again by itself after a break, but says nothing when that fails, and its subscription
@@ -52,6 +53,7 @@ class Subscription:
         self._wake = asyncio.Event()
         self._connected = False
         self._moved = False
+        self._closed = False
         self._refused = ""
         self._task = asyncio.get_running_loop().create_task(self._stay_connected())
 
@@ -59,6 +61,7 @@ class Subscription:
         return len(self._confirmed)
 
     async def close(self) -> None:
+        self._closed = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -74,13 +77,14 @@ class Subscription:
 
     async def _stay_connected(self) -> None:
         delay_s = RETRY_S
-        while True:
+        while not self._closed:
             problem: Exception | None = None
             try:
                 pubsub = await self._connection.subscriber(self._server)
                 delay_s = RETRY_S
                 try:
-                    await self._use(pubsub)
+                    if not self._closed:  # the library may have swallowed it: see check_cancelled
+                        await self._use(pubsub)
                 finally:
                     self._connected = False
                     self._changed.clear()
@@ -109,6 +113,7 @@ class Subscription:
         """Send what changed; now and then a ping, and again what the server has not confirmed since the last one."""
         unconfirmed: set[str] = set()
         while True:
+            check_cancelled()
             if self._moved:
                 self._moved = False
                 await self._connection.refresh_slots()

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from broker.eventlog.redis_subscription import Subscription
+from broker.eventlog.redis_subscription import ServerSubscription
 from broker.redis_connection import RedisConnection
 from broker.redis_script import RedisReplyError, RedisUnreachable
 
@@ -37,10 +37,10 @@ class Wakeups:
         self._connection = connection
         self._on_message = on_message
         self._on_listening = on_listening
-        self._channels: dict[str, Subscription | None] = {}
+        self._channels: dict[str, ServerSubscription | None] = {}
         """Where each channel is listened to; None: not known yet."""
         self._changed: set[str] = set()
-        self._subscriptions: dict[str, Subscription] = {}
+        self._subscriptions: dict[str, ServerSubscription] = {}
         self._task: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._doubt = asyncio.Event()
@@ -94,7 +94,7 @@ class Wakeups:
                 continue
             subscription = self._subscriptions.get(server)
             if subscription is None:
-                subscription = self._subscriptions[server] = Subscription(
+                subscription = self._subscriptions[server] = ServerSubscription(
                     self._connection, server, on_message=self._take, on_listening=self._heard, on_doubt=self._doubt.set
                 )
             if subscription is not before:
