@@ -65,6 +65,7 @@ class Server:
         self.launch = self._recipe(self.folder)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
         with open(self.folder / "server.log", "ab") as log:
+            self.started_at_s = time.monotonic()
             self.process = subprocess.Popen(
                 ["taskset", "-c", SERVER_CPU, *self.launch.command],
                 stdout=log,
