@@ -1,6 +1,6 @@
 """What a start costs when the file is large: `broker serve` on a few thousand events and on ten million.
 
-    python benchmarks/cold_paths.py [--events 10000000] [--conversations 10000] [--folder FOLDER] [--out FILE.json]
+    python benchmarks/cold_paths.py [--events 10000000] [--conversations 10000] [--notes] [--turns] [--folder F] [--out FILE.json]
 
 Makes files of three sizes, the largest of `--events` events, all with the same number of events per conversation (see
 suite/large_file.py; 1.3 GB for the default), in a folder that is removed at the end. Then for each, from a cold disk
@@ -48,7 +48,14 @@ def main() -> int:
                 folder.mkdir()
                 begin = time.monotonic()
                 events = options.events * conversations // options.conversations
-                events = asyncio.run(large_file.make(folder / "broker.db", events=events, conversations=conversations))
+                making = large_file.make(
+                    folder / "broker.db",
+                    events=events,
+                    conversations=conversations,
+                    messages=not options.notes,
+                    turns=options.turns,
+                )
+                events = asyncio.run(making)
                 size_mib = (folder / "broker.db").stat().st_size / 2**20
                 print(f"{events:,} events: file made in {time.monotonic() - begin:.1f} s", flush=True)
                 measured[f"{events:,}"] = {"file, MiB": size_mib, **_measure(folder, conversations)}
@@ -66,6 +73,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=10_000_000, help="in the largest file")
     parser.add_argument("--conversations", type=int, default=10_000, help="in the largest file")
+    parser.add_argument("--notes", action="store_true", help="events of no entity in place of questions and answers")
+    parser.add_argument("--turns", action="store_true", help="with a recorded turn per answer that is past its time")
     parser.add_argument("--folder", type=Path, help="where the files are made; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     return parser.parse_args()

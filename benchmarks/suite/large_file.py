@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import time
 from pathlib import Path
-
-from suite.tools import CannotMeasure
 
 from broker.broker import ConversationWSBroker
 from broker.envelope import Draft
+from broker.runs.turns import Turn
 from broker.sequence import PER_MS
 from broker.settings import load_settings
+from suite.tools import CannotMeasure
 from transports.pool import ConnectionPool
 
 EVENTS_PER_ANSWER = 100
 BYTES_PER_EVENT = 160
 """Disk space that an event of the template takes with its indexes: 132 measured, and room to spare."""
+TURN_BYTES = 2_000
+OLD_TURN_DAYS = 8  # one more than they are kept
 TEMPLATE = "c0000"
 SPACING_MS = 60_000
 """Time between two copies. More than the library looks back for what a crash left (`HEAL_S`)."""
@@ -43,6 +46,8 @@ _COPY = (
     SELECT number + n, printf('c%04d', n), created_at_ms - n * :ms, title, auto_title, titled_at - n * :seq, metadata,
         updated_seq - n * :seq, pending
     FROM library JOIN copy WHERE number = :number""",
+    """INSERT INTO turn (turn_id, conv_id, created_at_ms, body)
+    SELECT turn_id, printf('c%04d', n), created_at_ms - n * :ms, body FROM copy JOIN turn WHERE conv_id = :template""",
     """INSERT INTO library_use (term, conversation, source)
     SELECT term, conversation + n, source FROM copy CROSS JOIN library_use WHERE conversation = :number""",
 )
@@ -58,31 +63,51 @@ def check_space(folder: Path, events: int) -> None:
         )
 
 
-async def make(path: Path, *, events: int, conversations: int) -> int:
+async def make(path: Path, *, events: int, conversations: int, messages: bool = True, turns: bool = False) -> int:
     """Write a file of about `events` events in `conversations` conversations, `c0000` and on; return how many it has.
 
-    Raises CannotMeasure where there is no room for it.
+    messages: False makes events of no entity in place of questions and answers: nothing for the timeline, nothing for
+    the library. turns: with a recorded turn per answer, past its time: what the first sweep then removes, as after a week
+    without a server. Raises CannotMeasure where there is no room for it.
     """
     check_space(path.parent, events)
     answers = max(1, events // conversations // EVENTS_PER_ANSWER)
-    await _write_template(path, answers)
+    await _write_template(path, answers, messages, turns)
     _copy(path, conversations - 1)
     return answers * EVENTS_PER_ANSWER * conversations
 
 
-async def _write_template(path: Path, answers: int) -> None:
-    """Questions and streamed answers, published like anybody else's."""
+async def _write_template(path: Path, answers: int, messages: bool, turns: bool) -> None:
+    """Publish the conversation that is copied, as anybody would."""
     settings = load_settings(db=str(path), plugins_dir=str(path.parent / "none"), upsert_interval_s=0.0)
     async with ConversationWSBroker(settings, pool=ConnectionPool()) as broker:
         publisher = broker.publisher(TEMPLATE)
         for number in range(answers):
-            question, answer = f"q{number:06d}", f"m{number:06d}"
-            drafts = [Draft("user.message", {"text": f"What about the item of number {number}?"}, question)]
-            drafts.append(Draft("llm.start", {"role": "assistant"}, answer))
-            words = EVENTS_PER_ANSWER - len(drafts) - 1
-            drafts += [Draft("llm.delta", {"delta": f"word{(number + n) % 400} and so on, "}, answer) for n in range(words)]
-            drafts.append(Draft("llm.final", {"finishReason": "stop"}, answer))
+            drafts = _answer(number) if messages else _notes(number)
             await publisher.publish_many(drafts)
+            if turns:
+                await broker.stores.turns.add(_old_turn(number), keep=answers)
+
+
+def _answer(number: int) -> list[Draft]:
+    question, answer = f"q{number:06d}", f"m{number:06d}"
+    drafts = [Draft("user.message", {"text": f"What about the item of number {number}?"}, question)]
+    drafts.append(Draft("llm.start", {"role": "assistant"}, answer))
+    for word in range(EVENTS_PER_ANSWER - 3):
+        drafts.append(Draft("llm.delta", {"delta": f"word{(number + word) % 400} and so on, "}, answer))
+    drafts.append(Draft("llm.final", {"finishReason": "stop"}, answer))
+    return drafts
+
+
+def _notes(number: int) -> list[Draft]:
+    ids = range(number * EVENTS_PER_ANSWER, (number + 1) * EVENTS_PER_ANSWER)
+    return [Draft("note.said", {"text": "a note of some words"}, f"n{id:09d}") for id in ids]
+
+
+def _old_turn(number: int) -> Turn:
+    text = " ".join(f"word{word}" for word in range(TURN_BYTES // 8))
+    created_at_ms = int(time.time() * 1000 - OLD_TURN_DAYS * 86_400_000)
+    return Turn(f"t{number:06d}", TEMPLATE, "session", f"r{number:06d}", "request", created_at_ms, {"text": text})
 
 
 def _copy(path: Path, copies: int) -> None:
@@ -97,8 +122,10 @@ def _copy(path: Path, copies: int) -> None:
             "timeline": "SELECT timeline FROM timeline WHERE conv_id = ?",
             "number": "SELECT number FROM library WHERE conv_id = ?",
         }
-        values = {name: connection.execute(query, (TEMPLATE,)).fetchone()[0] for name, query in keys.items()}
-        values |= {"ms": SPACING_MS, "seq": SPACING_MS * PER_MS}
+        found = {name: connection.execute(query, (TEMPLATE,)).fetchone() for name, query in keys.items()}
+        # None: a conversation without entities has no row in the library.
+        values: dict[str, int | str | None] = {name: row[0] if row else None for name, row in found.items()}
+        values |= {"template": TEMPLATE, "ms": SPACING_MS, "seq": SPACING_MS * PER_MS}
         for start in range(1, copies + 1, _COPIES_PER_COMMIT):
             connection.execute("BEGIN")
             connection.execute("DELETE FROM copy")

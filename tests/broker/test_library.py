@@ -11,6 +11,7 @@ import pytest
 from tests.support.core import CALLER, Core, database, until
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
+from broker.conversations import Conversation
 from broker.envelope import Draft
 from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied
 from broker.hookspecs import hookimpl
@@ -415,6 +416,28 @@ async def test_what_a_crash_kept_from_being_noted_is_found_after_the_restart(tmp
             return [info.entry.shown_title for info in page.conversations] == ["unforgettable words"]
 
         await until_async(found)
+
+
+async def test_a_start_opens_only_what_may_lack_in_the_library(tmp_path: Path) -> None:
+    """Conversations whose timelines were saved whole were noted with them; a thousand of them would make a start slow."""
+    db = database(tmp_path, "sqlite")
+    opened: list[str] = []
+
+    class Watching:
+        @hookimpl
+        def on_conversation_opened(self, conversation: Conversation) -> None:
+            opened.append(conversation.conv_id)
+
+    async with Core(db, timeline_flush_interval_s=3600.0, upsert_interval_s=3600.0) as core:
+        await core.broker.publish("cut-off", [Draft("user.message", {"text": "unforgettable"}, "u")])
+        # As a crash: memory is lost before the timeline was saved.
+        for conversation in core.broker.conversations.all():
+            core.broker.conversations.forget(conversation)
+        for number in range(5):  # newer ones, and therefore looked at before
+            await core.broker.publish(f"c{number}", [Draft("note.said", {"text": "of no entity"})])
+    async with Core(db, plugins=[Watching()]):
+        await until(lambda: "cut-off" in opened)
+        assert opened == ["cut-off"]
 
 
 async def test_merge_patch(db: str) -> None:

@@ -11,6 +11,7 @@ from tests.support.still import StillCore
 from tests.support.wire import Client
 
 from broker.envelope import Draft
+from broker.runs.turns import Turn
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -229,3 +230,15 @@ async def test_trimming_and_publishing_at_once_lose_nothing(db: str) -> None:
         await asyncio.gather(publish(), trim())
         assert peer.client.seqs() == seqs
         assert not peer.client.gaps
+
+
+async def test_a_start_does_not_wait_for_what_is_past_its_time(tmp_path: Path) -> None:
+    """After a week without a server it may be gigabytes: the sweeps take it away."""
+    db = database(tmp_path, "sqlite")
+    old = Turn("t1", "c1", "s", "r", "request", 1, {"text": "old"})
+    async with core(db) as one:
+        await one.broker.stores.turns.add(old, keep=10)
+    async with core(db) as one:
+        assert await one.broker.stores.turns.turns("c1") == [old]
+        await one.broker.housekeeping.sweep()
+        assert await one.broker.stores.turns.turns("c1") == []

@@ -102,6 +102,8 @@ class Library:
         for conv_id, head_seq in newest:
             if head_seq <= floor:
                 return
+            if await self._broker.stores.timeline.cursor(conv_id) >= head_seq:
+                continue  # what was saved of a timeline was noted with it: only what is still to be folded can lack
             await self._note(conv_id, head_seq // PER_MS)
 
     async def _note(self, conv_id: str, created_at_ms: int) -> None:

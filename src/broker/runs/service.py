@@ -105,7 +105,6 @@ class RunService:
             self._leases.start()
         else:
             await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
-        await self.sweep()
         self._accepting = True
 
     async def stop(self, *, drain_s: float = 5.0) -> None:

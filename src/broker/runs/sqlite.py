@@ -62,6 +62,12 @@ TURN_TABLES = (
     "CREATE INDEX IF NOT EXISTS turn_by_age ON turn (created_at_ms)",
 )
 
+_PRUNE_KEYS = """
+DELETE FROM run_key WHERE (scope, key) IN (SELECT scope, key FROM run_key WHERE created_at_ms < ? LIMIT ?)
+"""
+_PRUNE_TURNS = "DELETE FROM turn WHERE number IN (SELECT number FROM turn WHERE created_at_ms < ? LIMIT ?)"
+_PRUNED_ROWS = 100  # per job: a few ms also where turns are large, so that publishers do not wait for a long prune
+
 
 class _Writer:
     """What one transaction does to the run tables. Runs on the writer thread."""
@@ -220,9 +226,7 @@ class SqliteRunStore:
         return await self._database.read(lambda connection: read_key(connection, scope, key))
 
     async def prune_keys(self, before_ms: int) -> int:
-        return await self._database.write(
-            lambda connection: connection.execute("DELETE FROM run_key WHERE created_at_ms < ?", (before_ms,)).rowcount
-        )
+        return await _delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return await self._database.read(lambda connection: conversation(connection, conv_id))
@@ -310,9 +314,7 @@ class SqliteTurnStore:
         return await self._select(" AND ".join(where), tuple(values), limit)
 
     async def prune(self, before_ms: int) -> int:
-        return await self._database.write(
-            lambda connection: connection.execute("DELETE FROM turn WHERE created_at_ms < ?", (before_ms,)).rowcount
-        )
+        return await _delete_in_steps(self._database, _PRUNE_TURNS, before_ms)
 
     async def erase(self, conv_id: str) -> None:
         await self._database.write(
@@ -324,6 +326,16 @@ class SqliteTurnStore:
         return await self._database.read(
             lambda connection: [Turn(**orjson.loads(row[0])) for row in connection.execute(sql, (*values, limit))]
         )
+
+
+async def _delete_in_steps(database: Database, statement: str, before_ms: int) -> int:
+    """Delete what is older than `before_ms`, a few rows to a job; return how many went."""
+    removed = 0
+    while True:
+        count = await database.write(lambda connection: connection.execute(statement, (before_ms, _PRUNED_ROWS)).rowcount)
+        removed += count
+        if count < _PRUNED_ROWS:
+            return removed
 
 
 def _json(value: object) -> bytes:

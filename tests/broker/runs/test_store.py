@@ -224,6 +224,18 @@ async def test_keys_are_forgotten_by_age(store: RunStore) -> None:
     assert await store.key("alice", "new") is not None
 
 
+async def test_however_many_keys_and_turns_are_old_all_of_them_go(store: RunStore, turns: TurnStore) -> None:
+    """More than one step of the SQLite stores."""
+    for number in range(205):
+        await store.prepare(a_run(f"r{number}"), record=a_key(f"k{number}", created_at_ms=number), max_queued=300)
+        await turns.add(a_turn(number), keep=300)
+    assert await store.prune_keys(203) == 203
+    assert await turns.prune(203) == 203
+    assert await store.key("alice", "k202") is None
+    assert await store.key("alice", "k203") is not None
+    assert [turn.turn_id for turn in await turns.turns("c")] == ["t204", "t203"]
+
+
 async def test_opaque_data_belongs_to_its_message(store: RunStore) -> None:
     await store.save_opaque("c", "m1", [{"signature": "abc"}])
     await store.save_opaque("c", "m1", [{"signature": "abc"}, {"more": 1}])
