@@ -3,7 +3,8 @@
 The events take the broker's public way: `broker.publisher(conv_id).publish(...)`, awaited. One line is one command:
 
     PUB <conversations> <messages per conversation> <messages per second in all, 0: unpaced> <publishers> [<batch>]
-        publishers: tasks at work at the same time; each publishes one event at a time and awaits it, or `batch` of them
+        publishers: tasks at work at the same time; each publishes one event at a time and awaits it, or `batch` of them.
+        Deltas come from a task per conversation, each at its share of the rate, which has to be given.
     FILL <conversations>       publish one event into each
     OPEN <conversations>       open them, without publishing
     LONE <messages>            publish one by one into one conversation
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import statistics
 import time
@@ -33,6 +35,7 @@ ENV = "BROKER_PLUGIN_BENCH_CONTROL_"
 PORT = int(os.environ.get(ENV + "PORT", "0"))
 EVENT = os.environ.get(ENV + "EVENT", "note")
 DELTAS_PER_ANSWER = 200
+MAX_BATCH = 512  # as broker.runs.run_publisher.MAX_PENDING
 # A frame's text without the filler: type, id, seq, prev, channel, and the marker with its time.
 FILLER = "x" * max(0, int(os.environ.get(ENV + "BYTES", "220")) - 189)
 
@@ -81,13 +84,36 @@ async def publish_batch(publisher: Any, number: int, batch: int) -> None:
     await publisher.publish_many([Draft("note.said", {"at": at, "text": FILLER}, f"n{id:09d}") for id in ids])
 
 
-async def publish_delta(publisher: Any, number: int) -> None:
-    """The delta is what the timeline keeps; the time is beside it, so that only event frames carry it."""
+def deltas(number: int, due_ns: int) -> list[Draft]:
+    """Return one delta, and the end of the answer where it is the last one.
+
+    The delta is what the timeline keeps; the time is beside it, so that only event frames carry it.
+    """
     answer, place = divmod(number, DELTAS_PER_ANSWER)
-    data = {"delta": FILLER[:24], "at": f"@T{time.monotonic_ns():019d}", "text": FILLER[24:]}
-    await publisher.publish("llm.delta", data, id=f"m{answer:09d}")
+    data = {"delta": FILLER[:24], "at": f"@T{due_ns:019d}", "text": FILLER[24:]}
+    drafts = [Draft("llm.delta", data, f"m{answer:09d}")]
     if place == DELTAS_PER_ANSWER - 1:
-        await publisher.publish("llm.final", {"finishReason": "stop"}, id=f"m{answer:09d}")
+        drafts.append(Draft("llm.final", {"finishReason": "stop"}, f"m{answer:09d}"))
+    return drafts
+
+
+async def stream(publisher: Any, base: int, count: int, first_due_s: float, gap_s: float) -> None:
+    """Publish `count` deltas, one every `gap_s` seconds: an open loop, each stamped with the time at which it was due.
+
+    What fell due while a publish was under way goes together with the next one, as the deltas of a run do
+    (broker/runs/run_publisher.py).
+    """
+    done = 0
+    while done < count:
+        due = min(count, math.floor((time.monotonic() - first_due_s) / gap_s) + 1)
+        if due <= done:
+            await asyncio.sleep(first_due_s + done * gap_s - time.monotonic())
+            continue
+        drafts: list[Draft] = []
+        for number in range(done, min(due, done + MAX_BATCH)):
+            drafts += deltas(base + number, int((first_due_s + number * gap_s) * 1e9))
+        await publisher.publish_many(drafts)
+        done = min(due, done + MAX_BATCH)
 
 
 _numbers = {"next": 0}
@@ -98,12 +124,17 @@ async def run(
 ) -> list[float]:
     """Publish. A task that is late goes on at once and does not skip: what is asked for is published."""
     tasks, names = int(publishers), [name_of(number) for number in range(int(conversations))]
-    publish: Any = publish_delta if EVENT == "delta" else publish_note
-    if batch > 1:
-        publish = partial(publish_batch, batch=int(batch))
+    publish: Any = partial(publish_batch, batch=int(batch)) if batch > 1 else publish_note
     base = _numbers["next"] = _numbers["next"] + 10_000_000  # ids of their own in each run
     taken: list[float] = []
     begin = time.monotonic() + 0.01
+
+    if EVENT == "delta":  # a task per conversation, whatever `publishers` says
+        gap_s = len(names) / rate
+        starts = [begin + place * gap_s / len(names) for place in range(len(names))]
+        streams = zip(map(broker.publisher, names), starts, strict=True)
+        await asyncio.gather(*(stream(one, base, int(messages), start, gap_s) for one, start in streams))
+        return taken
 
     async def work(task: int) -> None:
         mine = names[task::tasks] or [names[task % len(names)]]

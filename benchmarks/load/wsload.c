@@ -1,7 +1,7 @@
 /* Load client: many WebSocket subscribers in one thread, cheaper than any server they are served by.
  *
  * Connection i subscribes to conversation i % M, by the ((i / M) % number of paths)-th --path. A run is started by a
- * line on the server's control port, or published from here (NATS). What is delivered carries the text "@T" and 19
+ * line on the server's control port, or published from here (NATS; nchan, by HTTP). What is delivered carries the text "@T" and 19
  * digits: CLOCK_MONOTONIC nanoseconds when it was published. These markers are counted, per connection, in the
  * payloads: a server may pack several messages into a frame or a write. One JSON line tells the result.
  *
@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum dialect { PLAIN, BROKER, NATS, SOCKETIO };   /* BROKER: a subscriber is ready when `ws.caught_up` has come */
+enum dialect { PLAIN, BROKER, NATS, SOCKETIO, NCHAN };   /* BROKER: a subscriber is ready when `ws.caught_up` has come */
 enum state { CONNECTING, UPGRADING, PREPARING, READY, STALLED, GONE };
 
 struct subscriber {
@@ -36,6 +36,15 @@ struct subscriber {
     char text[512];              /* the handshake's answer; later the head of a frame that has to be understood */
 };
 
+/* A connection for publishing by HTTP: one request at a time. text: its answer so far. */
+struct poster {
+    int fd, waiting;
+    unsigned text_used;
+    char text[2048];
+};
+
+enum { POSTERS = 8 };            /* no more of them are under way at once, however large the window */
+
 static int port, control_port, connections = 1000, conversations = 1, publishers = 1, stall_every, in_flight = 64;
 static int sample_every = 16, paths, pids, hold_s = -1, window = 1;
 static const char *path[8];
@@ -45,6 +54,7 @@ static double rate, timeout_s = 60;
 static enum dialect dialect = BROKER;
 
 static struct subscriber *subscribers;
+static struct poster posters[POSTERS];
 static int poller, control = -1, publisher = -1, ready, gone, run_done;
 static uint64_t delivered, bytes, busy_ns;
 static uint64_t *latencies, latency_count, until_sample = 1;
@@ -62,6 +72,14 @@ static void fail(const char *what, long number)
 {
     fprintf(stderr, "wsload: %s (%ld): %s\n", what, number, strerror(errno));
     exit(2);
+}
+
+/* CPU time of this thread: what others do on this core meanwhile is not the client's. */
+static uint64_t worked_ns(void)
+{
+    struct timespec used;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    return (uint64_t)used.tv_sec * 1000000000u + used.tv_nsec;
 }
 
 static int dial(int to_port)
@@ -233,7 +251,7 @@ static void take_frames(struct subscriber *one, const unsigned char *at, size_t 
         size_t part = count < one->left ? count : one->left;
         if (one->opcode < 3 && one->state == READY)
             count_markers(one, at, part);
-        if (one->opcode > 7 || one->state == PREPARING || dialect > BROKER) {
+        if (one->opcode > 7 || one->state == PREPARING || dialect == NATS || dialect == SOCKETIO) {
             size_t room = sizeof one->text - 1 - one->text_used, kept = part < room ? part : room;
             memcpy(one->text + one->text_used, at, kept);
             one->text_used += kept;
@@ -285,7 +303,7 @@ static void take_upgrade(struct subscriber *one, size_t count)
     memcpy(early, end + 4, rest);
     one->text_used = 0;
     one->state = PREPARING;
-    if (dialect == PLAIN)
+    if (dialect == PLAIN || dialect == NCHAN)
         now_ready(one);
     take_frames(one, early, rest);
 }
@@ -308,16 +326,38 @@ static void take_input(struct subscriber *one)
         take_frames(one, buffer, got);
 }
 
+/* The answer to a published message: whole once its head and as many bytes as that announces are there. */
+static void take_answer(struct poster *one)
+{
+    ssize_t got = recv(one->fd, one->text + one->text_used, sizeof one->text - 1 - one->text_used, 0);
+    if (got < 0 && errno == EAGAIN)
+        return;
+    if (got <= 0)
+        fail("the server closed a connection for publishing; bytes of its answer", one->text_used);
+    one->text_used += got;
+    one->text[one->text_used] = 0;
+    char *end = strstr(one->text, "\r\n\r\n"), *length = strcasestr(one->text, "\r\nContent-Length:");
+    if (!end || one->text_used < end + 4 - one->text + (length && length < end ? strtoul(length + 17, NULL, 10) : 0))
+        return;
+    if (strncmp(one->text, "HTTP/1.1 20", 11)) {
+        fprintf(stderr, "%s\n", one->text);
+        fail("a message was refused; bytes of the answer", one->text_used);
+    }
+    one->waiting = one->text_used = 0;
+}
+
 static void poll_once(int wait_ms)
 {
     struct epoll_event events[512];
     int count = epoll_wait(poller, events, 512, wait_ms);
     if (count <= 0)
         return;
-    uint64_t begin = now_ns();
+    uint64_t begin = worked_ns();
     for (int i = 0; i < count; i++) {
         struct subscriber *one = events[i].data.ptr;
-        if (one == NULL) {                       /* the control connection or the publisher */
+        if (events[i].data.ptr >= (void *)posters && events[i].data.ptr < (void *)(posters + POSTERS)) {
+            take_answer(events[i].data.ptr);
+        } else if (one == NULL) {                /* the control connection or the publisher */
             ssize_t got = recv(control >= 0 ? control : publisher, buffer, sizeof buffer - 1, 0);
             if (got > 0) {
                 buffer[got] = 0;
@@ -333,7 +373,7 @@ static void poll_once(int wait_ms)
             take_input(one);
         }
     }
-    busy_ns += now_ns() - begin;
+    busy_ns += worked_ns() - begin;
 }
 
 static void wait_s(double seconds)
@@ -363,9 +403,9 @@ static void open_subscribers(void)
     }
 }
 
-static void open_publisher(int to_port, int *fd)
+static void open_publisher(int to_port, int *fd, void *whose)
 {
-    struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = whose};
     *fd = dial(to_port);
     epoll_ctl(poller, EPOLL_CTL_ADD, *fd, &event);
 }
@@ -390,17 +430,47 @@ static int stall_some(void)
 static uint64_t sent, sent_begin, sent_base;
 static double sent_rate;
 
+/* Whether the next message is due, and not more than `window` of them are on their way. */
+static int may_send(uint64_t total, int subscribers_each)
+{
+    if (sent >= total)
+        return 0;
+    if (sent_rate > 0)
+        return now_ns() >= sent_begin + (uint64_t)(sent * 1e9 / sent_rate);
+    return sent * subscribers_each < delivered - sent_base + (uint64_t)window * subscribers_each;
+}
+
+/* 220 bytes of JSON with the time. */
+static void make_message(char *text)
+{
+    int count = sprintf(text, "{\"type\":\"note.said\",\"id\":\"n%09llu\",\"data\":{\"at\":\"@T%019llu\",\"text\":\"",
+                        (unsigned long long)sent, (unsigned long long)now_ns());
+    memset(text + count, 'x', 220 - 3 - count);
+    memcpy(text + 217, "\"}}", 4);
+}
+
 static void publish_nats(uint64_t total, int subscribers_each)
 {
     char line[400], text[300];
-    while (sent < total && (sent_rate <= 0 || now_ns() >= sent_begin + (uint64_t)(sent * 1e9 / sent_rate)) &&
-           (sent_rate > 0 || sent * subscribers_each < delivered - sent_base + (uint64_t)window * subscribers_each)) {
-        int count = sprintf(text, "{\"type\":\"note.said\",\"id\":\"n%09llu\",\"data\":{\"at\":\"@T%019llu\",\"text\":\"",
-                            (unsigned long long)sent, (unsigned long long)now_ns());
-        memset(text + count, 'x', 220 - 3 - count);
-        memcpy(text + 217, "\"}}", 4);
-        count = sprintf(line, "PUB c%04d 220\r\n%s\r\n", (int)(sent % conversations), text);
+    while (may_send(total, subscribers_each)) {
+        make_message(text);
+        int count = sprintf(line, "PUB c%04d 220\r\n%s\r\n", (int)(sent % conversations), text);
         send_all(publisher, line, count);
+        sent++;
+    }
+}
+
+static void publish_http(uint64_t total, int subscribers_each)
+{
+    char request[600], text[300];
+    for (int i = 0; i < POSTERS && may_send(total, subscribers_each); i++) {
+        if (posters[i].waiting)
+            continue;
+        make_message(text);
+        int count = sprintf(request, "POST /pub?id=c%04d HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 220\r\n\r\n%s",
+                            (int)(sent % conversations), text);
+        posters[i].waiting = 1;
+        send_all(posters[i].fd, request, count);
         sent++;
     }
 }
@@ -409,7 +479,7 @@ static int run(long count, double at_rate, int listeners)
 {
     uint64_t total = (uint64_t)count * listeners, base = delivered, end = now_ns() + (uint64_t)(timeout_s * 1e9);
     run_done = 0;
-    if (dialect == NATS) {
+    if (dialect == NATS || dialect == NCHAN) {
         sent = 0;
         sent_rate = at_rate;
         sent_base = base;
@@ -422,6 +492,8 @@ static int run(long count, double at_rate, int listeners)
     for (unsigned turn = 1; delivered - base < total; turn++) {
         if (dialect == NATS)
             publish_nats((uint64_t)count * conversations, listeners / conversations);
+        else if (dialect == NCHAN)
+            publish_http((uint64_t)count * conversations, listeners / conversations);
         poll_once(0);
         if (turn % 256 == 0 && now_ns() > end)
             return 0;
@@ -506,7 +578,7 @@ static void take_options(int count, char **arguments)
         else if (!strcmp(name, "--pid") && pids < 32) pid[pids++] = atoi(value);
         else if (!strcmp(name, "--dialect"))
             dialect = !strcmp(value, "plain") ? PLAIN : !strcmp(value, "nats") ? NATS
-                    : !strcmp(value, "socketio") ? SOCKETIO : BROKER;
+                    : !strcmp(value, "socketio") ? SOCKETIO : !strcmp(value, "nchan") ? NCHAN : BROKER;
         else fail("unknown option", i);
     }
 }
@@ -530,10 +602,13 @@ int main(int count, char **arguments)
         return gone ? 1 : 0;
     }
     if (dialect == NATS) {
-        open_publisher(control_port, &publisher);
+        open_publisher(control_port, &publisher, NULL);
         send_all(publisher, "CONNECT {\"verbose\":false}\r\n", 27);
+    } else if (dialect == NCHAN) {
+        for (int i = 0; i < POSTERS; i++)
+            open_publisher(control_port, &posters[i].fd, &posters[i]);
     } else {
-        open_publisher(control_port, &control);
+        open_publisher(control_port, &control, NULL);
     }
     wait_s(0.3);
     return measure(connections - stall_some());

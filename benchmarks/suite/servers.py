@@ -128,15 +128,26 @@ class Server:
         paths = options.pop("paths", self.launch.paths)
         assert isinstance(paths, Sequence)
         speak = {"port": self.launch.port, "control": self.launch.control, "dialect": self.launch.dialect}
-        return tools.load({**speak, **options}, list(paths), [self.process.pid])
+        return tools.load({**speak, **options}, list(paths), self.pids())
+
+    def pids(self) -> list[int]:
+        """Return the server's process and those below it: nginx works in a child."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
 
     def memory_kib(self) -> float:
-        """Return the process's own memory (Pss)."""
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    return float(line.split()[1])
-        raise RuntimeError("the server's memory cannot be read")
+        """Return the own memory (Pss) of the server's processes. Raises RuntimeError when there is none."""
+        sizes: list[float] = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                sizes += [float(line.split()[1]) for line in lines if line.startswith("Pss:")]
+        if not sizes:
+            raise RuntimeError("the server's memory cannot be read")
+        return sum(sizes)
 
 
 def limit(tools: Tools) -> Recipe:
