@@ -43,11 +43,12 @@ struct poster {
     char text[2048];
 };
 
+enum { MAX_PATHS = 64 };
 enum { POSTERS = 8 };            /* no more of them are under way at once, however large the window */
 
 static int port, control_port, connections = 1000, conversations = 1, publishers = 1, stall_every, in_flight = 64;
 static int sample_every = 16, paths, pids, hold_s = -1, window = 1;
-static const char *path[8];
+static const char *path[MAX_PATHS];
 static int pid[32];
 static long messages = 100, warmup = 20;
 static double rate, timeout_s = 60;
@@ -562,7 +563,7 @@ static void take_options(int count, char **arguments)
         const char *name = arguments[i], *value = arguments[i + 1];
         if (!strcmp(name, "--port")) port = atoi(value);
         else if (!strcmp(name, "--control")) control_port = atoi(value);
-        else if (!strcmp(name, "--path") && paths < 8) path[paths++] = value;
+        else if (!strcmp(name, "--path") && paths < MAX_PATHS) path[paths++] = value;
         else if (!strcmp(name, "--connections")) connections = atoi(value);
         else if (!strcmp(name, "--conversations")) conversations = atoi(value);
         else if (!strcmp(name, "--messages")) messages = atol(value);

@@ -21,10 +21,13 @@ class Installed:
         self.missing: dict[str, str] = {}
         self._python = self.folder / "venv" / "bin" / "python"
 
-    def recipes(self) -> dict[str, Recipe]:
-        """Return the peers that can be started here."""
+    def recipes(self, without: frozenset[str] = frozenset()) -> dict[str, Recipe]:
+        """Return the peers that can be started here. without: names of those to leave out."""
+        return {name: recipe for name, recipe in self._all(without).items() if name not in without}
+
+    def _all(self, without: frozenset[str]) -> dict[str, Recipe]:
         found: dict[str, Recipe] = {}
-        if self._has_python_packages():
+        if not without.issuperset({"plain uvicorn", "python-socketio", "NATS"}) and self._has_python_packages():
             found["plain uvicorn"] = _own_program(
                 [str(self._python), "-O", str(PEERS / "plain_uvicorn.py")], "plain", "/ws/{c}"
             )
@@ -32,12 +35,13 @@ class Installed:
                 [str(self._python), "-O", str(PEERS / "python_socketio.py")],
                 "socketio",
                 "/socket.io/?EIO=4&transport=websocket",
+                share=0.15,
             )
             found["NATS"] = _nats(self._python.with_name("nats-server"))
-        if self._has_node_packages():
+        if "node ws" not in without and self._has_node_packages():
             modules = {"NODE_PATH": str(self.folder / "node_modules")}
             found["node ws"] = _own_program(["node", str(PEERS / "node_ws.js")], "plain", "/ws/{c}", modules)
-        if (nginx := self._nginx_with_nchan()) is not None:
+        if "nchan" not in without and (nginx := self._nginx_with_nchan()) is not None:
             found["nchan"] = _nchan(*nginx)
         return found
 
@@ -124,15 +128,17 @@ def _nchan(program: Path, module: Path) -> Recipe:
             " nchan_message_buffer_length 100; nchan_message_timeout 5m; }\n } }\n"
         )
         command = [str(program), "-p", str(folder), "-e", "stderr", "-c", str(configuration)]
-        return Launch(command, port, port, "nchan", ("/ws/{c}",))
+        return Launch(command, port, port, "nchan", ("/ws/{c}",), processes=2)
 
     return make
 
 
-def _own_program(command: list[str], dialect: str, path: str, environment: dict[str, str] | None = None) -> Recipe:
+def _own_program(
+    command: list[str], dialect: str, path: str, environment: dict[str, str] | None = None, share: float = 1.0
+) -> Recipe:
     def make(folder: Path) -> Launch:
         port, control = free_port(), free_port()
-        return Launch([*command, str(port), str(control)], port, control, dialect, (path,), environment or {})
+        return Launch([*command, str(port), str(control)], port, control, dialect, (path,), environment or {}, share)
 
     return make
 

@@ -29,22 +29,42 @@ class Results:
     def __init__(self) -> None:
         self.rounds: defaultdict[str, defaultdict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         self.notes: list[str] = []
+        self.failed: list[tuple[str, str]] = []
 
     def add(self, workload: str, server: str, figures: Mapping[str, Any]) -> None:
-        """Take one measurement and show it."""
+        """Take one measurement and show it.
+
+        What says more about the load client than about the server is taken too, with a note.
+        """
         self.rounds[workload][server].append(dict(figures))
+        busy, share = figures.get("client_busy"), figures.get("server_cpu_share")
+        if busy is not None and share is not None and busy >= share:
+            self.notes.append(
+                f"{workload}, {server}: the load client used {busy:.2f} of a core and the server {share:.2f}: "
+                "what was measured is the client."
+            )
         shown = {name: value for name, value in figures.items() if name not in ("bytes", "samples", "deliveries")}
         print(f"  {workload:14s} {server:18s} {shown}", flush=True)
 
+    def fail(self, workload: str, server: str, why: str) -> None:
+        """Note a measurement that came to nothing: what others cannot do is a result too."""
+        self.failed.append((workload, server))
+        self.notes.append(f"{workload}, {server}: {why}")
+        print(f"  {workload:14s} {server:18s} failed: {why}", flush=True)
+
+    def values(self, workload: str, server: str, figure: str) -> list[float]:
+        """Return a figure of every round in which it was measured."""
+        return [float(figures[figure]) for figures in self.rounds[workload][server] if figure in figures]
+
     def median(self, workload: str, server: str, figure: str) -> float | None:
         """Return the median of a figure over the rounds, None where it was not measured."""
-        values = [float(figures[figure]) for figures in self.rounds[workload][server] if figure in figures]
+        values = self.values(workload, server, figure)
         return statistics.median(values) if values else None
 
     def spread(self, workload: str, server: str, figure: str) -> str:
         """Return median (smallest to largest)."""
-        values = sorted(float(figures[figure]) for figures in self.rounds[workload][server] if figure in figures)
-        return f"{_short(statistics.median(values))} ({_short(values[0])} to {_short(values[-1])})" if values else "–"
+        values = sorted(self.values(workload, server, figure))
+        return f"{short(statistics.median(values))} ({short(values[0])} to {short(values[-1])})" if values else "–"
 
     def ratio(self, workload: str, server: str, figure: str, reference: str = "limit") -> list[float]:
         """Return `server` over `reference`, round by round: what was measured side by side."""
@@ -83,7 +103,7 @@ class Results:
                         if _number(measured[0][name]) and name not in LEFT_OUT
                     )
                     lines.append(f"- {workload}, {server}: {figures}")
-        return "\n".join([*lines, "", *self.notes, ""])
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
 
     def _row(self, workload: str, server: str) -> str:
         cpu = "server_cpu_us_per_delivery"
@@ -93,8 +113,8 @@ class Results:
             _middle(self.ratio(workload, server, "deliveries_per_s")),
             self.spread(workload, server, cpu),
             _middle(self.ratio(workload, server, cpu)),
-            _short(self.median(workload, server, "p99_ms") or 0.0),
-            _short(self.median(workload, server, "client_busy") or 0.0),
+            short(self.median(workload, server, "p99_ms") or 0.0),
+            short(self.median(workload, server, "client_busy") or 0.0),
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -107,7 +127,7 @@ def growth_table(found: Mapping[str, Sequence[tuple[object, Mapping[str, Any]]]]
             f"| {dimension} | " + " | ".join(str(step) for step, _ in steps) + " |",
             "|---|" + "--:|" * len(steps),
         ]
-        costs = [_short(float(figures["server_cpu_us_per_delivery"])) for _, figures in steps]
+        costs = [short(float(figures["server_cpu_us_per_delivery"])) for _, figures in steps]
         lines += ["| CPU us per delivery | " + " | ".join(costs) + " |", ""]
     return "\n".join(lines)
 
@@ -128,5 +148,6 @@ def _middle(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})" if values else "–"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Return a figure with three digits that count."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

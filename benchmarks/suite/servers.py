@@ -26,7 +26,11 @@ TWO_VIEWS = (SUBSCRIBE, SUBSCRIBE + "&channels=sem")
 
 @dataclass
 class Launch:
-    """How to start a server and how to speak to it. ports: those that open when it is ready."""
+    """How to start a server and how to speak to it.
+
+    port, control: those that open when it is ready. share: the part of a workload's messages that it is given, since a
+    slow server would take minutes over all of them. processes: how many it has when it is ready.
+    """
 
     command: list[str]
     port: int
@@ -34,6 +38,8 @@ class Launch:
     dialect: str
     paths: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    processes: int = 1
 
 
 Recipe = Callable[[Path], Launch]
@@ -76,6 +82,8 @@ class Server:
         try:
             for port in {self.launch.port, self.launch.control}:
                 self._wait_for(port)
+            while len(self.pids()) < self.launch.processes and self.process.poll() is None:
+                time.sleep(0.01)
         except BaseException:
             self.end(signal.SIGKILL)
             raise
@@ -124,11 +132,20 @@ class Server:
         return (numbers[0], numbers[1]) if len(numbers) == 2 else (0.0, 0.0)
 
     def load(self, tools: Tools, **options: object) -> dict[str, object]:
-        """Run the load client against this server. path or paths in `options`: instead of the server's own."""
+        """Run the load client against this server. paths in `options`: instead of the server's own.
+
+        Raises RuntimeError unless every subscriber that reads got everything exactly once before the clock stopped.
+        """
         paths = options.pop("paths", self.launch.paths)
         assert isinstance(paths, Sequence)
         speak = {"port": self.launch.port, "control": self.launch.control, "dialect": self.launch.dialect}
-        return tools.load({**speak, **options}, list(paths), self.pids())
+        figures = tools.load({**speak, **options}, list(paths), self.pids())
+        if figures.get("exact") is False or figures.get("lost_connections"):
+            raise RuntimeError(
+                f"not every subscriber got everything exactly once: {figures['deliveries']} deliveries in "
+                f"{figures['seconds']} s, {figures['lost_connections']} connections lost"
+            )
+        return figures
 
     def pids(self) -> list[int]:
         """Return the server's process and those below it: nginx works in a child."""

@@ -9,12 +9,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from suite.servers import SUBSCRIBE, TWO_VIEWS, Recipe, Server, limit, ours
+from suite.servers import SUBSCRIBE, Recipe, Server, limit, ours
 from suite.tools import SERVER_CPU, Tools
 
 Figures = dict[str, Any]
@@ -34,12 +34,14 @@ class Size:
 
 
 SHORT = Size(300, 1000, 5_000, 1_000, 500, 3, 20_000)
+HELD_P99_MS = 100.0
+"""A rate is held while deltas come this soon: beyond, the wait grows as long as the run lasts."""
 FULL = Size(800, 5000, 100_000, 10_000, 5000, 10, 100_000)
 
 
-def _measured(tools: Tools, recipe: Recipe, **options: object) -> Figures:
+def _measured(tools: Tools, recipe: Recipe, *, messages: int, **options: object) -> Figures:
     with Server(recipe) as server:
-        return server.load(tools, **options)
+        return server.load(tools, messages=max(10, int(messages * server.launch.share)), **options)
 
 
 def w1(tools: Tools, recipe: Recipe, size: Size) -> Figures:
@@ -49,9 +51,11 @@ def w1(tools: Tools, recipe: Recipe, size: Size) -> Figures:
 
 def w1_saturated(tools: Tools, recipe: Recipe, size: Size, publishers: int = 64) -> Figures:
     """The same with publishers in parallel."""
-    return _measured(
-        tools, recipe, connections=1000, messages=size.messages * 8, warmup=640, publishers=publishers, window=256
-    )
+    with Server(recipe) as server:
+        # Who joins what is published together needs more of it for a run of some seconds.
+        times = 8 if server.launch.dialect == "broker" else 2
+        options = {"connections": 1000, "warmup": 640, "publishers": publishers, "window": 256}
+        return server.load(tools, messages=size.messages * times, **options)
 
 
 def w2(tools: Tools, recipe: Recipe, size: Size, publishers: int = 1000) -> Figures:
@@ -102,8 +106,11 @@ THREE_PROFILES = (SUBSCRIBE, SUBSCRIBE + "&profile=text", SUBSCRIBE + "&channels
 
 
 def w5(tools: Tools, size: Size, *, stalled: bool, rate: int) -> Figures:
-    """100 conversations of deltas, 3 subscribers each on 3 views; `rate` deltas a second in each."""
-    return _measured(
+    """100 conversations of deltas, 3 subscribers each on 3 views; `rate` deltas a second in each, an open loop.
+
+    Latency is from the time at which a delta was due. late_s: by how much the last one came after the offered time.
+    """
+    figures = _measured(
         tools,
         ours(paths=THREE_PROFILES, event="delta", settings={"connection_buffer_bytes": 32 * 1024}),
         connections=300,
@@ -116,6 +123,22 @@ def w5(tools: Tools, size: Size, *, stalled: bool, rate: int) -> Figures:
         timeout=60,
         **({"stall_every": 10} if stalled else {}),
     )
+    return {**figures, "offered_per_s": rate * 100, "late_s": figures["seconds"] - size.seconds}
+
+
+def w5_held(tools: Tools, size: Size) -> Figures:
+    """W5 at growing rates: the highest that one core holds with a p99 below `HELD_P99_MS`, and the first it does not."""
+    held: Figures = {"deltas_per_s": 0}
+    for rate in (50, 100, 150, 200, 250, 300, 400, 500):
+        figures = w5(tools, replace(size, seconds=3), stalled=False, rate=rate)
+        if figures["p99_ms"] > HELD_P99_MS:
+            return {**held, "not_held_per_s": rate * 100, "not_held_p99_ms": figures["p99_ms"]}
+        held = {
+            "deltas_per_s": rate * 100,
+            "p99_ms": figures["p99_ms"],
+            "cpu_us_per_delta": figures["server_cpu_us_per_delivery"] * 3,
+        }
+    return held
 
 
 def w6(size: Size) -> Figures:
@@ -224,34 +247,31 @@ def loop_gaps(tools: Tools, connections: int) -> Figures:
         return {"longest_gap_ms": longest_s * 1e3}
 
 
-def growth(tools: Tools, *, short: bool) -> dict[str, list[tuple[object, Figures]]]:
-    """Cost per delivery along one dimension at a time, the others as in W1."""
+def growth(tools: Tools, *, short: bool) -> Iterator[tuple[str, int, Callable[[], Figures]]]:
+    """Yield (dimension, step, measure): cost per delivery along one dimension at a time, the others as in W1."""
     many = 1000 if short else 10_000
 
-    def steps(*values: int) -> list[int]:
-        return [value for value in values if value <= many]
+    def cost(recipe: Recipe, *, messages: int = 200, **options: int) -> Callable[[], Figures]:
+        count = {"connections": 200, "warmup": 20, "publishers": 1, **options}
+        return lambda: _measured(tools, recipe, messages=messages, timeout=90, **count)
 
-    def cost(recipe: Recipe, **options: int) -> Figures:
-        count = {"connections": 200, "messages": 200, "warmup": 20, "publishers": 1, **options}
-        return _measured(tools, recipe, timeout=90, **count)
-
-    found: dict[str, list[tuple[object, Figures]]] = {}
-    found["connections"] = [
-        (n, cost(ours(), connections=n, messages=max(20, min(3000, 300_000 // n))))
-        for n in steps(1, 10, 100, 1000, 9900)
-    ]
-    found["conversations"] = [
-        (n, cost(ours(paths=TWO_VIEWS), connections=max(n, 100), conversations=n, messages=max(3, 5000 // n)))
-        for n in steps(1, 10, 100, 1000, 9900)
-    ]
-    found["views"] = [
-        (n, cost(ours(profiles=n, paths=[f"{SUBSCRIBE}&profile=bench{k}" for k in range(n)][:8]))) for n in (1, 2, 4, 8)
-    ]
-    found["plugins"] = [(n, cost(ours(more_plugins=n))) for n in (0, 1, 5, 20)]
-    found["frame bytes"] = [
-        (n, cost(ours(frame_bytes=n), messages=200 if n < 50_000 else 40)) for n in (220, 1000, 10_000, 100_000)
-    ]
-    return found
+    room = {"max_connections": many + 100, "max_open_conversations": many + 100}
+    steps = [step for step in (1, 10, 100, 1000, 10_000) if step <= many]
+    for n in steps:
+        yield "connections", n, cost(ours(settings=room), connections=n, messages=max(20, min(3000, 300_000 // n)))
+    for n in steps:
+        yield (
+            "conversations",
+            n,
+            cost(ours(settings=room), connections=max(n, 100), conversations=n, messages=max(10, 5000 // n), warmup=4),
+        )
+    for n in (1, 2, 5, 10, 20, 50):
+        yield "views", n, cost(ours(profiles=n, paths=[f"{SUBSCRIBE}&profile=bench{k}" for k in range(n)]))
+    for n in (0, 1, 5, 20):
+        yield "plugins", n, cost(ours(more_plugins=n))
+    # 200 is the smallest frame that has its seq, prev and time in it.
+    for n in (200, 1000, 10_000, 100_000):
+        yield "frame bytes", n, cost(ours(frame_bytes=n), messages=200 if n < 50_000 else 40)
 
 
 def recipes(tools: Tools) -> dict[str, Recipe]:
