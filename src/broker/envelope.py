@@ -152,7 +152,7 @@ def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_by
     Raises InvalidDraft for an illegal type, id, channel or data, and for more than `max_bytes` of encoded data.
     """
     type, data = draft.type, draft.data
-    if type not in _KNOWN_TYPES:
+    if not isinstance(type, str) or type not in _KNOWN_TYPES:
         check_event_type(type)
     if not isinstance(data, dict):
         if not isinstance(data, Mapping):  # second: asking an ABC takes longer
