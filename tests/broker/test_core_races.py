@@ -25,6 +25,7 @@ from broker.timeline.projector import REFOLD_MAX, ConversationTimeline
 from broker.timeline.store import TimelineSave
 from broker.timeline.text import Text
 from broker.views import View
+from transports.framing import RAW_WEBSOCKET
 from transports.websocket import _TakenOver
 
 
@@ -744,7 +745,7 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
             raise RuntimeError("a bug")
 
         core.broker.subscribe = broken  # type: ignore[method-assign, assignment]
-        served = _TakenOver(core.broker, core.pool)
+        served = _TakenOver(core.broker, core.pool, RAW_WEBSOCKET)
         with pytest.raises(RuntimeError, match="a bug"):
             await served.serve(lambda handler: wire, SubscribeRequest("c1"), CALLER)
         assert len(core.pool) == 0
