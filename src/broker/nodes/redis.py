@@ -207,7 +207,7 @@ class RedisNodes:
 
     async def _hint(self) -> None:
         try:
-            await self._one(("PUBLISH", HINTS, self.node))
+            await self._one((self._connection.announce, HINTS, self.node))
         except BrokerError as exc:  # the next heartbeats find it
             logger.debug("a hint to the other nodes was not published: %s", exc)
 

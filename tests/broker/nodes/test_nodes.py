@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from redis.crc import key_slot
 from tests.support.follower import eventually
 from tests.support.redis_server import RedisServer
 
@@ -19,7 +20,6 @@ from broker.nodes.redis_scripts import ABOUT, BEATS, SCRIPTS, answers, inbox
 from broker.nodes.single import SingleNode
 from broker.nodes.switches import MemorySwitches, SqliteSwitches
 from broker.redis_connection import RedisConnection
-from broker.redis_topology import key_slot
 
 ON = Switch(True, 1_763_690_000_000, "anna")
 HEARTBEAT_S = 0.1
