@@ -62,7 +62,7 @@ class RedisConnection:
         self._closed = False
         self._away = False
         self.on_away: Callable[[Exception], None] | None = None
-        """Called when Redis does not serve at present; `execute` goes on trying."""
+        """Called when Redis ceases to serve; `execute` goes on trying while its caller is patient."""
 
     @property
     def is_cluster(self) -> bool:
@@ -139,22 +139,28 @@ class RedisConnection:
                     self._away = False
                     logger.warning("Redis at %s answers again", self.topology.name)
                 return replies
+            if isinstance(problem, RedisReplyError) and problem.code in _MENDED and at_once:
+                at_once -= 1
+                continue
+            if not self._closed:
+                self._note_away(problem)
             if loop.time() + delay_s >= deadline_s or self._closed:
                 if isinstance(problem, RedisReplyError):
                     return replies
                 raise StoreUnavailable(f"{problem}; check that it runs and that --redis-url is right") from problem
-            if isinstance(problem, RedisReplyError) and problem.code in _MENDED and at_once:
-                at_once -= 1
-                continue
-            if not self._away:
-                self._away = True
-                logger.warning("Redis does not serve, trying on: %s", problem)
-                if self.on_away is not None and problem is not None:
-                    self.on_away(problem)
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
             if self._closed:
                 raise StoreUnavailable(_CLOSED) from problem
+
+    def _note_away(self, problem: Exception | None) -> None:
+        """Tell once per outage, before any caller is: none may be left to find out, or its patience may be short."""
+        if self._away:
+            return
+        self._away = True
+        logger.warning("Redis does not serve: %s", problem)
+        if self.on_away is not None and problem is not None:
+            self.on_away(problem)
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 

@@ -394,7 +394,7 @@ class RedisRunStore:
         if token is not None:
             await self._connection.one(RELEASE.command(run_keys(conv_id), (token,)), lane="append")
             if left:
-                await self._connection.one(("PUBLISH", LEFT, conv_id), lane="append")
+                await self._connection.publish(LEFT, conv_id)
 
 
 class _Taken(Exception):
