@@ -290,7 +290,7 @@ def control_frame(type: str, data: Mapping[str, object], connection_id: str) -> 
 
 def upsert_envelope(conv_id: str, entity: Entity) -> Envelope:
     """Return the `timeline.upsert` of an entity. It has the entity's version as seq and is never in the log."""
-    data = {"convId": conv_id, "version": str(entity.version), "entity": entity.to_wire()}
+    data = {"convId": conv_id, "version": str(entity.version), "entity": orjson.Fragment(entity.wire_json())}
     return Envelope(
         conv_id, "timeline.upsert", entity.id, TIMELINE, encode_json(data), entity.updated_at_ms, entity.version
     )

@@ -54,6 +54,13 @@ class Entity:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the entity in the protocol's shape; seq numbers as decimal strings."""
+        return self._wire(orjson.loads(self.props_json()))
+
+    def wire_json(self) -> bytes:
+        """Return `to_wire` as JSON, without reading the props back: that takes longer than all the rest."""
+        return orjson.dumps(self._wire(orjson.Fragment(self.props_json())))
+
+    def _wire(self, props: Any) -> dict[str, Any]:
         return {
             "id": self.id,
             "kind": self.kind,
@@ -61,5 +68,5 @@ class Entity:
             "updatedAtMs": self.updated_at_ms,
             "version": str(self.version),
             "position": str(self.position),
-            "props": orjson.loads(self.props_json()),
+            "props": props,
         }
