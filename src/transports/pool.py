@@ -168,10 +168,9 @@ class ConnectionPool:
         if target is None:
             return
         self._broadcasts += 1
-        shards = target.shards
-        shard = shards[0]
+        shard = target.shards[0]
         if (
-            len(shards) == 1
+            len(target.shards) == 1
             and not target.kept
             and (self._written < self._writes_per_turn or shard.count <= self._small_group)
         ):
