@@ -220,7 +220,7 @@ async def test_live_replay_and_hydration_join_without_gap(serve: Callable[..., R
             new += await running.say(*(f"new {n}.{m}" for m in range(5)))
         (last,) = await running.publish(Draft("llm.delta", {"delta": "ende"}, "m1"))
         for one in (live, replay, hydrated, text):
-            await one.until(lambda client: last in client.seqs())
+            await one.until(lambda client: last in client.seqs() and client.controls("ws.caught_up"))
         assert live.client.seqs() == [*new, last]
         assert [seq for seq in replay.client.seqs() if seq in {*old, *new}] == [*old, *new]
         assert next(iter(hydrated.client.entities)) == "u1"
