@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +27,7 @@ from suite.peers import Installed
 from suite.plot import growth_plot, servers_plot
 from suite.report import Results, growth_table
 from suite.servers import Recipe
-from suite.tools import CannotMeasure, Tools
+from suite.tools import CannotMeasure, Progress, Tools, check_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER_WORKLOADS = ("W1", "W2", "W3", "W4")
@@ -54,7 +51,7 @@ def main() -> int:
     growth: dict[str, list[tuple[object, workloads.Figures]]] = defaultdict(list)
     results = Results()
     try:
-        _check_machine(OPEN_FILES_SHORT if options.short else OPEN_FILES)
+        check_machine(OPEN_FILES_SHORT if options.short else OPEN_FILES)
         with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
             tools = Tools.build(Path(folder))
             rounds = _rounds(tools, options, results)
@@ -88,31 +85,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="cost per delivery over sizes, as a table and a plot")
     parser.add_argument("--out", type=Path, help="folder for JSON, table and plots")
     return parser.parse_args()
-
-
-def _check_machine(open_files: int) -> None:
-    if (os.cpu_count() or 1) < 2:
-        raise CannotMeasure("one core: the load client would take from the server what it measures")
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the servers and the load client get it from here
-    if hard != resource.RLIM_INFINITY and hard < open_files:
-        raise CannotMeasure(
-            f"{hard:,} open files are allowed, {open_files:,} are needed: raise the limit (ulimit -Hn, as root), "
-            "or take --short"
-        )
-
-
-class Progress:
-    """Says how far a run is, before each measurement."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._begin = total, 0, time.monotonic()
-
-    def next(self) -> None:
-        """Show the number of the next measurement and the time so far."""
-        self._done += 1
-        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
-        print(f"[{self._done:3d}/{self._total} {minutes:2d}:{seconds:02d}]", end="", flush=True)
 
 
 def _rounds(tools: Tools, options: argparse.Namespace, results: Results) -> list[list[Step]]:

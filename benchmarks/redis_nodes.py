@@ -1,124 +1,142 @@
-"""What the Redis backend costs: appends per second, latency from node to node, memory and CPU of idle conversations.
+"""What many nodes over Redis cost: deliveries and latency with 1, 2 and 3 of them, appends, idle conversations.
 
-    PYTHONPATH=src:. python benchmarks/redis_nodes.py        starts its own redis-server (append-only file on, fsync every second)
+    python benchmarks/redis_nodes.py [--short] [--rounds 3] [--only deliveries,latency,appends,idle,joins] [--out FOLDER]
 
-Everything is in one process on one machine, Redis beside it: the figures compare with each other, not with a cluster.
+Real `broker serve` processes and a Redis of their own (append-only file on, a sync every second) per measurement. Rounds
+are interleaved. The load client has a core; nodes and Redis have the others, which on a machine with two is one: there
+CPU time per delivery says what a node costs, and deliveries per second do not say what several machines would do.
+Needs two cores, a C compiler, `taskset`, `redis-server`, `redis-benchmark` and `redis-cli`. With --out the figures go to
+nodes.json and nodes.md there, after every round. docs/how-to/scale-out.md says how to read them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import resource
-import statistics
+import argparse
+import json
+import os
 import subprocess
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.support.core import Core
-from tests.support.redis_server import RedisServer
+from suite import node_workloads as workloads
+from suite.node_report import AT_RATE, FAST, ONE_NODE, tables
+from suite.nodes import check_redis
+from suite.report import Results, machine
+from suite.tools import CannotMeasure, Progress, Tools, check_machine
 
-from broker.envelope import Envelope
-from broker.eventlog.redis import RedisEventLog
-from broker.redis_connection import RedisConnection
-
-DATA = b'{"delta":"' + b"x" * 90 + b'"}'
-SECONDS = 3.0
-
-
-def envelope(conv_id: str) -> Envelope:
-    return Envelope(conv_id, "llm.delta", "msg-0123456789ab", "sem", DATA, 1_763_690_000_000)
+OPEN_FILES = 4_000
+KINDS = ("deliveries", "latency", "appends", "idle", "joins")
+Step = Callable[[Results], None]
 
 
-def raw_limit(port: int) -> str:
-    """XADD as redis-benchmark does it, one entry of the same size per command, pipelined by 16."""
-    done = subprocess.run(
-        ["redis-benchmark", "-p", str(port), "-n", "200000", "-P", "16", "-c", "16", "-q",
-         "XADD", "raw", "*", "t", "llm.delta", "i", "msg-0123456789ab", "c", "sem", "d", DATA.decode()],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return done.stdout.replace("\r", "\n").strip().rpartition("}: ")[2]
+def main() -> int:
+    options = _options()
+    size = {"tiny": workloads.TINY, "short": workloads.SHORT, "full": workloads.FULL}[options.size]
+    results = Results()
+    load = [_load()]
+    try:
+        check_machine(OPEN_FILES)
+        check_redis()
+        with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
+            steps = list(_steps(Tools.build(Path(folder)), size, options.only))
+            rounds = options.rounds or (3 if options.size == "full" else 1)
+            progress = Progress(rounds * len(steps))
+            for number in range(rounds):
+                print(f"round {number + 1} of {rounds}", flush=True)
+                for name, step in steps:
+                    progress.next()
+                    _take(name, step, results)
+                load.append(_load())
+                _write(options.out, results, size, load)
+    except CannotMeasure as exc:
+        print(f"skipped: {exc}")
+        return 0
+    print("\n" + _markdown(results, size, load))
+    return 1 if results.failed else 0
 
 
-async def appends(url: str, conversations: int, batch: int, writers: int) -> float:
-    """Return envelopes appended per second by `writers` tasks, `batch` envelopes per append."""
-    connection = RedisConnection(url)
-    log = RedisEventLog(connection)
-    await log.open(lambda committed: None)
-    count = 0
-    end = time.monotonic() + SECONDS
-
-    async def write(who: int) -> None:
-        nonlocal count
-        conv_id = f"bench-{who % conversations}"
-        while time.monotonic() < end:
-            await log.append(conv_id, [envelope(conv_id) for _ in range(batch)])
-            count += batch
-
-    started = time.monotonic()
-    await asyncio.gather(*(write(who) for who in range(writers)))
-    rate = count / (time.monotonic() - started)
-    await log.close()
-    await connection.close()
-    return rate
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(size="full")
+    for name, meaning in (("short", "smaller sizes, one round: a minute"), ("tiny", "only to see that it works")):
+        parser.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=meaning)
+    parser.add_argument("--rounds", type=int, help="3, with --short 1")
+    parser.add_argument("--only", type=_kinds, default=KINDS, help=f"as a comma list: {', '.join(KINDS)}")
+    parser.add_argument("--out", type=Path, help="folder for JSON and tables")
+    return parser.parse_args()
 
 
-async def latency(url: str) -> tuple[list[float], list[float]]:
-    """Return publish-to-receive times in ms: a client of the publishing node, a client of another node."""
-    same: list[float] = []
-    across: list[float] = []
-    async with Core(url) as one, Core(url) as other:
-        here, _ = await one.connect("latency")
-        there, _ = await other.connect("latency")
-        for n in range(1, 501):
-            started = time.perf_counter()
-            publishing = asyncio.create_task(one.say("latency", "x" * 100))
-            while len(here.client.events) < n or len(there.client.events) < n:
-                await asyncio.sleep(0)
-                if len(here.client.events) == n and len(same) < n:
-                    same.append((time.perf_counter() - started) * 1000)
-            if len(same) < n:
-                same.append((time.perf_counter() - started) * 1000)
-            across.append((time.perf_counter() - started) * 1000)
-            await publishing
-    return same, across
+def _kinds(text: str) -> tuple[str, ...]:
+    wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = set(wanted).difference(KINDS)
+    if unknown or not wanted:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(KINDS)}")
+    return wanted
 
 
-async def idle(url: str, count: int) -> tuple[float, float]:
-    """Return bytes of memory per open idle conversation, and the CPU share that `count` of them take."""
-    async with Core(url, max_open_conversations=count + 1, idle_conversation_s=3600) as core:
-        before = _rss_bytes()
-        for start in range(0, count, 500):
-            await asyncio.gather(*(core.broker.conversations.open(f"idle-{n}") for n in range(start, start + 500)))
-        await asyncio.sleep(3)
-        each = (_rss_bytes() - before) / count
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        await asyncio.sleep(10)
-        now = resource.getrusage(resource.RUSAGE_SELF)
-        return each, (now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime) / 10
+def _steps(tools: Tools, size: workloads.Size, kinds: tuple[str, ...]) -> Iterator[tuple[str, Step]]:
+    """Yield what a round does: a name for messages, and what measures and keeps the figures."""
+
+    def one(workload: str, name: str, measure: Callable[[], workloads.Figures]) -> tuple[str, Step]:
+        return f"{workload}: {name}", lambda results: results.add(workload, name, measure())
+
+    def deliveries(name: str, nodes: int, through: int, results: Results) -> None:
+        at_rate, fast = workloads.deliveries(tools, size, nodes, through)
+        results.add(AT_RATE, name, at_rate)
+        results.add(FAST, name, fast)
+
+    if "deliveries" in kinds:
+        for name, (nodes, through) in workloads.FLEETS.items():
+            yield f"deliveries: {name}", partial(deliveries, name, nodes, through)
+    if "latency" in kinds:
+        yield one("latency", "2 nodes", partial(workloads.latency, tools, size))
+    if "appends" in kinds:
+        for name, command in workloads.RAW.items():
+            yield one("appends", name, partial(workloads.raw, size, command))
+        for name, (conversations, batch, writers) in workloads.SHAPES.items():
+            yield one("appends", name, partial(workloads.appends, size, conversations, batch, writers))
+    if "idle" in kinds:
+        yield one("idle", ONE_NODE, partial(workloads.idle, size))
+    if "joins" in kinds:
+        yield one("joins", ONE_NODE, partial(workloads.joins, tools, size))
 
 
-def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _take(name: str, step: Step, results: Results) -> None:
+    try:
+        step(results)
+    except (RuntimeError, subprocess.TimeoutExpired) as exc:
+        results.fail(*name.split(": ", 1), str(exc))
 
 
-async def main(server: RedisServer) -> None:
-    # First what needs an empty store: a node that starts looks at the conversations it finds.
-    same, across = await latency(server.url)
-    for name, times in (("same node", same), ("other node", across)):
-        print(f"latency, {name}: p50 {statistics.median(times):.2f} ms, p99 {sorted(times)[-5]:.2f} ms")
-    each, share = await idle(server.url, 10_000)
-    print(f"idle: {each / 1024:.1f} KiB per open conversation, {share:.1%} of a core for 10,000")
-    print("raw XADD, redis-benchmark -P 16 -c 16:", raw_limit(server.port))
-    for conversations, batch, writers in ((1, 1, 1), (1, 1, 64), (100, 1, 400), (100, 16, 400)):
-        rate = await appends(server.url, conversations, batch, writers)
-        print(f"appends: {conversations} conversations, {writers} writers, {batch} per append: {rate:,.0f} envelopes/s")
+def _load() -> str:
+    """Return the machine's load over the last minute, its own programs included."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def _machine(load: list[str]) -> str:
+    told = subprocess.run(["redis-server", "--version"], capture_output=True, text=True, check=True).stdout
+    server = next((word[2:] for word in told.split() if word.startswith("v=")), "of an unknown version")
+    return (
+        f"{machine('redis', 'hiredis')}, Redis {server}, {os.cpu_count()} cores; "
+        f"load before and after each round {', '.join(load)}"
+    )
+
+
+def _markdown(results: Results, size: workloads.Size, load: list[str]) -> str:
+    return "\n".join([_machine(load), "", tables(results, size), *(f"- {note}" for note in results.notes), ""])
+
+
+def _write(out: Path | None, results: Results, size: workloads.Size, load: list[str]) -> None:
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {**results.as_json(), "machine": _machine(load), "size": vars(size)}
+    (out / "nodes.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "nodes.md").write_text(_markdown(results, size, load))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        server = RedisServer(Path(folder), "--appendonly", "yes", "--appendfsync", "everysec", persistent=False)
-        try:
-            asyncio.run(main(server.start()))
-        finally:
-            server.stop()
+    raise SystemExit(main())

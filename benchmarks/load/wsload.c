@@ -1,9 +1,11 @@
 /* Load client: many WebSocket subscribers in one thread, cheaper than any server they are served by.
  *
- * Connection i subscribes to conversation i % M, by the ((i / M) % number of paths)-th --path. A run is started by a
- * line on the server's control port, or published from here (NATS; nchan, by HTTP). What is delivered carries the text "@T" and 19
- * digits: CLOCK_MONOTONIC nanoseconds when it was published. These markers are counted, per connection, in the
- * payloads: a server may pack several messages into a frame or a write. One JSON line tells the result.
+ * Connection i subscribes to conversation i % M, by the ((i / M) % number of paths)-th --path. With several --port, nodes
+ * that serve the same conversations, it goes to the ((i / M / paths) % number of ports)-th. A run is started by a line on
+ * the server's control port (by several --control in equal parts), or published from here (NATS; nchan, by HTTP). What
+ * is delivered carries the text "@T" and 19 digits: CLOCK_MONOTONIC nanoseconds when it was published. These markers are
+ * counted, per connection, in the payloads: a server may pack several messages into a frame or a write. One JSON line
+ * tells the result.
  *
  * The client polls without sleeping while it measures: a sleeping one would charge its wake-ups to the server. How
  * much of that time it really worked is reported as client_busy.
@@ -27,7 +29,7 @@ enum dialect { PLAIN, BROKER, NATS, SOCKETIO, NCHAN };   /* BROKER: a subscriber
 enum state { CONNECTING, UPGRADING, PREPARING, READY, STALLED, GONE };
 
 struct subscriber {
-    int fd, conversation;
+    int fd, conversation, node;
     enum state state;
     unsigned char header[10], header_used, header_wanted, opcode, in_payload, half_marker;
     unsigned step, text_used;
@@ -43,21 +45,23 @@ struct poster {
     char text[2048];
 };
 
-enum { MAX_PATHS = 64 };
+enum { MAX_PATHS = 64, MAX_PIDS = 32, MAX_NODES = 8 };
 enum { POSTERS = 8 };            /* no more of them are under way at once, however large the window */
 
-static int port, control_port, connections = 1000, conversations = 1, publishers = 1, stall_every, in_flight = 64;
+static int port[MAX_NODES], ports, control_port[MAX_NODES], control[MAX_NODES], controls;
+static int connections = 1000, conversations = 1, publishers = 1, stall_every, in_flight = 64;
 static int sample_every = 16, paths, pids, hold_s = -1, window = 1;
 static const char *path[MAX_PATHS];
-static int pid[32];
+static int pid[MAX_PIDS];
 static long messages = 100, warmup = 20;
 static double rate, timeout_s = 60;
 static enum dialect dialect = BROKER;
 
 static struct subscriber *subscribers;
 static struct poster posters[POSTERS];
-static int poller, control = -1, publisher = -1, ready, gone, run_done;
+static int poller, publisher = -1, ready, gone;
 static uint64_t delivered, bytes, busy_ns;
+/* Of each sample nanoseconds * MAX_NODES + the node that delivered it: sorted, each node's are in order too. */
 static uint64_t *latencies, latency_count, until_sample = 1;
 static const uint64_t LATENCIES_MAX = 1 << 22;
 static unsigned char buffer[1 << 18];
@@ -199,7 +203,7 @@ static void count_one(struct subscriber *one, const unsigned char *digits, const
     for (int i = 0; i < 19; i++)
         published = published * 10 + (digits[i] - '0');
     if (latency_count < LATENCIES_MAX)
-        latencies[latency_count++] = now_ns() - published;
+        latencies[latency_count++] = (now_ns() - published) * MAX_NODES + one->node;
 }
 
 static void count_markers(struct subscriber *one, const unsigned char *at, size_t count)
@@ -279,7 +283,7 @@ static void ask_upgrade(struct subscriber *one)
     int count = snprintf(request, sizeof request,
                          "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                          "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n",
-                         target, port);
+                         target, port[one->node]);
     send_all(one->fd, request, count);
     one->state = UPGRADING;
 }
@@ -358,12 +362,13 @@ static void poll_once(int wait_ms)
         struct subscriber *one = events[i].data.ptr;
         if (events[i].data.ptr >= (void *)posters && events[i].data.ptr < (void *)(posters + POSTERS)) {
             take_answer(events[i].data.ptr);
-        } else if (one == NULL) {                /* the control connection or the publisher */
-            ssize_t got = recv(control >= 0 ? control : publisher, buffer, sizeof buffer - 1, 0);
+        } else if (events[i].data.ptr >= (void *)control && events[i].data.ptr < (void *)(control + MAX_NODES)) {
+            recv(*(int *)events[i].data.ptr, buffer, sizeof buffer, 0);   /* DONE: what counts is what is delivered */
+        } else if (one == NULL) {                /* the publisher */
+            ssize_t got = recv(publisher, buffer, sizeof buffer - 1, 0);
             if (got > 0) {
                 buffer[got] = 0;
-                run_done |= strstr((char *)buffer, "DONE") != NULL;
-                if (publisher >= 0 && strstr((char *)buffer, "PING"))
+                if (strstr((char *)buffer, "PING"))
                     send_all(publisher, "PONG\r\n", 6);
             }
         } else if (one->state == CONNECTING) {
@@ -393,7 +398,8 @@ static void open_subscribers(void)
             struct subscriber *one = &subscribers[opened];
             struct epoll_event event = {.events = EPOLLOUT, .data.ptr = one};
             one->conversation = opened % conversations;
-            one->fd = dial(port);
+            one->node = opened / conversations / paths % ports;
+            one->fd = dial(port[one->node]);
             epoll_ctl(poller, EPOLL_CTL_ADD, one->fd, &event);
         }
         poll_once(100);
@@ -479,16 +485,19 @@ static void publish_http(uint64_t total, int subscribers_each)
 static int run(long count, double at_rate, int listeners)
 {
     uint64_t total = (uint64_t)count * listeners, base = delivered, end = now_ns() + (uint64_t)(timeout_s * 1e9);
-    run_done = 0;
     if (dialect == NATS || dialect == NCHAN) {
         sent = 0;
         sent_rate = at_rate;
         sent_base = base;
         sent_begin = now_ns();
     } else {
-        char line[96];
-        int used = sprintf(line, "PUB %d %ld %g %d\n", conversations, count, at_rate, publishers);
-        send_all(control, line, used);
+        for (int i = 0; i < controls; i++) {
+            char line[96];
+            long part = count * (i + 1) / controls - count * i / controls;
+            int used = sprintf(line, "PUB %d %ld %g %d\n", conversations, part, at_rate / controls,
+                               (publishers + controls - 1) / controls);
+            send_all(control[i], line, used);
+        }
     }
     for (unsigned turn = 1; delivered - base < total; turn++) {
         if (dialect == NATS)
@@ -504,15 +513,20 @@ static int run(long count, double at_rate, int listeners)
 
 /* ---- the result ---- */
 
+static double process_cpu_s(int which)
+{
+    clockid_t clock;
+    struct timespec used;
+    if (clock_getcpuclockid(which, &clock) || clock_gettime(clock, &used))
+        return 0;
+    return used.tv_sec + used.tv_nsec / 1e9;
+}
+
 static double server_cpu_s(void)
 {
     double sum = 0;
-    for (int i = 0; i < pids; i++) {
-        clockid_t clock;
-        struct timespec used;
-        if (!clock_getcpuclockid(pid[i], &clock) && !clock_gettime(clock, &used))
-            sum += used.tv_sec + used.tv_nsec / 1e9;
-    }
+    for (int i = 0; i < pids; i++)
+        sum += process_cpu_s(pid[i]);
     return sum;
 }
 
@@ -524,7 +538,32 @@ static int by_size(const void *left, const void *right)
 
 static double percentile_ms(double share)
 {
-    return latency_count ? latencies[(uint64_t)((latency_count - 1) * share)] / 1e6 : -1;
+    return latency_count ? latencies[(uint64_t)((latency_count - 1) * share)] / MAX_NODES / 1e6 : -1;
+}
+
+/* The same of what one node delivered; -1 if that is nothing. */
+static double node_percentile_ms(int node, double share)
+{
+    uint64_t count = 0, at = 0;
+    for (uint64_t i = 0; i < latency_count; i++)
+        count += latencies[i] % MAX_NODES == (uint64_t)node;
+    for (uint64_t i = 0, wanted = count ? (uint64_t)((count - 1) * share) : 0; i < latency_count; i++)
+        if (latencies[i] % MAX_NODES == (uint64_t)node && at++ == wanted)
+            return latencies[i] / MAX_NODES / 1e6;
+    return -1;
+}
+
+/* By process and by node, in the order of the options. */
+static void print_each(const double *cpu_s)
+{
+    printf("\"process_cpu_s\":[");
+    for (int i = 0; i < pids; i++)
+        printf("%s%.6f", i ? "," : "", cpu_s[i]);
+    printf("],\"nodes\":[");
+    for (int i = 0; i < ports; i++)
+        printf("%s{\"p50_ms\":%.3f,\"p99_ms\":%.3f}", i ? "," : "", node_percentile_ms(i, 0.5),
+               node_percentile_ms(i, 0.99));
+    printf("]");
 }
 
 static int measure(int listeners)
@@ -537,11 +576,15 @@ static int measure(int listeners)
     uint64_t base = delivered, bytes_base = bytes;
     latency_count = 0;
     busy_ns = 0;
-    double cpu = server_cpu_s();
+    double cpu = server_cpu_s(), cpu_each[MAX_PIDS];
+    for (int i = 0; i < pids; i++)
+        cpu_each[i] = -process_cpu_s(pid[i]);
     uint64_t begin = now_ns();
     int complete = run(messages, rate, listeners);
     double seconds = (now_ns() - begin) / 1e9, client_busy = busy_ns / 1e9 / seconds;
     cpu = server_cpu_s() - cpu;
+    for (int i = 0; i < pids; i++)
+        cpu_each[i] += process_cpu_s(pid[i]);
     uint64_t got = delivered - base, got_bytes = bytes - bytes_base;
     wait_s(0.2);                                 /* nothing may come twice */
     int exact = complete && delivered - base == got;
@@ -550,10 +593,12 @@ static int measure(int listeners)
     qsort(latencies, latency_count, sizeof *latencies, by_size);
     printf("{\"exact\":%s,\"lost_connections\":%d,\"deliveries\":%llu,\"seconds\":%.4f,\"deliveries_per_s\":%.0f,"
            "\"bytes\":%llu,\"server_cpu_us_per_delivery\":%.4f,\"server_cpu_share\":%.3f,\"client_busy\":%.3f,"
-           "\"p50_ms\":%.3f,\"p99_ms\":%.3f,\"max_ms\":%.3f,\"samples\":%llu}\n",
+           "\"p50_ms\":%.3f,\"p99_ms\":%.3f,\"max_ms\":%.3f,\"samples\":%llu,",
            exact ? "true" : "false", gone, (unsigned long long)got, seconds, got / seconds,
            (unsigned long long)got_bytes, got ? cpu * 1e6 / got : 0, cpu / seconds, client_busy, percentile_ms(0.5),
            percentile_ms(0.99), percentile_ms(1), (unsigned long long)latency_count);
+    print_each(cpu_each);
+    printf("}\n");
     return exact ? 0 : 1;
 }
 
@@ -561,8 +606,8 @@ static void take_options(int count, char **arguments)
 {
     for (int i = 1; i + 1 < count; i += 2) {
         const char *name = arguments[i], *value = arguments[i + 1];
-        if (!strcmp(name, "--port")) port = atoi(value);
-        else if (!strcmp(name, "--control")) control_port = atoi(value);
+        if (!strcmp(name, "--port") && ports < MAX_NODES) port[ports++] = atoi(value);
+        else if (!strcmp(name, "--control") && controls < MAX_NODES) control_port[controls++] = atoi(value);
         else if (!strcmp(name, "--path") && paths < MAX_PATHS) path[paths++] = value;
         else if (!strcmp(name, "--connections")) connections = atoi(value);
         else if (!strcmp(name, "--conversations")) conversations = atoi(value);
@@ -576,7 +621,7 @@ static void take_options(int count, char **arguments)
         else if (!strcmp(name, "--in-flight")) in_flight = atoi(value);
         else if (!strcmp(name, "--timeout")) timeout_s = atof(value);
         else if (!strcmp(name, "--hold")) hold_s = atoi(value);
-        else if (!strcmp(name, "--pid") && pids < 32) pid[pids++] = atoi(value);
+        else if (!strcmp(name, "--pid") && pids < MAX_PIDS) pid[pids++] = atoi(value);
         else if (!strcmp(name, "--dialect"))
             dialect = !strcmp(value, "plain") ? PLAIN : !strcmp(value, "nats") ? NATS
                     : !strcmp(value, "socketio") ? SOCKETIO : !strcmp(value, "nchan") ? NCHAN : BROKER;
@@ -603,13 +648,14 @@ int main(int count, char **arguments)
         return gone ? 1 : 0;
     }
     if (dialect == NATS) {
-        open_publisher(control_port, &publisher, NULL);
+        open_publisher(control_port[0], &publisher, NULL);
         send_all(publisher, "CONNECT {\"verbose\":false}\r\n", 27);
     } else if (dialect == NCHAN) {
         for (int i = 0; i < POSTERS; i++)
-            open_publisher(control_port, &posters[i].fd, &posters[i]);
+            open_publisher(control_port[0], &posters[i].fd, &posters[i]);
     } else {
-        open_publisher(control_port, &control, NULL);
+        for (int i = 0; i < controls; i++)
+            open_publisher(control_port[i], &control[i], &control[i]);
     }
     wait_s(0.3);
     return measure(connections - stall_some());

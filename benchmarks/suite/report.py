@@ -62,9 +62,8 @@ class Results:
         return statistics.median(values) if values else None
 
     def spread(self, workload: str, server: str, figure: str) -> str:
-        """Return median (smallest to largest)."""
-        values = sorted(self.values(workload, server, figure))
-        return f"{short(statistics.median(values))} ({short(values[0])} to {short(values[-1])})" if values else "–"
+        """Return median (smallest to largest), of one round its value."""
+        return spread(self.values(workload, server, figure))
 
     def ratio(self, workload: str, server: str, figure: str, reference: str = "limit") -> list[float]:
         """Return `server` over `reference`, round by round: what was measured side by side."""
@@ -92,7 +91,7 @@ class Results:
             lines += ["### W3", "", "| server | p50 ms | p99 ms | p99, limit = 1 |", "|---|--:|--:|--:|"]
             for server in [server for server in servers if self.rounds["W3"].get(server)]:
                 p50, p99 = self.spread("W3", server, "p50_ms"), self.spread("W3", server, "p99_ms")
-                lines.append(f"| {server} | {p50} | {p99} | {_middle(self.ratio('W3', server, 'p99_ms'))} |")
+                lines.append(f"| {server} | {p50} | {p99} | {middle(self.ratio('W3', server, 'p99_ms'))} |")
             lines.append("")
         for workload in self.rounds:
             if workload not in (*RATIOS, "W3"):
@@ -110,9 +109,9 @@ class Results:
         cells = [
             server,
             self.spread(workload, server, "deliveries_per_s"),
-            _middle(self.ratio(workload, server, "deliveries_per_s")),
+            middle(self.ratio(workload, server, "deliveries_per_s")),
             self.spread(workload, server, cpu),
-            _middle(self.ratio(workload, server, cpu)),
+            middle(self.ratio(workload, server, cpu)),
             short(self.median(workload, server, "p99_ms") or 0.0),
             short(self.median(workload, server, "client_busy") or 0.0),
         ]
@@ -132,9 +131,9 @@ def growth_table(found: Mapping[str, Sequence[tuple[object, Mapping[str, Any]]]]
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Return what was measured with."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "orjson"))
+def machine(*more: str) -> str:
+    """Return what was measured with. more: packages to name beside the server's own."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "orjson", *more))
     return (
         f"{platform.machine()}, {platform.system()} {platform.release()}, Python {sys.version.split()[0]}, {packages}"
     )
@@ -144,8 +143,19 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _middle(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})" if values else "–"
+def middle(values: Sequence[float]) -> str:
+    """Return the median of sorted ratios (smallest to largest), of one that."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "–"
+    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Return median (smallest to largest), of one value that."""
+    if not values:
+        return "–"
+    text = f"{short(statistics.median(values))}{unit}"
+    return text if len(values) == 1 else f"{text} ({short(min(values))} to {short(max(values))})"
 
 
 def short(value: float) -> str:

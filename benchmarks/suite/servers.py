@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from suite.tools import SERVER_CPU, Tools
+from suite.tools import SERVER_CPU, Tools, check_exact
 
 BENCHMARKS = Path(__file__).parent.parent
 START_TIMEOUT_S = 30.0
@@ -55,10 +55,14 @@ def free_port() -> int:
 
 
 class Server:
-    """A running server: `with Server(recipe) as server`. folder: None makes a fresh one that goes with the server."""
+    """A running server: `with Server(recipe) as server`.
 
-    def __init__(self, recipe: Recipe, folder: Path | None = None) -> None:
+    folder: None makes a fresh one that goes with the server. cpus: the cores that it may use, as `taskset -c` takes them.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path | None = None, cpus: str = SERVER_CPU) -> None:
         self._recipe = recipe
+        self._cpus = cpus
         self._given = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.launch: Launch
@@ -73,7 +77,7 @@ class Server:
         with open(self.folder / "server.log", "ab") as log:
             self.started_at_s = time.monotonic()
             self.process = subprocess.Popen(
-                ["taskset", "-c", SERVER_CPU, *self.launch.command],
+                ["taskset", "-c", self._cpus, *self.launch.command],
                 stdout=log,
                 stderr=log,
                 env={**environment, **self.launch.environment},
@@ -140,11 +144,7 @@ class Server:
         assert isinstance(paths, Sequence)
         speak = {"port": self.launch.port, "control": self.launch.control, "dialect": self.launch.dialect}
         figures = tools.load({**speak, **options}, list(paths), self.pids())
-        if figures.get("exact") is False or figures.get("lost_connections"):
-            raise RuntimeError(
-                f"not every subscriber got everything exactly once: {figures['deliveries']} deliveries in "
-                f"{figures['seconds']} s, {figures['lost_connections']} connections lost"
-            )
+        check_exact(figures)
         return figures
 
     def pids(self) -> list[int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +44,11 @@ class Tools:
         return cls(*programs)
 
     def command(self, options: Mapping[str, object], paths: Sequence[str], pids: Sequence[int]) -> list[str]:
-        """Return the load client's command, pinned to its core."""
+        """Return the load client's command, pinned to its core. A list among the options repeats the flag."""
         command = ["taskset", "-c", CLIENT_CPU, str(self.wsload)]
-        for name, value in options.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        for name, given in options.items():
+            for value in given if isinstance(given, list) else [given]:
+                command += [f"--{name.replace('_', '-')}", str(value)]
         for path in paths:
             command += ["--path", path]
         for pid in pids:
@@ -61,3 +65,41 @@ class Tools:
             raise RuntimeError(done.stderr.strip()[-400:] or f"the load client ended with {done.returncode}")
         result: dict[str, Any] = json.loads(done.stdout)
         return result
+
+
+def check_exact(figures: Mapping[str, Any]) -> None:
+    """Raise RuntimeError unless every subscriber that reads got everything exactly once before the clock stopped."""
+    if figures.get("exact") is False or figures.get("lost_connections"):
+        raise RuntimeError(
+            f"not every subscriber got everything exactly once: {figures['deliveries']} deliveries in "
+            f"{figures['seconds']} s, {figures['lost_connections']} connections lost"
+        )
+
+
+def check_machine(open_files: int) -> None:
+    """Allow this process and those it starts as many open files as possible.
+
+    Raises CannotMeasure where fewer than `open_files` are allowed, and with one core.
+    """
+    if (os.cpu_count() or 1) < 2:
+        raise CannotMeasure("one core: the load client would take from the server what it measures")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # the servers and the load client get it from here
+    if hard != resource.RLIM_INFINITY and hard < open_files:
+        raise CannotMeasure(
+            f"{hard:,} open files are allowed, {open_files:,} are needed: raise the limit (ulimit -Hn, as root), "
+            "or take --short"
+        )
+
+
+class Progress:
+    """Says how far a run is, before each measurement."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._begin = total, 0, time.monotonic()
+
+    def next(self) -> None:
+        """Show the number of the next measurement and the time so far."""
+        self._done += 1
+        minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+        print(f"[{self._done:3d}/{self._total} {minutes:2d}:{seconds:02d}]", end="", flush=True)
