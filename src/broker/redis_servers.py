@@ -11,9 +11,10 @@ from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
+from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.event import AsyncAfterSlotsCacheRefreshEvent, AsyncEventListenerInterface, EventDispatcher
-from redis.exceptions import AskError, MovedError, RedisClusterException, RedisError
+from redis.exceptions import AskError, DataError, MovedError, RedisClusterException, RedisError, ResponseError
 
 from broker.redis_lane import RedisLane, unreachable
 from broker.redis_script import Command, RedisReplyError, RedisUnreachable
@@ -197,6 +198,8 @@ class RedisServers:
 
     async def _at_one(self, commands: Sequence[Command]) -> list[Any]:
         assert self._one is not None
+        if len(commands) == 1:
+            return [await _single(self._one.connection_pool, commands[0])]
         pipeline = self._one.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
@@ -247,6 +250,27 @@ class _SlotsListener(AsyncEventListenerInterface):
 
     async def listen(self, event: object) -> None:
         self._on_change()
+
+
+async def _single(pool: ConnectionPool, command: Command) -> Any:
+    """Carry out one command; return its reply, an error reply as the library's exception.
+
+    A pipeline of one command costs a third more. Whatever else fails leaves the connection closed: the library closes
+    it when sending or reading failed or was cancelled, so that no later caller gets this reply.
+    """
+    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.send_command(*command)
+        return await connection.read_response()
+    except ResponseError as exc:
+        return exc
+    except DataError:  # found before anything was sent
+        raise
+    except BaseException:
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await pool.release(connection)
 
 
 async def _quietly(closing: Any) -> None:

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+import hiredis
 from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.event import EventDispatcher
+from redis.exceptions import DataError
 
 from broker.errors import InvalidInput
 
@@ -47,11 +50,14 @@ class Topology:
     def client(self, timeout_s: float, address: Address | None = None) -> Redis:
         """Return a client of a server: the one at `address`, by default the one that takes writes."""
         options = {**self._options(timeout_s), "max_connections": MAX_CONNECTIONS, "db": self.login.db}
+        client: Redis
         if self.service is not None and address is None:
-            client: Redis = self.sentinel(timeout_s).master_for(self.service, **options)
-            return client
-        host, port = address or self.addresses[0]
-        return Redis(host=host, port=port, **options)
+            client = self.sentinel(timeout_s).master_for(self.service, **options)
+        else:
+            host, port = address or self.addresses[0]
+            client = Redis(host=host, port=port, **options)
+        client.connection_pool.connection_class = _packing(client.connection_pool.connection_class)
+        return client
 
     def sentinel(self, timeout_s: float) -> Sentinel:
         """Return a client of the Sentinels. They have no password; Redis has."""
@@ -82,6 +88,26 @@ class Topology:
             # The library repeats a command whose reply was lost, which would append twice: see RedisConnection.execute.
             "retry": Retry(NoBackoff(), 0),
         }
+
+
+class _PacksQuickly:
+    """Packs commands by hiredis: 1.7 us for an append, which takes 13 us in Python.
+
+    The library's blocking connections do it themselves, its asynchronous ones do not (8.1).
+    """
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        """Return a command as it is sent. A command's name may be two words. Raises DataError for what is no value."""
+        name = args[0].encode() if isinstance(args[0], str) else args[0]
+        try:
+            return [hiredis.pack_command((*name.split(), *args[1:]))]
+        except TypeError as exc:
+            raise DataError(str(exc)) from exc
+
+
+def _packing(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    """Return the class of connections, be they plain, with TLS or found by Sentinel, with quick packing."""
+    return type(f"Quick{connection_class.__name__}", (_PacksQuickly, connection_class), {})
 
 
 def parse_redis_url(url: str) -> Topology:

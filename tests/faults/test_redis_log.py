@@ -30,10 +30,12 @@ class Sink:
 
     def __init__(self) -> None:
         self.seqs: list[int] = []
+        self._newest: dict[str, int] = {}
 
     def __call__(self, committed: list[Committed]) -> None:
         for part in committed:
-            assert part.prev_seq == (self.seqs[-1] if self.seqs else 0)
+            assert part.prev_seq == self._newest.get(part.conv_id, 0)
+            self._newest[part.conv_id] = part.envelopes[-1].seq
             self.seqs += [one.seq for one in part.envelopes]
 
 
@@ -229,3 +231,35 @@ async def test_a_flushed_redis_is_another_life(redis_server: RedisServer, open_l
     assert (state.head_seq, state.count) == (second, 1)
     assert state.epoch != epoch
     assert second > first
+
+
+async def test_appends_one_after_the_other_write_the_list_of_conversations_now_and_then(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """Noting each of them would double what it costs. What was noted last is where the conversation ends."""
+    log, _ = await open_log(redis_server.url)
+    with redis_server.client() as client:
+        seqs = [(await log.append("c1", [envelope(n)]))[0] for n in range(200)]
+        elapsed_ms = (seqs[-1] - seqs[0]) // PER_MS
+        written = client.info("commandstats")["cmdstat_zadd"]["calls"]
+        assert 1 <= written <= 4 + elapsed_ms // 250 * 2
+        await log.close()
+        assert client.zscore("broker:conversations", "c1") == seqs[-1] // PER_MS
+
+
+async def test_a_conversation_that_the_list_has_in_an_older_place_is_found_by_other_nodes(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """Its newest append is not noted yet, and more conversations than are read at once were noted after it."""
+    one, _ = await open_log(redis_server.url)
+    other, _ = await open_log(redis_server.url)
+    for _ in range(50):  # until it goes so fast that the newest append has to wait for its place in the list
+        (noted,) = await one.append("c0", [envelope()])
+        assert ("c0", noted) in await one.conversations(limit=500)
+        await asyncio.gather(*(one.append(f"c{n}", [envelope()]) for n in range(1, 251)))
+        (newest,) = await one.append("c0", [envelope()])
+        if newest - noted < 200 * PER_MS:
+            break
+    else:
+        pytest.fail("this machine is too slow for 250 appends in 0.2 s")
+    assert await other.conversations(limit=1) == [("c0", newest)]

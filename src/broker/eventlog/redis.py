@@ -27,6 +27,9 @@ _LOOK_ENTRIES = 10_000
 _INDEX_PAGE = 200
 _BACKLOGS_AT_ONCE = 500
 _INDEX_WAIT_S = 0.5
+_INDEX_LAG_MS = 250
+"""By how much a conversation's place in the index may be older than its newest envelope: a round trip for every append
+would double what appends cost a node whose publishers wait for each."""
 
 
 class RedisEventLog:
@@ -47,7 +50,13 @@ class RedisEventLog:
         self._appends = Appends(connection, clock, self._new_epoch, self._landed)
         self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
         self._index: dict[str, int] = {}
+        """Times that have to be noted in the index of conversations."""
+        self._index_later: dict[str, int] = {}
+        self._indexed: dict[str, int] = {}
+        """Times that were noted there lately."""
+        self._tidied_ms = 0
         self._indexing: asyncio.Task[None] | None = None
+        self._index_timer: asyncio.TimerHandle | None = None
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -68,10 +77,9 @@ class RedisEventLog:
             return
         await self._appends.close()
         await self.following.close()
-        if self._indexing is not None:  # a hint only: not worth waiting for a Redis that is away
-            await asyncio.wait({self._indexing}, timeout=_INDEX_WAIT_S)
-        if self._indexing is not None:
-            self._indexing.cancel()
+        if (indexing := self._index_everything()) is not None:  # a hint only: not worth waiting for a Redis that is away
+            await asyncio.wait({indexing}, timeout=_INDEX_WAIT_S)
+            indexing.cancel()
         self._sink = None
 
     def follow(self, follower: Follower) -> None:
@@ -120,11 +128,9 @@ class RedisEventLog:
             own = flight.committed
             if own is None:
                 continue
-            self._index[own.conv_id] = own.envelopes[-1].seq // PER_MS
+            self._note_in_index(own.conv_id, own.envelopes[-1].seq // PER_MS)
             if self.following.own_landed(own.conv_id, flight.epoch, own.prev_seq, own.envelopes[0].seq):
                 committed.append(own)
-        if self._index and self._indexing is None:
-            self._indexing = asyncio.get_running_loop().create_task(self._write_index())
         if committed:
             self._hand_on(committed)
         for flight in flights:
@@ -214,8 +220,8 @@ class RedisEventLog:
         return found
 
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
-        if self._indexing is not None:
-            await asyncio.shield(self._indexing)
+        if (indexing := self._index_everything()) is not None:
+            await asyncio.shield(indexing)
         found: list[tuple[int, str]] = []
         start = 0
         high = "+inf" if before_seq is None else str(before_seq // PER_MS)
@@ -232,12 +238,38 @@ class RedisEventLog:
             if len(names) < _INDEX_PAGE:
                 break
             found.sort(key=lambda one: (-one[0], one[1]))
-            # Conversations that share a head_seq stay on one page: go on until the times are older than the last one's.
-            if len(found) > limit and float(rows[-1]) < found[limit - 1][0] // PER_MS:
+            # Conversations that share a head_seq stay on one page: go on until the times are older than the last one's,
+            # by so much that none of the next ones can have a newer head than its place in the index says.
+            if len(found) > limit and float(rows[-1]) + _INDEX_LAG_MS < found[limit - 1][0] // PER_MS:
                 break
         found.sort(key=lambda one: (-one[0], one[1]))
         last = found[limit - 1][0] if len(found) > limit else 0
         return [(name, head) for head, name in found if head >= last]
+
+    def _note_in_index(self, conv_id: str, time_ms: int) -> None:
+        """Have the index say when a conversation was written to: at once, or soon if what it says is young."""
+        if time_ms - self._indexed.get(conv_id, 0) >= _INDEX_LAG_MS:
+            self._index[conv_id] = time_ms
+            self._index_now()
+            return
+        self._index_later[conv_id] = time_ms
+        if self._index_timer is None:
+            loop = asyncio.get_running_loop()
+            self._index_timer = loop.call_later(_INDEX_LAG_MS / 1000, self._index_everything)
+
+    def _index_everything(self) -> asyncio.Task[None] | None:
+        """Begin to write also what could wait; return the task that does, None if there is nothing to write."""
+        if self._index_timer is not None:
+            self._index_timer.cancel()
+            self._index_timer = None
+        later, self._index_later = self._index_later, {}
+        self._index.update(later)
+        return self._index_now()
+
+    def _index_now(self) -> asyncio.Task[None] | None:
+        if self._index and self._indexing is None:
+            self._indexing = asyncio.get_running_loop().create_task(self._write_index())
+        return self._indexing
 
     async def _write_index(self) -> None:
         """Note in the index what was written to. Together for all conversations, beside the appends."""
@@ -248,10 +280,19 @@ class RedisEventLog:
                 for conv_id, time_ms in entries.items():
                     arguments += (time_ms, conv_id)
                 await self._connection.all([("ZADD", INDEX, "GT", *arguments)])
+                self._remember_indexed(entries)
         except Exception as exc:
             logger.warning("the index of conversations is behind: %s", exc)
         finally:
             self._indexing = None
+
+    def _remember_indexed(self, entries: dict[str, int]) -> None:
+        self._indexed.update(entries)
+        newest_ms = max(entries.values())
+        if newest_ms - self._tidied_ms >= _INDEX_LAG_MS:  # what is older says nothing any more
+            self._tidied_ms = newest_ms
+            young = {name: at for name, at in self._indexed.items() if newest_ms - at < _INDEX_LAG_MS}
+            self._indexed = young
 
     # -- retention --------------------------------------------------------------------------------------------------
 
@@ -280,8 +321,9 @@ class RedisEventLog:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
         announcement = (self._connection.announce, live_channel(conv_id))
         existed = await self._connection.one(ERASE.command(log_keys(conv_id), announcement))
-        if self._indexing is not None:
-            await asyncio.shield(self._indexing)
+        if (indexing := self._index_everything()) is not None:
+            await asyncio.shield(indexing)
+        self._indexed.pop(conv_id, None)
         commands: list[Any] = [("ZREM", INDEX, conv_id)]
         if existed:
             commands.append(("HINCRBY", LIFE, "erasures", 1))
