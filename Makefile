@@ -1,5 +1,6 @@
 # make serve   run the server          make test    everything CI runs
 # make check   lint, types, unit tests  make bench   benchmarks          make lock   renew requirements.lock
+#                                       make bench-nodes   those of many nodes over Redis
 # Pass options with ARGS: make serve ARGS="--port 9000". Choose an interpreter with PYTHON=/path/to/python3.12.
 
 VENV := .venv
@@ -11,7 +12,7 @@ PLUGIN_PACKAGES := $(notdir $(patsubst %/__init__.py,%,$(wildcard plugins/*/__in
 PLUGIN_FILES := $(wildcard plugins/*.py)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: serve test check lint unit bench lock clean
+.PHONY: serve test check lint unit bench bench-nodes lock clean
 
 serve: $(INSTALLED)
 	@$(BIN)/broker serve $(ARGS)
@@ -36,6 +37,10 @@ unit: $(INSTALLED)
 bench: $(INSTALLED)
 	$(if $(BENCHMARKS),,@echo "there are no programs benchmarks/bench_*.py")
 	@set -e; for program in $(BENCHMARKS); do echo "== $$program"; $(BIN)/python $$program $(ARGS); done
+
+# Not one of bench_*.py: it takes other options, and needs Redis.
+bench-nodes: $(INSTALLED)
+	@$(BIN)/python benchmarks/redis_nodes.py $(ARGS)
 
 # Installs exactly what the lock file says; runs again when that or the project's own metadata changes.
 $(INSTALLED): requirements.lock pyproject.toml scripts/make_venv.sh scripts/find_python.sh

@@ -125,8 +125,18 @@ def _machine(load: list[str]) -> str:
     )
 
 
+def _sizes(size: workloads.Size) -> str:
+    return (
+        f"Deliveries: {size.connections} subscribers with two views, {size.conversations} conversations, at a fixed rate of "
+        f"{size.rate} publishes a second for {size.seconds} s, then {size.messages} in each conversation. "
+        f"Idle: {size.idle:,} conversations. Joins: {size.joins:,}."
+    )
+
+
 def _markdown(results: Results, size: workloads.Size, load: list[str]) -> str:
-    return "\n".join([_machine(load), "", tables(results, size), *(f"- {note}" for note in results.notes), ""])
+    return "\n".join(
+        [_machine(load), "", _sizes(size), "", tables(results), *(f"- {note}" for note in results.notes), ""]
+    )
 
 
 def _write(out: Path | None, results: Results, size: workloads.Size, load: list[str]) -> None:

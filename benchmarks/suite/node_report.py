@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from suite.node_workloads import FLEETS, RAW, SHAPES, Size
+from suite.node_workloads import FLEETS, RAW, SHAPES
 from suite.report import Results, middle, spread
 
 AT_RATE, FAST = "at a rate", "as fast as it goes"
 ONE_NODE, REFERENCE = "1 node", "raw XADD"
 
 
-def tables(results: Results, size: Size) -> str:
+def tables(results: Results) -> str:
     """Return a table for each kind of measurement that was made."""
-    found = (_deliveries(results, size), _further_node(results, size), _latency(results, size), _appends(results))
-    return "\n".join([table for table in (*found, _conversations(results, size)) if table])
+    found = (_deliveries(results), _further_node(results), _latency(results), _appends(results))
+    return "\n".join([table for table in (*found, _conversations(results)) if table])
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,7 +34,7 @@ def _cost(results: Results, workload: str, fleet: str) -> list[str]:
     ]
 
 
-def _deliveries(results: Results, size: Size) -> str:
+def _deliveries(results: Results) -> str:
     heads = [
         "",
         "deliveries/s",
@@ -54,11 +54,10 @@ def _deliveries(results: Results, size: Size) -> str:
         for fleet in FLEETS
         if results.values(FAST, fleet, "cpu_us_per_delivery")
     ]
-    title = f"Deliveries as fast as it goes: {size.connections} subscribers of {size.conversations} conversations"
-    return _table(title, [*heads, "Redis"], rows)
+    return _table("Deliveries as fast as it goes", [*heads, "Redis"], rows)
 
 
-def _further_node(results: Results, size: Size) -> str:
+def _further_node(results: Results) -> str:
     heads = [
         "",
         "CPU us per delivery",
@@ -73,7 +72,7 @@ def _further_node(results: Results, size: Size) -> str:
         for fleet in FLEETS
         if results.values(AT_RATE, fleet, "cpu_us_per_delivery")
     ]
-    return _table(f"The same, {size.rate} publishes a second", heads, rows)
+    return _table("Deliveries at a fixed rate", heads, rows)
 
 
 def _more_per_publish(results: Results, fleet: str) -> list[float]:
@@ -84,11 +83,11 @@ def _more_per_publish(results: Results, fleet: str) -> list[float]:
     return sorted((this - one) / (nodes - 1) for this, one in pairs) if nodes > 1 else []
 
 
-def _latency(results: Results, size: Size) -> str:
+def _latency(results: Results) -> str:
     rows = []
     for workload, name, load in (
-        ("latency", "2 nodes", "50 publishes/s, nothing else"),
-        (AT_RATE, "2 nodes, through one", f"{size.connections} subscribers, {size.rate} publishes/s"),
+        ("latency", "2 nodes", "nothing else going on"),
+        (AT_RATE, "2 nodes, through one", "beside the deliveries at a fixed rate"),
     ):
         if not results.values(workload, name, "same_p50_ms"):
             continue
@@ -121,14 +120,14 @@ def _appends(results: Results) -> str:
     return _table("Appends", heads, rows)
 
 
-def _conversations(results: Results, size: Size) -> str:
+def _conversations(results: Results) -> str:
     def of(workload: str, figure: str, unit: str, factor: float = 1.0) -> str:
         return spread([factor * value for value in results.values(workload, ONE_NODE, figure)], unit)
 
     rows = []
     if results.values("idle", ONE_NODE, "kib_each"):
         rows += [
-            [f"open idle conversation, {size.idle:,} of them", of("idle", "kib_each", " KiB")],
+            ["open idle conversation, each", of("idle", "kib_each", " KiB")],
             ["CPU of the node for all of them, of a core", of("idle", "node_share", " %", 100)],
             ["CPU of Redis for all of them, of a core", of("idle", "redis_share", " %", 100)],
         ]

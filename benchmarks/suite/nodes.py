@@ -9,14 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.request import urlopen
 
 import redis
 
-from suite.servers import TWO_VIEWS, Launch, Server, free_port, ours
+from suite.servers import START_TIMEOUT_S, TWO_VIEWS, Launch, Server, free_port, ours
 from suite.tools import CLIENT_CPU, SERVER_CPU, CannotMeasure, Tools, check_exact
 
 CPUCLOCK_SCHED = 2
 """Of <linux/posix-timers.h>: the time for which a process ran, in nanoseconds."""
+POLL_S = 0.02
 
 
 def cpu_s(pid: int) -> float:
@@ -45,6 +47,19 @@ def redis_recipe(folder: Path) -> Launch:
     return Launch(command, port, port, "", ())
 
 
+def _wait_until_ready(node: Server) -> None:
+    """Wait until a node takes clients: its port is open before. Raises RuntimeError after `START_TIMEOUT_S`."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            urlopen(f"http://127.0.0.1:{node.launch.port}/readyz", timeout=START_TIMEOUT_S).close()
+            return
+        except OSError as exc:  # refused, or 503 with the reason
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"a node is not ready within {START_TIMEOUT_S:g} s: {exc}") from exc
+            time.sleep(POLL_S)
+
+
 class Fleet:
     """`with Fleet(3) as fleet`: an empty Redis and that many nodes. settings: of the nodes."""
 
@@ -60,10 +75,12 @@ class Fleet:
         try:
             self._running.enter_context(self.redis)
             self.client = self._running.enter_context(redis.Redis(port=self.redis.launch.port, protocol=2))
-            self.wait_until_loaded()
+            self._wait_until_loaded()
             recipe = ours(settings={**self._settings, "redis_url": f"redis://127.0.0.1:{self.redis.launch.port}"})
             for _ in range(self._count):
                 self.nodes.append(self._running.enter_context(Server(recipe, cpus=self._cpus)))
+            for node in self.nodes:
+                _wait_until_ready(node)
         except BaseException:
             self._running.close()
             raise
@@ -74,14 +91,14 @@ class Fleet:
     ) -> None:
         self._running.close()
 
-    def wait_until_loaded(self) -> None:
+    def _wait_until_loaded(self) -> None:
         """Wait until Redis has looked at its file: its port is open before."""
         while True:
             try:
                 self.client.ping()
                 return
             except redis.BusyLoadingError:
-                time.sleep(0.02)
+                time.sleep(POLL_S)
 
     @property
     def pids(self) -> list[int]:

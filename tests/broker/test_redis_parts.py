@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio.connection import Connection
 from redis.crc import key_slot
-from redis.exceptions import MovedError, OutOfMemoryError, ResponseError
+from redis.exceptions import DataError, MovedError, OutOfMemoryError, ResponseError
 
 from broker.errors import InvalidInput
 from broker.eventlog.redis_keys import escaped, live_channel, log_keys, unescaped
@@ -57,3 +58,22 @@ def test_an_unusable_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(InvalidInput, match="the Redis URL cannot be used") as refused:
         parse_redis_url(url)
     assert "secret" not in str(refused.value)
+
+
+ARGUMENTS = st.lists(st.text() | st.binary() | st.integers(), max_size=20)
+
+
+@given(st.sampled_from(["GET", "EVALSHA", "CONFIG GET", b"SCRIPT LOAD"]), ARGUMENTS)
+def test_commands_are_packed_as_the_client_library_packs_them(name: str | bytes, arguments: list[str | bytes | int]) -> None:
+    """Ours are packed in C, for speed."""
+    urls = ("redis://a", "rediss://a", "redis+sentinel://a/main")
+    for ours in (parse_redis_url(url).client(1.0).connection_pool.make_connection() for url in urls):
+        packed = b"".join(ours.pack_command(name, *arguments))
+        assert packed == b"".join(Connection().pack_command(name, *arguments))
+
+
+@pytest.mark.parametrize("value", [None, True, object()])
+def test_what_redis_cannot_be_sent_is_refused_before_it_is_sent(value: object) -> None:
+    connection = parse_redis_url("redis://a").client(1.0).connection_pool.make_connection()
+    with pytest.raises(DataError):
+        connection.pack_command("SET", "k", value)
