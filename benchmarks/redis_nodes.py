@@ -94,8 +94,8 @@ def _steps(tools: Tools, size: workloads.Size, kinds: tuple[str, ...]) -> Iterat
     if "latency" in kinds:
         yield one("latency", "2 nodes", partial(workloads.latency, tools, size))
     if "appends" in kinds:
-        for name, command in workloads.RAW.items():
-            yield one("appends", name, partial(workloads.raw, size, command))
+        for name, (clients, command) in workloads.RAW.items():
+            yield one("appends", name, partial(workloads.raw, size, clients, command))
         for name, (conversations, batch, writers) in workloads.SHAPES.items():
             yield one("appends", name, partial(workloads.appends, size, conversations, batch, writers))
     if "idle" in kinds:

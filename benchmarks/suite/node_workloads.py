@@ -108,15 +108,14 @@ def _latencies(figures: Figures) -> Figures:
     return {f"{where}_{name}": at[name] for where, at in (("same", same), ("other", other)) for name in at}
 
 
-RAW = {
-    "raw XADD": ("XADD", "raw", "*", *ENTRY),
-    "raw EVALSHA, a script that does nothing": ("EVALSHA", "return 1"),
-    "raw EVALSHA, a script of one XADD": (
-        "EVALSHA",
-        "return redis.call('XADD', KEYS[1], '*', unpack(ARGV))",
-    ),
+XADD = ("XADD", "raw", "*", *ENTRY)
+RAW: dict[str, tuple[int, tuple[str, ...]]] = {
+    "raw XADD": (16, XADD),
+    "raw EVALSHA, a script that does nothing": (16, ("EVALSHA", "return 1")),
+    "raw EVALSHA, a script of one XADD": (16, ("EVALSHA", "return redis.call('XADD', KEYS[1], '*', unpack(ARGV))")),
+    "raw XADD, one at a time": (1, XADD),
 }
-"""What redis-benchmark sends, 16 connections with 16 commands under way each; a script with one key and a whole entry."""
+"""What redis-benchmark sends, by so many connections with as many commands under way each. Scripts get a key and an entry."""
 
 SHAPES = {
     "1 writer, 1 conversation": (1, 1, 1),
@@ -127,21 +126,22 @@ SHAPES = {
 """Appends of the event log: conversations, envelopes per append, writers."""
 
 
-def raw(size: Size, command: tuple[str, ...]) -> Figures:
+def raw(size: Size, clients: int, command: tuple[str, ...]) -> Figures:
     """The limit: Redis on one core, redis-benchmark on the other."""
     with Server(redis_recipe) as server:
         port, pid = str(server.launch.port), server.process.pid
         if command[0] == "EVALSHA":
             loaded = _run(["redis-cli", "-p", port, "SCRIPT", "LOAD", command[1]])
             command = ("EVALSHA", loaded.strip(), "1", "raw", *ENTRY)
-        flags = ["-p", port, "-n", str(size.raw_commands), "-P", "16", "-c", "16", "-q"]
+        count = size.raw_commands if clients > 1 else size.raw_commands // 10
+        flags = ["-p", port, "-n", str(count), "-P", str(clients), "-c", str(clients), "-q"]
         before_s = cpu_s(pid)
         told = _run(["taskset", "-c", CLIENT_CPU, "redis-benchmark", *flags, *command])
         used_s = cpu_s(pid) - before_s
     found = re.findall(r"([\d.]+) requests per second", told)
     if not found:
         raise RuntimeError(f"redis-benchmark gave no rate: {told[-200:]!r}")
-    return {"per_s": float(found[-1]), "redis_us": used_s * 1e6 / size.raw_commands}
+    return {"per_s": float(found[-1]), "redis_us": used_s * 1e6 / count}
 
 
 def appends(size: Size, conversations: int, batch: int, writers: int) -> Figures:
