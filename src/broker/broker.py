@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +16,11 @@ from broker.dispatch import Dispatcher, Pool
 from broker.emitters import EmitterSupervisor
 from broker.envelope import Draft, Envelope, check_conv_id, seal
 from broker.errors import InvalidDraft, NotFound, PermissionDenied, StoreUnavailable, Unavailable
-from broker.eventlog.base import Committed, Fenced, Interest, LogState, Watchful
+from broker.eventlog.base import Committed, Fenced, Interest, LogState
 from broker.hand_over import HandOver
 from broker.housekeeping import Housekeeping
 from broker.library import Library
+from broker.lifecycle import Lifecycle
 from broker.nodes import Overview
 from broker.nodes.this_node import ThisNode
 from broker.observers import Observers
@@ -38,11 +37,6 @@ from broker.subscription import SubscribeRequest, Subscription
 from broker.subscriptions import Subscriptions
 from broker.timeline.reader import TimelineReader
 from broker.views import ViewCompiler
-
-logger = logging.getLogger(__name__)
-
-START_RETRY_S = 0.5
-START_RETRY_MAX_S = 5.0
 
 
 class ConversationWSBroker:
@@ -70,11 +64,7 @@ class ConversationWSBroker:
         self.catalog = Catalog(self.plugins, debug_channels_on=settings.debug_channels)
         self.stores = stores or choose_stores(settings, self.plugins, self.clock)
         self.log = self.stores.log
-        self.draining = False
-        self.started = False
-        self._opened = False
-        self._ready = asyncio.Event()
-        self.start_problem: str | None = None
+        self.lifecycle = Lifecycle(self, self._committed)
         self._checks_drafts = self.plugins.has("check_draft")
         self._max_envelope_bytes = settings.max_envelope_bytes
         self._pool = pool
@@ -94,11 +84,11 @@ class ConversationWSBroker:
             page_events=settings.replay_page_events,
         )
         self.timeline = TimelineReader(self.conversations, self.stores.timeline)
-        self._observers = Observers(self.plugins)
+        self.observers = Observers(self.plugins)
         self.dispatcher = Dispatcher(
             pool, self.clock, through_events=settings.through_events, through_s=settings.through_interval_s
         )
-        self._coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
+        self.coordinator = StreamCoordinator(self.log, self.stores.timeline, self.conversations, self.dispatcher)
         self.views = ViewCompiler(self.catalog, self.plugins)
         self.access = Access(settings, self.plugins)
         pages = {"page_events": settings.replay_page_events, "page_bytes": settings.replay_page_bytes}
@@ -110,15 +100,14 @@ class ConversationWSBroker:
         )
         self.outside = Outside(self)
         self.library = Library(self, self.stores.library)
-        self._this_node = ThisNode(self)
-        self.overview = Overview(self, self.stores.nodes, self._this_node)
-        self._emitters = EmitterSupervisor(self.plugins, self.clock)
-        self._coordinator.on_lost = self._log_was_reset
+        self.this_node = ThisNode(self)
+        self.overview = Overview(self, self.stores.nodes, self.this_node)
+        self.emitters = EmitterSupervisor(self.plugins, self.clock)
+        self.coordinator.on_lost = self._log_was_reset
         if isinstance(self.log, Interest):
             self.log.follow(HandOver(self.conversations, self._log_was_reset))
         self.conversations.on_opened = self._conversation_opened
         self.conversations.on_closed = self._conversation_closed
-        self._background: set[asyncio.Task[Any]] = set()
         self.runs = RunService(
             store=self.stores.runs,
             turns=self.stores.turns,
@@ -144,84 +133,30 @@ class ConversationWSBroker:
             self.recent,
         )
 
-    def _plugins_changed(self) -> None:
+    def forget_compiled(self) -> None:
         """A plugin was loaded or switched on or off: what was compiled with it is void."""
         self.views.forget()
         self.catalog.forget()
         self._checks_drafts = self.plugins.has("check_draft")
-        self._observers.look_again()
+        self.observers.look_again()
         self.runs.reload()
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open the stores, start the timers, settle runs that a former process left behind. Raises StoreError."""
-        if not self._opened:  # else an earlier try came this far
-            try:
-                await self.stores.open_all()
-                await self.log.open(self._committed)
-            except BaseException:
-                await self.stores.close()
-                raise
-            self._opened = True
-            self.plugins.subscribe_changes(self._plugins_changed)
-            self.housekeeping.start()
-            self._observers.start()
-        await self.stores.nodes.open(self._this_node)
-        await self.runs.start()
-        await self.plugins.acall_all("on_startup", broker=self)
-        await self.library.start()
-        if isinstance(self.log, Watchful):
-            self.log.on_trouble(self.availability.suspect)
-        self.started = True
-        self._ready.set()
-        self._in_background(self.stores.nodes.changed())
-
-    async def start_when_possible(self) -> None:
-        """As `start`, again and again until the store can be reached. Raises what is no matter of waiting."""
-        delay_s = START_RETRY_S
-        while True:
-            try:
-                await self.start()
-                return
-            except StoreUnavailable as exc:
-                self.start_problem = str(exc)
-                logger.warning("the store cannot be reached, trying again in %.1f s: %s", delay_s, exc)
-            except Exception as exc:
-                self.start_problem = str(exc)
-                logger.exception("the broker cannot start")
-                raise
-            await asyncio.sleep(delay_s)
-            delay_s = min(delay_s * 2, START_RETRY_MAX_S)
-
-    async def until_started(self) -> None:
-        """Return once the broker is started."""
-        await self._ready.wait()
+        await self.lifecycle.start()
 
     async def stop(self, *, drain_s: float = 5.0) -> None:
-        """Tell clients to come back elsewhere, end runs, save everything, close the stores. Safe to repeat."""
-        if self.draining:
-            return
-        self.draining = True
-        self.stores.hurry()
-        if self.started:
-            self.subscriptions.announce_drain()
-            self._in_background(self.stores.nodes.changed())
-            await self.library.stop()
-            await self.runs.stop(drain_s=drain_s)
-            await self.plugins.acall_all("on_shutdown", broker=self)
-            await self._emitters.close()
-        await self.availability.close()
-        await self.subscriptions.close()
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        await self._coordinator.close()
-        if self._opened:
-            await self.housekeeping.stop()
-        await self._observers.stop()
-        await self.stores.nodes.close()
-        await self.stores.close()
+        """Tell clients to come back elsewhere, end runs within `drain_s` seconds, save everything, close the stores.
+
+        Safe to repeat.
+        """
+        await self.lifecycle.stop(drain_s=drain_s)
+
+    async def readiness(self) -> dict[str, str]:
+        """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
+        return await self.lifecycle.readiness()
 
     async def __aenter__(self) -> ConversationWSBroker:
         await self.start()
@@ -229,22 +164,6 @@ class ConversationWSBroker:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
-
-    async def readiness(self) -> dict[str, str]:
-        """Return {} when the broker can serve, else what is wrong by check name (`/readyz`)."""
-        wrong: dict[str, str] = {}
-        if not self.started:
-            wrong["startup"] = self.start_problem or "not started"
-        if self.draining:
-            wrong["drain"] = "this process is shutting down"
-        if not wrong:
-            try:
-                await self.log.ping()
-            except Exception as exc:
-                wrong["store"] = str(exc)
-        if self.housekeeping.save_error is not None:
-            wrong["timeline"] = self.housekeeping.save_error
-        return wrong
 
     # -- publish --------------------------------------------------------------------------------------------------
 
@@ -269,7 +188,7 @@ class ConversationWSBroker:
         dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable; then nothing
         was published.
         """
-        if self.draining and not self.runs.active:
+        if self.lifecycle.draining and not self.runs.active:
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
         live: list[Envelope] = []
         dropped: list[int] = []  # places in `drafts`
@@ -328,17 +247,17 @@ class ConversationWSBroker:
         return seal(conv_id, draft, name, id, self.clock.wall_ms(), self._max_envelope_bytes)
 
     def _committed(self, batches: list[Committed]) -> None:
-        self._coordinator.on_committed(batches)
-        if self._observers.wanted:
+        self.coordinator.on_committed(batches)
+        if self.observers.wanted:
             # Each envelope is observed once: where it was appended.
-            self._observers.take([envelope for batch in batches if batch.own for envelope in batch.envelopes])
+            self.observers.take([envelope for batch in batches if batch.own for envelope in batch.envelopes])
 
     def _log_was_reset(self, conversation: Conversation) -> None:
         """The log lost what this process and its clients saw of a conversation, or were about to: everybody begins anew."""
         closed = self.subscriptions.send_back(conversation.conv_id, "the conversation's log was reset")
         self.conversations.forget(conversation, "reset")
         for subscription in closed:
-            self._in_background(self.subscriptions.close_one(subscription, "reset"))
+            self.lifecycle.in_background(self.subscriptions.close_one(subscription, "reset"))
 
     # -- read -----------------------------------------------------------------------------------------------------
 
@@ -360,7 +279,7 @@ class ConversationWSBroker:
         """
         check_conv_id(conv_id)
         await self.runs.erase(conv_id)
-        await self._emitters.stop(conv_id)
+        await self.emitters.stop(conv_id)
         async with self.conversations.erasing(conv_id):
             # Only now: before, somebody might still have connected to what is being erased.
             await self.subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
@@ -432,14 +351,9 @@ class ConversationWSBroker:
 
     def _conversation_opened(self, conversation: Conversation) -> None:
         self.plugins.call_all("on_conversation_opened", conversation=conversation)
-        self._in_background(self._emitters.start(conversation, self.publisher(conversation.conv_id)))
+        self.lifecycle.in_background(self.emitters.start(conversation, self.publisher(conversation.conv_id)))
 
     def _conversation_closed(self, conversation: Conversation, reason: str) -> None:
         self.runs.forget(conversation.conv_id)
         self.plugins.call_all("on_conversation_closed", conversation=conversation, reason=reason)
-        self._in_background(self._emitters.stop(conversation.conv_id))
-
-    def _in_background(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self.lifecycle.in_background(self.emitters.stop(conversation.conv_id))

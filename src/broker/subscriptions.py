@@ -61,14 +61,14 @@ class Subscriptions:
         then nothing was sent.
         """
         broker = self._broker
-        if broker.draining:
+        if broker.lifecycle.draining:
             raise Unavailable("this process is shutting down: connect again")
         if connection_id in self._by_connection:
             raise LimitExceeded(f"connection {connection_id} is subscribed already: one conversation per connection")
         view = broker.views.compile(principal, request.profile, request.channels)
         await broker.authorize_following(principal, request.conv_id, view.channel_names)
         conversation = await broker.conversations.open(request.conv_id)
-        if broker.draining:  # since it was asked above; whoever comes later than `close` would be told nothing
+        if broker.lifecycle.draining:  # since it was asked above; whoever comes later than `close` would be told nothing
             raise Unavailable("this process is shutting down: connect again")
         conversation.subscriptions += 1
         subscription = Subscription(connection_id, conversation, request, view, principal)

@@ -177,7 +177,7 @@ async def _running(broker: ConversationWSBroker) -> AsyncIterator[None]:
         await broker.start()
     else:
         # Redis may be away for a while: health checks are answered meanwhile, and say so.
-        starting = asyncio.create_task(broker.start_when_possible())
+        starting = asyncio.create_task(broker.lifecycle.start_when_possible())
     try:
         yield
     finally:

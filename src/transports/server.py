@@ -200,7 +200,7 @@ class BrokerServer(uvicorn.Server):
 
     async def _announce(self, urls: list[str]) -> None:
         """Say that clients can connect: at once, or when the broker has found its Redis."""
-        await self._app.state.broker.until_started()
+        await self._app.state.broker.lifecycle.until_started()
         for url in urls if self._announce_urls else ():
             print(f"Conversation broker is ready: {url}", flush=True)
 

@@ -83,7 +83,7 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
     """Return the endpoint for `GET /sse`. Raises BrokerError for the application's error handlers to answer."""
 
     async def endpoint(request: Request) -> Response:
-        if broker.draining or not broker.started:
+        if broker.lifecycle.draining or not broker.lifecycle.started:
             raise Unavailable("this process is starting or shutting down: connect again")
         if len(pool) >= broker.settings.max_connections:
             raise LimitExceeded(

@@ -118,7 +118,7 @@ async def _admit(
     broker: ConversationWSBroker, pool: ConnectionPool, websocket: WebSocket
 ) -> tuple[SubscribeRequest, Principal]:
     """Check everything that can be checked before the handshake is accepted."""
-    if broker.draining or not broker.started:
+    if broker.lifecycle.draining or not broker.lifecycle.started:
         raise Unavailable("this process is starting or shutting down: connect again")
     if len(pool) >= broker.settings.max_connections:
         raise LimitExceeded(

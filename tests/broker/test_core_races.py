@@ -128,7 +128,7 @@ async def test_a_subscription_that_is_ended_while_it_opens_stays_ended(db: str, 
 async def test_who_connects_in_the_middle_of_an_erasure_is_not_left_behind(core: Core) -> None:
     """Every connection is either told of the erasure or belongs to the new life of the conversation."""
     await core.say("c1", "old")
-    gate = Gate(core.broker._emitters, "stop")
+    gate = Gate(core.broker.emitters, "stop")
     erasing = asyncio.create_task(core.broker.erase("c1"))
     await gate.reached()
     joining = asyncio.create_task(core.connect("c1"))
@@ -655,7 +655,7 @@ async def test_observers_see_what_was_published_before_the_end(db: str) -> None:
     async with Core(db, plugins=[slow]) as core:
         seqs = [await core.say("c1", str(n)) for n in range(3)]
         stopping = asyncio.create_task(core.broker.stop(drain_s=0))
-        await until(lambda: core.broker._observers._stopping)
+        await until(lambda: core.broker.observers._stopping)
         slow.go.set()
         await stopping
     assert [envelope.seq for envelope in slow.seen] == seqs
@@ -668,7 +668,7 @@ async def test_what_waits_for_observers_is_bounded_in_bytes(db: str, monkeypatch
     async with Core(db, plugins=[slow]) as core:
         first = await core.say("c1", "the one that is being observed")
         seqs = [await core.say("c1", "x" * 10_000) for _ in range(10)]
-        assert core.broker._observers.skipped == 6
+        assert core.broker.observers.skipped == 6
         slow.go.set()
         await until(lambda: len(slow.seen) == 5)
     assert [envelope.seq for envelope in slow.seen] == [first, *seqs[6:]]

@@ -324,7 +324,7 @@ def spied(core: Core) -> tuple[CountingLog, CountingStore]:
     for part in (
         broker,
         broker.conversations,
-        broker._coordinator,
+        broker.coordinator,
         broker.housekeeping,
         broker.subscriptions._recovery,
     ):

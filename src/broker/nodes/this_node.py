@@ -76,9 +76,9 @@ class ThisNode:
 
     @property
     def _state(self) -> NodeState:
-        if self._broker.draining:
+        if self._broker.lifecycle.draining:
             return "draining"
-        return "ready" if self._broker.started else "starting"
+        return "ready" if self._broker.lifecycle.started else "starting"
 
     def apply(self, switches: Mapping[str, Switch]) -> None:
         catalog, settings = self._broker.catalog, self._broker.settings

@@ -37,9 +37,9 @@ class Api:
 
     async def caller(self, connection: HTTPConnection) -> Principal:
         """Return who is asking. Raises AuthenticationFailed, Unavailable, HttpProblem for a token in the wrong place."""
-        if not self.broker.started:
-            if self.broker.start_problem is not None:
-                raise Unavailable(f"the broker cannot start yet: {self.broker.start_problem}")
+        if not self.broker.lifecycle.started:
+            if self.broker.lifecycle.start_problem is not None:
+                raise Unavailable(f"the broker cannot start yet: {self.broker.lifecycle.start_problem}")
             raise Unavailable(
                 "the broker is not started (yet); if this app is mounted in another one, that one has to start it: "
                 "FastAPI(lifespan=lifespan_of(app))"
