@@ -1,7 +1,8 @@
 """Whether the event log can be read and written: a suspicion is checked, an outage is told once, and its end as well.
 
-Nothing runs while all is well. A refused append, or a log that notices trouble by itself (`Watchful`), starts a task
-that asks the log (`EventLog.ping`) until it is known to be well again.
+Nothing runs while all is well. A refused append, or a log that notices trouble by itself (`Watchful`: a Redis that is
+silent, any write that a SQLite file refuses), starts a task that asks the log (`EventLog.ping`) until it is known to be
+well again.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Availability:
             now_s = loop.time()
             if found is not None or self._refused_s >= asked_before_s:
                 problem, trouble_s = found or problem, now_s
-            asked_before_s = asked_s
+            # What was refused while the question failed (it may be the question itself) is counted with that.
+            asked_before_s = asked_s if found is None else now_s
             quiet_s = now_s - trouble_s
             if self.away is None:
                 if quiet_s >= TELL_AFTER_S:

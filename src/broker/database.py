@@ -62,6 +62,7 @@ class Database:
         self._busy_timeout_s = busy_timeout_s
         self._schema = Schema(self.path)
         self._rollback_listeners: list[Callable[[], None]] = []
+        self._trouble_listeners: list[Callable[[Exception], None]] = []
         self._calls = Calls()
         self._trace_erasers = TraceErasers(self.path)
         self._lock = ProcessLock(self.path)
@@ -92,6 +93,10 @@ class Database:
     def on_rollback(self, listener: Callable[[], None]) -> None:
         """Call `listener` on the writer thread after each rollback: what it cached of unfinished writes is void."""
         self._rollback_listeners.append(listener)
+
+    def on_trouble(self, listener: Callable[[Exception], None]) -> None:
+        """Call `listener` on the event loop with each StoreUnavailable that a write of any room meets."""
+        self._trouble_listeners.append(listener)
 
     async def open(self) -> None:
         """Open or create the file and bring the registered rooms up to date. Calling it again does only the latter.
@@ -278,6 +283,9 @@ class Database:
                     future.set_result(job.result)
                 continue
             job.undone()
+            if isinstance(job.error, StoreUnavailable):
+                for listener in self._trouble_listeners:
+                    listener(job.error)
             if not future.done():
                 future.set_exception(job.error)
         if self._waiting:

@@ -42,8 +42,9 @@ class RunningBroker:
     """`broker serve` in a process of its own. `url` ends with a slash."""
 
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        self.database = folder / "conversations.db"
         command = [str(Path(sys.executable).parent / "broker"), "serve", "--port", "0"]
-        command += ["--db", str(folder / "conversations.db"), *options]
+        command += ["--db", str(self.database), *options]
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("BROKER_", "OPENAI_"))}
         self._errors = (folder / "server.log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(

@@ -191,7 +191,7 @@ async def test_a_node_ends_in_time_while_redis_is_away(redis_server: RedisServer
 
 
 async def test_a_locked_file_is_told_the_same_way(start_broker: Start) -> None:
-    """SQLite: noticed when an append is refused; reading goes on, so a poll gets its answer and the notice with it."""
+    """SQLite: noticed when any write is refused; reading goes on, so a poll gets its answer and the notice with it."""
     node = start_broker()
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http, Follower(node, "c1") as follower:
         await eventually(lambda: follower.live)
@@ -199,7 +199,8 @@ async def test_a_locked_file_is_told_the_same_way(start_broker: Start) -> None:
         foreign = sqlite3.connect(node.folder / "broker.db", isolation_level=None)
         foreign.execute("BEGIN IMMEDIATE")
         try:
-            refused = await post(http, node, "amid")
+            # By the run store, before anything reaches the log.
+            refused = await http.post(f"{node.url}chat", json={"conv_id": "c1", "prompt": "amid"})
             assert refused.status_code == 503
             await eventually(lambda: notices(follower) == ["store-away"], timeout_s=TOLD_WITHIN_S)
             assert await ping(follower) == first

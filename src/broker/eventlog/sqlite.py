@@ -8,7 +8,7 @@ integer (`conv`) in there; their ids are in `conversation` alone.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 
@@ -64,6 +64,10 @@ class SqliteEventLog:
 
     async def close(self) -> None:
         await self._database.flush()
+
+    def on_trouble(self, listener: Callable[[Exception], None]) -> None:
+        # Of the whole file: a prompt is refused by the run store before anything reaches the log.
+        self._database.on_trouble(listener)
 
     def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> Awaitable[list[int]]:
         if len(envelopes) == 1:

@@ -110,7 +110,10 @@ function showStatus({ state, message, signIn, storeAway }) {
   const offline = state === "waiting" && navigator.onLine === false;
   byId("connection").dataset.state = offline ? "offline" : storeAway ? "store-away" : state;
   byId("connection").title = message;
-  setText(byId("connection-text"), offline ? "Offline" : storeAway ? "Server is waiting for its store" : STATUS_WORDS[state]);
+  setText(byId("connection-text"), offline ? "Offline" : storeAway ? "Store away" : STATUS_WORDS[state]);
+  // To be read without a mouse; spoken it was when the notice came.
+  setText(byId("notice"), storeAway ? message : "");
+  byId("notice").hidden = !storeAway;
   if (state === "stopped" && message !== "") showBanner(message, { signIn, retry: !signIn });
   else if (state === "live") byId("banner-retry").hidden || hideBanner();
 }

@@ -15,6 +15,8 @@ export class Outbox {
   #unsent = new Map(); // key -> {text, engineProfile}
   #chain = Promise.resolve();
   #closed = false;
+  #storeAway = false;
+  #tryNow = () => {};
 
   /** on: onAdded(key, text), onState(key, delivery, more), as `EntityStore` has them. env: setTimeout, random. */
   constructor({ api, convId, on, env = {} }) {
@@ -47,6 +49,13 @@ export class Outbox {
     return text;
   }
 
+  /** While the server's store is away no message is given up; when it is back, the one that waits is tried at once. */
+  storeAway(away) {
+    const back = this.#storeAway && !away;
+    this.#storeAway = away;
+    if (back) this.#tryNow();
+  }
+
   /** Send nothing more, for example because another conversation is shown. */
   close() {
     this.#closed = true;
@@ -59,6 +68,7 @@ export class Outbox {
   async #deliver(key) {
     const { text, engineProfile } = this.#unsent.get(key);
     const path = engineProfile === null ? "chat" : `chat/${encodeURIComponent(engineProfile)}`;
+    let tries = 0;
     for (let attempt = 0; ; attempt += 1) {
       try {
         const body = { prompt: text, conv_id: this.#convId };
@@ -69,13 +79,20 @@ export class Outbox {
         return;
       } catch (error) {
         const hopeless = error instanceof ApiProblem && !WORTH_WAITING.has(error.code) && error.status < 502;
-        if (hopeless || attempt + 1 >= TRIES || this.#closed) {
-          this.#on.onState(key, "failed", { error: error.message });
+        const noStore = error.code === "store-unavailable";
+        // What exactly is wrong with it is for whoever runs the server.
+        const why = noStore ? "the server cannot reach its store" : error.message;
+        tries = noStore && this.#storeAway ? 0 : tries + 1;
+        if (hopeless || tries >= TRIES || this.#closed) {
+          this.#on.onState(key, "failed", { error: why });
           return;
         }
-        this.#on.onState(key, "retrying", { error: error.message });
+        this.#on.onState(key, "retrying", { error: why });
         const wait = Math.max(error.retryAfterMs ?? 0, backOffMs(attempt, this.#env.random));
-        await new Promise((resolve) => this.#env.setTimeout(resolve, wait));
+        await new Promise((resolve) => {
+          this.#tryNow = resolve;
+          this.#env.setTimeout(resolve, wait);
+        });
       }
     }
   }

@@ -59,6 +59,7 @@ export class Session {
           settled = true;
           this.view.silence();
         }
+        this.outbox.storeAway(status.storeAway);
         page.onStatus(status);
       },
       onReset: () => {
@@ -76,6 +77,7 @@ export class Session {
       },
       onControl: (event) => {
         page.lane.add(event);
+        if (event.type === "ws.notice" && event.data?.message) page.announce(event.data.message);
         page.onSeq(this.client.last);
       },
       onProfile: page.onProfile,

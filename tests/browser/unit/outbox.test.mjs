@@ -95,6 +95,30 @@ test("it gives up after some tries and can be tried again", async () => {
   assert.equal(new Set(requests.map((request) => request.headers["idempotency-key"])).size, 1);
 });
 
+test("while the store is known to be away nothing is given up, and its return is not waited out", async () => {
+  let dead = true;
+  const away = { status: 503, body: { type: "urn:x:problem:store-unavailable", detail: "database /srv/x is locked" } };
+  const { outbox, clock, requests, states } = setUp(() => (dead ? away : {}));
+  outbox.storeAway(true);
+  outbox.send("hi");
+  await settle();
+  await clock.advance(600_000);
+  assert.ok(requests.length > 10);
+  assert.deepEqual(states.at(-1), ["k1", "retrying", "the server cannot reach its store"]);
+  dead = false;
+  outbox.storeAway(false);
+  await settle();
+  assert.equal(states.at(-1)[1], "accepted");
+});
+
+test("a store that is away and nobody says so is given up like everything else", async () => {
+  const { outbox, clock, states } = setUp(() => ({ status: 503, body: { type: "urn:x:problem:store-unavailable" } }));
+  outbox.send("hi");
+  await settle();
+  await clock.advance(120_000);
+  assert.equal(states.at(-1)[1], "failed");
+});
+
 test("keys are fresh also where the page is no secure context", () => {
   const insecure = { getRandomValues: (bytes) => globalThis.crypto.getRandomValues(bytes) };
   const keys = new Set([freshKey(insecure), freshKey(insecure), freshKey()]);
