@@ -14,6 +14,7 @@ from typing import Any, cast
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from transports.http.problems import MEDIA_TYPE, problem_document
+from transports.takeover import ABORT_EXTENSION
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,10 @@ def _refusal(limit: int) -> bytes:
 
 
 def limited_http_protocol(limit: int) -> type[Any]:
-    """Return uvicorn's HTTP protocol class, made to refuse a connection when `limit` others are open."""
+    """Return uvicorn's HTTP protocol class, made to refuse a connection when `limit` others are open.
+
+    It offers applications to drop a connection (`takeover.abort_of`).
+    """
     refusal = _refusal(limit)
 
     class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # chosen by uvicorn at run time
@@ -91,6 +95,9 @@ def limited_http_protocol(limit: int) -> type[Any]:
         def data_received(self, data: bytes) -> None:
             if self._refused is None:
                 super().data_received(data)
+                # The task that reads the scope has not run yet.
+                if self.scope is not None and "extensions" not in self.scope:
+                    self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}
             elif not self._refused.is_closing():
                 self._refused.write(refusal)
                 self._refused.close()

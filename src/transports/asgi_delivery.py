@@ -7,21 +7,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Generic
 
+from transports.framing import Chunk, Chunks, Payload
 from transports.pool import ConnectionPool, Framing
 
 logger = logging.getLogger(__name__)
 
-Send = Callable[[str], Awaitable[None]]
 
+class QueuedConnection(Generic[Payload]):
+    """A connection whose chunks wait in a bounded queue until the server takes them.
 
-class QueuedConnection:
-    """A connection whose texts wait in a bounded queue until the server takes them.
-
-    send: awaits until the server has taken one text (this is where the peer's slowness is felt). close_with: called once
-    with (code, reason) after the queue was written. The buffer limit is soft by one write: what a broadcast hands over
-    is taken whole, then the pool is told to hold back.
+    framing: makes `Chunks` of the payload that `send` takes. send: awaits until the server has taken one chunk (this is
+    where the peer's slowness is felt). close_with: called once with (code, reason) after the queue was written. The
+    buffer limit is soft by one write: what a broadcast hands over is taken whole, then the pool is told to hold back.
     """
 
     def __init__(
@@ -31,16 +30,16 @@ class QueuedConnection:
         pool: ConnectionPool,
         *,
         buffer_bytes: int,
-        send: Send,
+        send: Callable[[Payload], Awaitable[None]],
         close_with: Callable[[int, str], Awaitable[None]],
     ) -> None:
         self.id = id
         self.framing = framing
         self._pool = pool
         self._limit = buffer_bytes
-        self._send = send
+        self._send: Callable[[Payload], Awaitable[None]] = send
         self._close_with = close_with
-        self._queue: deque[str] = deque()
+        self._queue: deque[Chunk[Payload]] = deque()
         self._wake = asyncio.Event()
         self._closing: tuple[int, str] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -54,14 +53,14 @@ class QueuedConnection:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
-    def write(self) -> Callable[[list[str]], None]:
+    def write(self) -> Callable[[Chunks[Payload]], None]:
         return self._write
 
-    def _write(self, texts: list[str]) -> None:
+    def _write(self, chunks: Chunks[Payload]) -> None:
         if self._closing is not None:
             return
-        self._queue.extend(texts)
-        self.buffered_bytes += sum(map(len, texts))
+        self._queue.extend(chunks.chunks)
+        self.buffered_bytes += chunks.size_bytes
         self._wake.set()
         if self.writable and self.buffered_bytes > self._limit:
             self.writable = False
@@ -91,9 +90,9 @@ class QueuedConnection:
         try:
             while True:
                 while self._queue:
-                    text = self._queue.popleft()
-                    await self._send(text)
-                    self.buffered_bytes -= len(text)
+                    chunk = self._queue.popleft()
+                    await self._send(chunk.payload)
+                    self.buffered_bytes -= chunk.size_bytes
                     if not self.writable and self.buffered_bytes <= self._limit // 2:
                         self.writable = True
                         self._pool.resume(self.id)

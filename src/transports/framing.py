@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from transports.deflate import MessageDeflater
 from transports.pool import Message
@@ -73,13 +74,31 @@ class DeflatedWebSocketFraming:
         self._frames_bytes += size_bytes
 
 
+Payload = TypeVar("Payload", str, bytes)
+
+
+class Chunk(NamedTuple, Generic[Payload]):
+    """What a server is given in one send. size_bytes: its length in UTF-8, which a `str` does not know."""
+
+    payload: Payload
+    size_bytes: int
+
+
+class Chunks(NamedTuple, Generic[Payload]):
+    """Chunks in order, and what they have together: found out once, and not for each connection."""
+
+    chunks: list[Chunk[Payload]]
+    size_bytes: int
+
+
 class AsgiWebSocketFraming:
     """Texts for `websocket.send` events: ASGI knows no frames."""
 
     name = "websocket-asgi"
 
-    def frame(self, messages: Sequence[Message]) -> list[str]:
-        return [message.text.decode() for message in messages]
+    def frame(self, messages: Sequence[Message]) -> Chunks[str]:
+        chunks = [Chunk(message.text.decode(), len(message.text)) for message in messages]
+        return Chunks(chunks, sum([chunk.size_bytes for chunk in chunks]))
 
 
 class EventStreamFraming:
@@ -87,13 +106,14 @@ class EventStreamFraming:
 
     name = "sse"
 
-    def frame(self, messages: Sequence[Message]) -> list[str]:
-        return [
-            f"id: {message.position}\ndata: {message.text.decode()}\n\n"
+    def frame(self, messages: Sequence[Message]) -> Chunks[bytes]:
+        events = [
+            b"id: %d\ndata: %b\n\n" % (message.position, message.text)
             if message.position is not None
-            else f"data: {message.text.decode()}\n\n"
+            else b"data: %b\n\n" % message.text
             for message in messages
         ]
+        return Chunks([Chunk(event, len(event)) for event in events], sum([len(event) for event in events]))
 
 
 RAW_WEBSOCKET = RawWebSocketFraming()

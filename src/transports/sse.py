@@ -23,60 +23,68 @@ from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import EVENT_STREAM
 from transports.http.caller import credentials_of
 from transports.pool import ConnectionPool
+from transports.takeover import abort_of
 from transports.websocket import parse_subscribe_request
 
 RETRY_MS = 2000
 
 
 class _Stream:
-    """Hands a connection's texts to the response, one at a time, so that the peer's pace is felt by the connection."""
+    """Hands a connection's events to the response, one at a time, so that the peer's pace is felt by the connection."""
 
     def __init__(self, heartbeat_s: float) -> None:
         self._heartbeat_s = heartbeat_s
-        self._slot: asyncio.Queue[str | None] = asyncio.Queue(maxsize=1)
+        self._slot: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
 
-    async def send(self, text: str) -> None:
-        await self._slot.put(text)
+    async def send(self, event: bytes) -> None:
+        await self._slot.put(event)
 
     async def close(self, code: int, reason: str) -> None:
         await self._slot.put(None)
 
-    async def texts(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         first = True
         while True:
             try:
-                # Not wait_for: before Python 3.12 it loses a cancellation that meets an arriving text.
+                # Not wait_for: before Python 3.12 it loses a cancellation that meets an arriving event.
                 async with asyncio.timeout(self._heartbeat_s):
-                    text = await self._slot.get()
+                    event = await self._slot.get()
             except TimeoutError:
-                yield ": hb\n"
+                yield b": hb\n"
                 continue
-            if text is None:
+            if event is None:
                 return
-            yield f"retry: {RETRY_MS}\n{text}" if first else text
+            yield b"retry: %d\n%b" % (RETRY_MS, event) if first else event
             first = False
 
 
 class _EventStream(StreamingResponse):
     """A response that ends with its connection: also when that is aborted while the server waits for its peer to read."""
 
-    def __init__(self, connection: QueuedConnection, texts: AsyncGenerator[str]) -> None:
+    def __init__(self, connection: QueuedConnection[bytes], events: AsyncGenerator[bytes]) -> None:
         super().__init__(
-            texts,
+            events,
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
         self._connection = connection
-        self._texts = texts
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with CancelScope() as life:
-                self._connection.on_abort = life.cancel
+                self._connection.on_abort = lambda: self._abort(scope, life)
                 await super().__call__(scope, receive, send)
         finally:
             # Starlette leaves a generator that was cut short to the garbage collector.
-            await in_any_case(self._texts.aclose())
+            await in_any_case(self._events.aclose())
+
+    def _abort(self, scope: Scope, life: CancelScope) -> None:
+        # A server that is only told that the response is over keeps the socket until its peer has read everything.
+        abort = abort_of(scope)
+        if abort is not None:
+            abort()
+        life.cancel()
 
 
 def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
@@ -112,13 +120,13 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
             if subscription is not None:
                 await broker.unsubscribe(subscription, "closed")
 
-        async def body() -> AsyncGenerator[str]:
+        async def body() -> AsyncGenerator[bytes]:
             pool.add(connection)
             connection.start()
             try:
                 await broker.subscribe(connection.id, wanted, principal)
-                async for text in stream.texts():
-                    yield text
+                async for event in stream.events():
+                    yield event
             finally:
                 pool.remove(connection.id)
                 await in_any_case(leave())

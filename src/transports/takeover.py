@@ -7,7 +7,8 @@
         connection = takeover(handler)
         return                                   # the ASGI task ends, the connection stays open
 
-Only `uvicorn_ws.FastWebSocketProtocol` offers it so far.
+Only `uvicorn_ws.FastWebSocketProtocol` offers it so far. A response over HTTP cannot be taken over, but
+dropped with its connection (`abort_of`), which ASGI has no word for; `admission.limited_http_protocol` offers that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 TAKEOVER_EXTENSION = "conversation.broker.takeover"
 DEFLATE_EXTENSION = "conversation.broker.deflate"
+ABORT_EXTENSION = "conversation.broker.abort"
 
 
 class ConnectionHandler(Protocol):
@@ -55,6 +57,11 @@ Takeover = Callable[[ConnectionHandler], "FastConnection"]
 def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:
     """Return the server's offer to take this WebSocket over, None if it makes none. See `FastWebSocketProtocol`."""
     return cast("Takeover | None", (scope.get("extensions") or {}).get(TAKEOVER_EXTENSION))
+
+
+def abort_of(scope: MutableMapping[str, Any]) -> Callable[[], None] | None:
+    """Return what drops the HTTP connection of a request at once, unread bytes included; None: this server cannot."""
+    return cast("Callable[[], None] | None", (scope.get("extensions") or {}).get(ABORT_EXTENSION))
 
 
 def agree_on_deflate(scope: MutableMapping[str, Any]) -> bool:

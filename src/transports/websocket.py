@@ -255,7 +255,7 @@ async def _serve_asgi(
         await in_any_case(_leave(broker, connection, reader, written))
 
 
-async def _leave(broker: ConversationWSBroker, connection: QueuedConnection, *tasks: asyncio.Task[Any]) -> None:
+async def _leave(broker: ConversationWSBroker, connection: QueuedConnection[str], *tasks: asyncio.Task[Any]) -> None:
     """Give back what a connection had."""
     await ended(*tasks)
     await connection.stop()
@@ -264,7 +264,7 @@ async def _leave(broker: ConversationWSBroker, connection: QueuedConnection, *ta
         await broker.unsubscribe(subscription, "closed")
 
 
-async def _read(websocket: WebSocket, messages: ClientMessages, connection: QueuedConnection, limit: int) -> None:
+async def _read(websocket: WebSocket, messages: ClientMessages, connection: QueuedConnection[str], limit: int) -> None:
     """Read the client's messages until it leaves."""
     try:
         while websocket.client_state is WebSocketState.CONNECTED:

@@ -26,6 +26,7 @@ from broker.broker import ConversationWSBroker
 from broker.envelope import Draft
 from broker.settings import Settings
 from broker.subscription import Subscription
+from transports.admission import limited_http_protocol
 from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX
 
@@ -101,6 +102,7 @@ class Running:
             uvicorn_server = LiveServer(
                 app,
                 asyncio.new_event_loop,
+                http=limited_http_protocol(1000),
                 lifespan="on",
                 ws_max_size=limit,
                 ws_per_message_deflate=False,
@@ -109,7 +111,7 @@ class Running:
             )
             self.server = uvicorn_server.__enter__()
         self._served = True
-        wait_until(lambda: self.broker.started, "for the broker to start")
+        wait_until(lambda: self.broker.lifecycle.started, "for the broker to start")
 
     @property
     def url(self) -> str:
@@ -320,6 +322,27 @@ async def test_an_event_stream_that_nobody_reads_is_dropped(serve: Callable[...,
         await until(lambda: len(running.broker.subscriptions) == 1)
         await fill_until_gone(running, running.broker.subscriptions.all()[0].connection_id)
     await until(lambda: len(running.broker.dispatcher._pool) == 0)
+
+
+async def test_an_event_stream_that_nobody_reads_keeps_no_socket(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ASGI can end a response, and the server would wait for its peer to read all of it: for ever, with this one."""
+    running = Running("fast path", str(tmp_path / "broker.db"), **STALL_SETTINGS, sse_heartbeat_s=0.1)
+    server = running.server
+    assert isinstance(server, LiveServer)
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", server.port))
+    try:
+        with raw:
+            raw.sendall(b"GET /sse?conv_id=c1&channels=sem HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            await until(lambda: len(running.broker.subscriptions) == 1)
+            await fill_until_gone(running, running.broker.subscriptions.all()[0].connection_id)
+            await until(lambda: not server.connections)
+    finally:
+        running.stop()
+    assert "ASGI callable" not in caplog.text, "the server sees a peer that is gone, and no application that failed"
 
 
 async def fill_until_gone(running: Running, connection_id: str) -> None:
