@@ -21,64 +21,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from suite.streaming_load import StreamingLoad
 from websockets.asyncio.client import connect
 
 from broker.envelope import Draft
-from broker.hookspecs import hookimpl
-from broker.runs.engine import (
-    EngineEvent,
-    EngineProfile,
-    EngineRequest,
-    Finish,
-    TextDelta,
-    ToolCallEnd,
-    ToolCallStart,
-)
-from broker.runs.tools import Tool
 from broker.settings import Settings
 from transports.app import create_app
 from transports.server import bind
 
 TARGET_MS = {"action": 500, "poll": 100, "save run": 50, "save timeline": 50}
-
-
-class Load:
-    """Streams for as long as it is asked; the conversation `actions` calls a tool that asks first, again and again."""
-
-    name = "load"
-
-    def __init__(self, tokens_per_s: float) -> None:
-        self._gap_s = 1 / tokens_per_s
-
-    @hookimpl
-    def register_engine_profiles(self) -> list[EngineProfile]:
-        return [EngineProfile("load", "load", tools=["ask"])]
-
-    @hookimpl
-    def register_tools(self) -> list[Tool]:
-        return [Tool("ask", "", {"type": "object"}, lambda _given, _context: "ok", requires_approval=True)]
-
-    @hookimpl
-    def build_engine(self, plan: Any) -> Load:
-        return self
-
-    async def stream(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
-        if request.conv_id == "actions":
-            yield ToolCallStart("0", "", "ask")
-            yield ToolCallEnd("0", {})
-        while request.conv_id != "actions":
-            yield TextDelta("token ")
-            await asyncio.sleep(self._gap_s)
-        yield Finish("stop")
-
-    async def aclose(self) -> None:
-        pass
 
 
 # -- the server's process -----------------------------------------------------------------------------------------------
@@ -118,7 +75,7 @@ async def serve(args: argparse.Namespace) -> None:
     settings = Settings(
         db=args.db, plugins_dir="none", max_tool_steps=1_000_000, state_poll_interval_s=0, max_open_conversations=500
     )
-    app = create_app(settings, plugins=[Load(args.tokens_per_s)])
+    app = create_app(settings, plugins=[StreamingLoad(args.tokens_per_s)])
     broker = app.state.broker
     config = uvicorn.Config(
         app, port=0, log_level="error", ws="transports.uvicorn_ws:FastWebSocketProtocol", lifespan="off"

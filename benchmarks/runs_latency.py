@@ -15,63 +15,19 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from suite.streaming_load import StreamingLoad
+
 from broker.broker import ConversationWSBroker
-from broker.hookspecs import hookimpl
-from broker.runs.engine import (
-    EngineEvent,
-    EngineProfile,
-    EngineRequest,
-    Finish,
-    TextDelta,
-    ToolCallEnd,
-    ToolCallStart,
-)
-from broker.runs.tools import Tool
 from broker.security import SYSTEM
 from broker.settings import Settings
 from transports.pool import ConnectionPool
 
 
-class Load:
-    """Streams until told to stop; in the conversation `actions` it calls a tool that asks first, again and again."""
-
-    name = "load"
-
-    def __init__(self, tokens_per_s: float) -> None:
-        self._gap_s = 1 / tokens_per_s
-        self.over = False
-
-    @hookimpl
-    def register_engine_profiles(self) -> list[EngineProfile]:
-        return [EngineProfile("load", "load", tools=["ask"])]
-
-    @hookimpl
-    def register_tools(self) -> list[Tool]:
-        return [Tool("ask", "", {"type": "object"}, lambda _given, _context: "ok", requires_approval=True)]
-
-    @hookimpl
-    def build_engine(self, plan: Any) -> Load:
-        return self
-
-    async def stream(self, request: EngineRequest) -> AsyncIterator[EngineEvent]:
-        if request.conv_id == "actions" and not self.over:
-            yield ToolCallStart("0", "", "ask")
-            yield ToolCallEnd("0", {})
-        while request.conv_id != "actions" and not self.over:
-            yield TextDelta("token ")
-            await asyncio.sleep(self._gap_s)
-        yield Finish("stop")
-
-    async def aclose(self) -> None:
-        pass
-
-
 async def measure(args: argparse.Namespace, db: str) -> dict[str, list[float]]:
-    load = Load(args.tokens_per_s)
+    load = StreamingLoad(args.tokens_per_s)
     settings = Settings(db=db, plugins_dir="none", max_tool_steps=1_000_000)
     broker = ConversationWSBroker(settings, pool=ConnectionPool(), plugins=[load])
     taken: dict[str, list[float]] = {"action": [], "poll": [], "save": []}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-import pytest
 from tests.support.broker_process import BrokerProcess
 from tests.support.follower import Follower, eventually, read_log, timeline
 from tests.support.talking import (
@@ -23,25 +21,6 @@ from tests.support.talking import (
 from tests.support.wire import Client
 
 Start = Callable[..., BrokerProcess]
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One server for the cases that need no settings of their own; each uses its own conversation."""
-    process = BrokerProcess(tmp_path_factory.mktemp("broker")).start()
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture
-def conv_id(request: pytest.FixtureRequest) -> str:
-    return "".join(character if character.isalnum() else "-" for character in request.node.name)[:60]
 
 
 async def test_nothing_received_yet_before_the_drop(

@@ -20,27 +20,13 @@ import pytest
 from tests.support.http_client import HttpClient
 from tests.support.live_server import LiveServer
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call, text
+from tests.support.transcripts import TRANSCRIPTS, messages_of
 
 from broker.runs.engine import EngineProfile
 from broker.runs.tools import Tool
 from broker.settings import Settings
 from transports.app import create_app
 
-TRANSCRIPTS = (
-    "aider-session-a-107msg",
-    "aider-session-b-62msg",
-    "aider-session-c-52msg",
-    "swe-agent-ctf-katy-37msg",
-    "swe-agent-marshmallow-24msg",
-    "swe-agent-simple-12msg",
-    "tau-airline-a-62msg-27tools",
-    "tau-airline-b-62msg-23tools",
-    "tau-airline-c-48msg-14tools",
-    "tau-airline-d-30msg-nonascii",
-    "tau-airline-e-26msg-6tools",
-    "tau-airline-f-10msg-no-tools",
-    "tau-airline-g-6msg",
-)
 PROGRAM = "program"
 Row = tuple[Any, ...]
 """`("user" | "assistant", text)` or `("tool", name, input, result)`."""
@@ -168,7 +154,7 @@ def serve(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
 def test_a_transcript_is_hydrated_as_it_was(name: str, shared_dir: Path, serve: Callable[..., Any]) -> None:
-    messages = orjson.loads((shared_dir / "transcripts" / f"{name}.json").read_bytes())["messages"]
+    messages = messages_of(shared_dir, name)
     script = script_of(messages)
     expected = rows_of(messages)
     assert len(expected) > len(messages) // 2

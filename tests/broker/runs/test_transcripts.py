@@ -12,26 +12,11 @@ import orjson
 import pytest
 from tests.support.core import CALLER, Core, until
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call, text
+from tests.support.transcripts import TRANSCRIPTS, messages_of
 
 from broker.runs.engine import EngineProfile, EngineRequest
 from broker.runs.tools import Tool
 from broker.timeline.entity import Entity
-
-TRANSCRIPTS = (
-    "aider-session-a-107msg",
-    "aider-session-b-62msg",
-    "aider-session-c-52msg",
-    "swe-agent-ctf-katy-37msg",
-    "swe-agent-marshmallow-24msg",
-    "swe-agent-simple-12msg",
-    "tau-airline-a-62msg-27tools",
-    "tau-airline-b-62msg-23tools",
-    "tau-airline-c-48msg-14tools",
-    "tau-airline-d-30msg-nonascii",
-    "tau-airline-e-26msg-6tools",
-    "tau-airline-f-10msg-no-tools",
-    "tau-airline-g-6msg",
-)
 
 
 @dataclass
@@ -104,7 +89,7 @@ def row(entity: Entity) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
 async def test_a_transcript_is_read_back_as_it_was(name: str, shared_dir: Path, tmp_path: Path) -> None:
-    messages = orjson.loads((shared_dir / "transcripts" / f"{name}.json").read_bytes())["messages"]
+    messages = messages_of(shared_dir, name)
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     played = exchanges(messages)
     # Assistant messages in a row without a tool between them are one exchange with several ends: the first is played.
