@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from tests.support.core import Core, until
 from tests.support.wire import Client
 
+from broker.eventlog.base import LogState
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.recent import BYTES_MAX, IDLE_S, LIFE_S, RecentKeeper
@@ -186,6 +188,44 @@ async def test_a_position_that_is_none_resets_although_its_neighbours_are_at_han
     assert client.controls("ws.reset")[0]["reason"] == "ahead"
 
 
+async def test_a_position_of_another_life_resets_although_it_is_at_hand(core: Core) -> None:
+    """The seq exists, but what the client knows belongs to a log that is gone."""
+    seqs = await published(core)
+    await come_back(core, [seqs[2]])
+    client = Client(since=seqs[7])
+    await core.connect("c1", client=client, since=seqs[7], epoch="another")
+    await until(lambda: client.controls("ws.caught_up"))
+    assert client.controls("ws.reset")[0]["reason"] == "epoch"
+
+
+async def test_a_log_that_another_process_reset_is_not_kept(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read then may be of either life: the client is told by the log itself."""
+    seqs = await published(core)
+    epoch = (await core.broker.head("c1")).epoch
+    state = core.broker.log.state
+
+    async def of_another_life(conv_id: str) -> LogState:
+        return replace(await state(conv_id), epoch="another")
+
+    monkeypatch.setattr(core.broker.log, "state", of_another_life)
+    client = Client(since=seqs[4])
+    await core.connect("c1", client=client, since=seqs[4], epoch=epoch)
+    await until(lambda: client.controls("ws.caught_up"))
+    assert client.controls("ws.reset")[0]["reason"] == "epoch"
+
+
+async def test_who_has_nothing_yet_is_answered_from_memory_as_well(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seqs = await published(core)
+    await come_back(core, [0])
+    counts = Counts(core, monkeypatch)
+    for client in await come_back(core, [0] * 10):
+        assert client.seqs() == seqs
+    assert counts.calls[f"{core.broker.log.name}.read"] == 0
+    assert counts.calls[f"{core.broker.log.name}.contains"] == 0
+
+
 async def test_retention_takes_what_is_kept_as_well(tmp_path: Path) -> None:
     async with Core(str(tmp_path / "broker.db"), retention_count=10, **QUIET) as core:
         seqs = await published(core, 60)
@@ -195,6 +235,19 @@ async def test_retention_takes_what_is_kept_as_well(tmp_path: Path) -> None:
         assert len(core.broker.recent) == 0
         (client,) = await come_back(core, [seqs[4]])
         assert client.controls("ws.reset")[0]["reason"] == "expired"
+
+
+async def test_what_retention_has_reached_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many clients come back that have been away for too long, each from another position."""
+    async with Core(str(tmp_path / "broker.db"), retention_count=10, **QUIET) as core:
+        seqs = await published(core, 60)
+        await core.broker.housekeeping.trim("c1")
+        conversation = await core.broker.conversations.open("c1")
+        counts = Counts(core, monkeypatch)
+        for since in seqs[:40:5]:
+            assert await core.broker.recent.resumed(conversation, since, None) is None
+        assert counts.calls["sqlite.read"] == 1
+        assert await core.broker.recent.resumed(conversation, seqs[55], None) is not None
 
 
 async def test_erasing_takes_what_is_kept_as_well(core: Core) -> None:
@@ -237,6 +290,14 @@ async def test_an_erased_conversation_is_not_read_back_by_who_was_reading(
     assert client.events == []
     core.broker.recent.sweep()
     assert core.broker.recent.kept.size_bytes == 0
+
+
+async def test_nothing_is_kept_for_a_conversation_that_has_left_memory(core: Core) -> None:
+    seqs = await published(core)
+    conversation = await core.broker.conversations.open("c1")
+    core.broker.conversations.forget(conversation, "erased")
+    assert await core.broker.recent.resumed(conversation, seqs[4], None) is None
+    assert len(core.broker.recent) == core.broker.recent.kept.size_bytes == 0
 
 
 async def test_who_waits_for_another_ones_reading_goes_on_when_that_one_leaves(
@@ -339,15 +400,7 @@ async def test_what_is_kept_is_bounded_for_one_and_for_all(core: Core) -> None:
     for conv_id in conversations:
         seqs = [await core.say(conv_id, "y" * 20_000) for _ in range(6)]
         sinces[conv_id] = seqs[0]
-    few = RecentKeeper(
-        core.broker.log,
-        core.broker.conversations,
-        core.broker.timeline,
-        core.broker.clock,
-        page_events=512,
-        page_bytes=262_144,
-        total_bytes_max=400_000,
-    )
+    few = keeper_of(core, 400_000)
     for conv_id in conversations:
         conversation = await core.broker.conversations.open(conv_id)
         assert await few.resumed(conversation, sinces[conv_id], None) is not None
@@ -361,3 +414,39 @@ async def test_what_is_kept_is_bounded_for_one_and_for_all(core: Core) -> None:
     for _ in range(2 * BYTES_MAX // 20_000):
         await core.say("c0", "z" * 20_000)
         assert keeper.kept.size_bytes <= BYTES_MAX + 50_000
+
+
+def keeper_of(core: Core, total_bytes_max: int) -> RecentKeeper:
+    return RecentKeeper(
+        core.broker.log,
+        core.broker.conversations,
+        core.broker.timeline,
+        core.broker.clock,
+        page_events=512,
+        page_bytes=262_144,
+        total_bytes_max=total_bytes_max,
+    )
+
+
+async def test_those_whom_clients_came_back_to_last_stay(core: Core, clock: SetClock) -> None:
+    """Not those that were first read last."""
+    few = keeper_of(core, 400_000)
+    conversations = []
+    for n in range(3):
+        seqs = [await core.say(f"c{n}", "y" * 20_000) for _ in range(8)]
+        conversations.append((await core.broker.conversations.open(f"c{n}"), seqs[0]))
+    first, second, third = conversations
+    for one in (first, second, first, third, third):  # what goes over the bound shows at the next coming
+        clock.now_s += 0.1
+        assert await few.resumed(*one, None) is not None
+    assert [few.at(*one) is not None for one in conversations] == [True, False, True]
+
+
+async def test_the_one_in_use_stays_however_large(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = keeper_of(core, 1)
+    seqs = await published(core)
+    conversation = await core.broker.conversations.open("c1")
+    counts = Counts(core, monkeypatch)
+    for _ in range(3):
+        assert await few.resumed(conversation, seqs[4], None) is not None
+    assert counts.calls[f"{core.broker.log.name}.read"] == 1
