@@ -94,16 +94,13 @@ class Availability:
     async def _watch(self, problem: str) -> None:
         """Ask until the suspicion has proven wrong, or the outage is over."""
         loop = asyncio.get_running_loop()
-        began_s = asked_before_s = loop.time()
-        trouble_s = began_s
+        began_s = trouble_s = heard_s = loop.time()
         while True:
-            asked_s = loop.time()
             found = await self._ask()
             now_s = loop.time()
-            if found is not None or self._refused_s >= asked_before_s:
+            if found is not None or self._refused_s >= heard_s:
                 problem, trouble_s = found or problem, now_s
-            # What was refused while the question failed (it may be the question itself) is counted with that.
-            asked_before_s = asked_s if found is None else now_s
+            heard_s = now_s  # once: what was refused meanwhile may have been the question itself
             quiet_s = now_s - trouble_s
             if self.away is None:
                 if quiet_s >= TELL_AFTER_S:

@@ -29,7 +29,7 @@ class Store:
 
     def __init__(self) -> None:
         self.well = False
-        self.asked = 0
+        self.asked = self._looked_at = 0
         self.told: list[str | None] = []
         self.watch = Availability(self, self.told.append)
 
@@ -37,6 +37,12 @@ class Store:
         self.asked += 1
         if not self.well:
             raise StoreUnavailable("no space left")
+
+    @property
+    def asked_since(self) -> int:
+        """How often it was asked since this was last looked at."""
+        asked, self._looked_at = self.asked - self._looked_at, self.asked
+        return asked
 
     def refuse(self) -> None:
         self.watch.suspect(StoreUnavailable("too large for what is left"))
@@ -72,10 +78,45 @@ async def test_an_outage_and_its_end_are_told_once(store: Store) -> None:
         await asyncio.sleep(availability.PROBE_S / 2)
     assert store.told == ["no space left"]
     waiting = asyncio.create_task(store.watch.until_back())
+    await asyncio.sleep(0)
+    assert not waiting.done()
     store.well = True
     await until(lambda: store.told == ["no space left", None])
     await waiting
     await until(lambda: idle(store.watch))
+
+
+async def test_many_refusals_are_one_suspicion(store: Store) -> None:
+    for _ in range(100):
+        store.refuse()
+    await until(lambda: store.asked > 0)
+    assert store.asked == 1
+
+
+async def test_a_question_that_is_refused_is_no_further_trouble(store: Store) -> None:
+    """A store that reports all it refuses reports the question as well: an outage must not last longer for that."""
+    ping = store.ping
+
+    async def reported() -> None:
+        try:
+            await ping()
+        except StoreUnavailable as exc:
+            store.watch.suspect(exc)
+            raise
+
+    store.ping = reported  # type: ignore[method-assign]
+    store.refuse()
+    await until(lambda: len(store.told) == 1)
+    store.well = True
+    assert store.asked_since
+    await until(lambda: len(store.told) == 2)
+    assert store.asked_since <= availability.CALM_S / availability.PROBE_S  # each half a second, fewer if it is slow
+
+
+async def test_nothing_is_watched_after_the_end(store: Store) -> None:
+    await store.watch.close()
+    store.refuse()
+    assert idle(store.watch)
 
 
 async def test_refused_appends_count_where_the_small_probe_still_fits(store: Store) -> None:
