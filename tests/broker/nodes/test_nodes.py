@@ -57,13 +57,15 @@ class World:
         self._closing: list[Callable[[], Awaitable[None]]] = []
         self.connections: dict[str, RedisConnection] = {}
 
-    async def node(self, started_at_ms: int = 1, patience_s: float = 5.0) -> tuple[Nodes, Myself]:
+    async def node(
+        self, started_at_ms: int = 1, patience_s: float = 5.0, heartbeat_s: float = HEARTBEAT_S
+    ) -> tuple[Nodes, Myself]:
         """Return an open node."""
         nodes: Nodes
         if self._url is not None:
             connection = RedisConnection(self._url)
             self._closing.insert(0, connection.close)
-            nodes = RedisNodes(connection, heartbeat_s=HEARTBEAT_S, patience_s=patience_s)
+            nodes = RedisNodes(connection, heartbeat_s=heartbeat_s, patience_s=patience_s)
             self.connections[nodes.node] = connection
         elif self.kind == "sqlite":
             database = Database(self._path)
@@ -203,6 +205,15 @@ async def test_a_switch_reaches_the_others_and_those_that_come_later(shared: Wor
     await eventually(lambda: second.obeys[-1] == later.obeys[-1] == {})
 
 
+async def test_with_rare_heartbeats_hints_are_what_is_heard(shared: World) -> None:
+    """A question and a switch reach the others long before they would have looked for them."""
+    first, _ = await shared.node(heartbeat_s=600)
+    other, other_self = await shared.node(heartbeat_s=600)
+    assert await first.ask([other.node], {"about": "lag"}) == {other.node: {"by": other.node, "asked": "lag"}}
+    await first.switch("debug.trace", ON)
+    await eventually(lambda: other_self.obeys[-1] == {"debug.trace": ON})
+
+
 async def test_a_node_that_is_gone_is_silent_first_and_then_forgotten(shared: World) -> None:
     """It could not take itself off the list: its connection ended with it."""
     nodes, _ = await shared.node()
@@ -224,6 +235,11 @@ async def test_a_node_that_is_gone_is_silent_first_and_then_forgotten(shared: Wo
     assert set(flags) == {False, True}
     assert seen[-1].silent_ms >= 3000
     assert [record.node for record in await nodes.list()] == [nodes.node]
+    assert isinstance(nodes, RedisNodes)
+    beats = nodes.beats
+    await eventually(lambda: nodes.beats >= beats + 2)  # one that began after it was forgotten tidies up
+    connection = shared.connections[nodes.node]
+    assert await connection.one(("HKEYS", ABOUT)) == [nodes.node.encode()]
 
 
 async def test_everything_lives_in_one_slot_and_nothing_lives_on(shared: World) -> None:
