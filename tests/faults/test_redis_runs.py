@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 from tests.support.core import CALLER, Core, until
+from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
+from tests.support.tcp_proxy import TcpProxy
 
 from broker.envelope import Draft
 from broker.errors import RunEnded
@@ -133,6 +135,32 @@ async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(sta
     assert (await kinds(other)).count("run.interrupted") == 1
     await one.broker.conversations.open("conv")
     assert await one.broker.timeline.entities("conv") == await other.broker.timeline.entities("conv")
+
+
+async def test_an_end_whose_answer_was_lost_is_written_once(redis_server: RedisServer) -> None:
+    """The node takes it for refused and writes it again, not knowing yet that the answer was closed: nothing comes twice."""
+    gate = Gate()
+    engine = ScriptedEngine([*text("half")[:1], gate, RuntimeError("the model is gone")])
+    async with TcpProxy(redis_server.port) as proxy, Core(proxy.url, plugins=[EnginePlugin(engine)]) as one:
+        sent = await one.broker.runs.send(CALLER, "conv", "one")
+        await gate.reached.wait()
+
+        async def types() -> list[str]:
+            return [envelope.type for envelope in (await one.broker.log.read("conv", after=0)).envelopes]
+
+        async with asyncio.timeout(10):
+            while "llm.delta" not in await types():
+                await asyncio.sleep(0.01)
+        proxy.drop_replies_with(b"message\r\n")  # nor does it hear of its own append
+        connection = store(one)._connection
+        connection.patience_s, patient_s = 0.05, connection.patience_s  # given up at the first failure
+        proxy.swallow_reply_to(b"run.failed")
+        gate.open()
+        await until(lambda: proxy.swallowed)
+        connection.patience_s = patient_s
+        await until_status(one, sent.run_id, "failed")
+        await until(lambda: one.broker.runs.active == 0)
+        assert await types() == ["user.message", "run.started", "llm.start", "llm.delta", "llm.final", "run.failed"]
 
 
 async def test_a_repeated_key_on_another_node_gets_the_first_answer(start: Start) -> None:
