@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ def shared_dir() -> Path:
 def start_broker(tmp_path: Path) -> Iterator[Callable[..., BrokerProcess]]:
     """Return `start_broker(*flags, **variables)`: starts a `broker serve` on a free port with its own SQLite file.
 
-    At the end of the test each one still running is stopped with SIGTERM and has to exit with 0.
+    At the end of the test each one still running is stopped with SIGTERM and has to exit with 0. May be called from
+    several threads at once.
     """
     started: list[BrokerProcess] = []
+    numbers = itertools.count()
 
     def start(*flags: str, **variables: str) -> BrokerProcess:
-        folder = tmp_path / f"broker-{len(started)}"
+        folder = tmp_path / f"broker-{next(numbers)}"
         folder.mkdir()
         process = BrokerProcess(folder, *flags, env=variables)
         started.append(process)
