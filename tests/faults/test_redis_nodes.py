@@ -264,6 +264,28 @@ async def test_a_failover_whose_new_entries_hide_the_lost_ones_is_noticed(redis_
         assert log_of(one).stats()["resets"] == log_of(other).stats()["resets"] == 1
 
 
+async def test_a_node_that_appends_first_and_learns_of_the_failover_later(redis_server: RedisServer) -> None:
+    """What it reads to fill the gap before its own append does not follow what its client was given: nothing is sent."""
+    async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as one, Core(proxy.url) as other:
+        peer, _ = await other.connect("c1")
+        kept = await one.say("c1", "kept")
+        with redis_server.client() as client:
+            saved = {name: client.dump(name) for name in (b"chat:{c1}", b"chat:{c1}:log")}
+            lost = await one.say("c1", "lost")
+            await until(lambda: peer.client.seqs() == [kept, lost])
+            proxy.drop_replies_with(b"message\r\n")
+            for name, value in saved.items():
+                client.restore(name, 0, value, replace=True)
+        new = [await one.say("c1", "new"), await other.say("c1", "newer")]
+        await until(lambda: peer.closed is not None)
+        assert peer.client.seqs() == [kept, lost]
+        back = peer.client
+        await other.connect("c1", client=back, since=back.last, epoch=back.epoch)
+        await until(lambda: bool(back.controls("ws.reset")))
+        assert back.controls("ws.reset")[-1]["reason"] == "epoch"
+        assert [envelope.seq for envelope in (await other.broker.log.read("c1", after=0)).envelopes] == [kept, *new]
+
+
 async def test_a_log_that_was_trimmed_beyond_a_node_makes_it_begin_anew(redis_server: RedisServer) -> None:
     """What a node did not see before it was trimmed is in the stored timeline only: that is where it gets it."""
     async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as one, Core(proxy.url) as other:
