@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from tests.support.broker_process import BrokerProcess
-from tests.support.core import Core, until_async
+from tests.support.core import Core
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log, timeline, told
 from tests.support.redis_pair import RedisPair
@@ -34,6 +34,13 @@ def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]
         yield pair.start()
     finally:
         pair.stop()
+
+
+async def until(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait until a condition holds that costs a request to look at."""
+    async with asyncio.timeout(30):
+        while not await condition():
+            await asyncio.sleep(0.05)
 
 
 class Producers:
@@ -69,6 +76,10 @@ class Producers:
         assert answer.status_code in (200, 202), answer.text
         return str(answer.json()["run_id"])
 
+    async def cancel(self, node: BrokerProcess, conv_id: str) -> None:
+        answer = await self._http.post(f"{node.url}api/conversations/{conv_id}/actions/cancel", json={})
+        assert answer.status_code == 200, answer.text
+
 
 async def test_a_failover_that_loses_acknowledged_events(redis_pair: RedisPair, start_broker: Start) -> None:
     """Clients that saw them are reset, on every node, and none that did not; what comes next is shown alike everywhere."""
@@ -98,9 +109,9 @@ async def test_a_failover_that_loses_acknowledged_events(redis_pair: RedisPair, 
                 await eventually(lambda: all(one.client.last >= seqs[-1] for one in followers[conv_id]))  # noqa: B023
             await eventually(lambda: all(deltas(one, cut_run) for one in followers["run-cut"]))
             with redis_pair.replica.client() as client:
-                await until_async(lambda: asyncio.to_thread(client.exists, "chat:{run-cut}:run-state"))
-                await until_async(lambda: has(client, "tail-lost", kept[-1]))
-                await until_async(lambda: has(client, "run-lost", begun[-1]))
+                await until(lambda: asyncio.to_thread(client.exists, "chat:{run-cut}:run-state"))
+                await until(lambda: has(client, "tail-lost", kept[-1]))
+                await until(lambda: has(client, "run-lost", begun[-1]))
 
             link.part()  # from here on the replica gets nothing
             lost = await producers.answers("tail-lost", ["c", "d", "e"])
@@ -121,6 +132,7 @@ async def test_a_failover_that_loses_acknowledged_events(redis_pair: RedisPair, 
                     assert set(resets(follower)) <= {"ahead", "epoch"}
             again = await producers.ask(fleet.nodes[2], "run-lost", "second")
             assert again != lost_run, "nothing is left of the first one: it would never end"
+            await producers.cancel(fleet.nodes[0], "run-lost")
             for run_id, conv_id in ((cut_run, "run-cut"), (again, "run-lost")):
                 events = await ended(http, fleet, conv_id, run_id)
                 assert [event["data"]["runId"] for event in events if event["type"] in TERMINAL] == [run_id]
@@ -162,7 +174,7 @@ async def ended(http: httpx.AsyncClient, fleet: Fleet, conv_id: str, run_id: str
         events[:] = await read_log(http, fleet.nodes[0].url, conv_id)
         return any(event["type"] in TERMINAL and event["data"]["runId"] == run_id for event in events)
 
-    await until_async(look, timeout_s=30)
+    await until(look)
     return events
 
 
@@ -172,7 +184,7 @@ async def converged(http: httpx.AsyncClient, fleet: Fleet, followers: list[Follo
     last = int(events[-1]["seq"])
     shown = await timeline(http, fleet.nodes[0].url, conv_id)
     for node in fleet.nodes[1:]:
-        await until_async(lambda node=node: same(http, node, conv_id, shown), timeout_s=20)  # type: ignore[misc]
+        await until(lambda node=node: same(http, node, conv_id, shown))  # type: ignore[misc]
     for follower in followers:
         client = follower.client
         await eventually(lambda: client.last >= last and client.entities == shown, f"{follower.url()} differs")  # noqa: B023
@@ -189,7 +201,7 @@ async def converged(http: httpx.AsyncClient, fleet: Fleet, followers: list[Follo
             report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, conv_id)
             return not report.differences and report.verified == len(shown) and report.envelopes == len(events)
 
-        await until_async(verified, timeout_s=20)
+        await until(verified)
 
 
 async def same(http: httpx.AsyncClient, node: BrokerProcess, conv_id: str, shown: dict[str, Any]) -> bool:
