@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,17 @@ def shared_dir() -> Path:
 def start_broker(tmp_path: Path) -> Iterator[Callable[..., BrokerProcess]]:
     """Return `start_broker(*flags, **variables)`: starts a `broker serve` on a free port with its own SQLite file.
 
-    At the end of the test each one still running is stopped with SIGTERM and has to exit with 0.
+    wrapper: a command in front of it.
+    At the end of the test each one still running is stopped with SIGTERM and has to exit with 0. May be called from
+    several threads at once.
     """
     started: list[BrokerProcess] = []
+    numbers = itertools.count()
 
-    def start(*flags: str, **variables: str) -> BrokerProcess:
-        folder = tmp_path / f"broker-{len(started)}"
+    def start(*flags: str, wrapper: Sequence[str] = (), **variables: str) -> BrokerProcess:
+        folder = tmp_path / f"broker-{next(numbers)}"
         folder.mkdir()
-        process = BrokerProcess(folder, *flags, env=variables)
+        process = BrokerProcess(folder, *flags, env=variables, wrapper=wrapper)
         started.append(process)
         return process.start()
 

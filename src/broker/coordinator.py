@@ -150,8 +150,9 @@ class StreamCoordinator:
             page = await self._log.read(conversation.conv_id, after=conversation.position, upto=upto)
             if self._conversations.get(conversation.conv_id) is not conversation:  # erased meanwhile
                 return
-            if page.trimmed_seq > conversation.position or not page.envelopes:
+            if page.trimmed_seq > conversation.position or not page.envelopes or not page.after_known:
                 # Retention of another process went beyond what this one had got to: it cannot be told or folded here.
+                # Or the log lost what this one has: folding and telling what came since would hide the loss for good.
                 self.on_lost(conversation)
                 conversation.inbox.clear()
                 return

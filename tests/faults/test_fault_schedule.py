@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from tests.support.broker_process import BrokerProcess
 from tests.support.core import Core
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log, timeline, told
+from tests.support.redis_pair import RedisPair
 from tests.support.redis_server import RedisServer
 from tests.support.wire import Client
 
@@ -223,9 +225,8 @@ def lacking(follower: Follower, last: int, shown: dict[str, Any]) -> str:
 Fault = Callable[[], Awaitable[None]]
 
 
-def faults(fleet: Fleet, rng: random.Random) -> dict[str, Fault]:
+def faults(fleet: Fleet, redis: RedisPair, rng: random.Random) -> dict[str, Fault]:
     """What can happen, by name. Each lasts a few seconds at most and is over when it returns."""
-    redis = fleet.redis
 
     async def kill_a_node() -> None:
         node = rng.choice(fleet.nodes)
@@ -241,16 +242,30 @@ def faults(fleet: Fleet, rng: random.Random) -> dict[str, Fault]:
         fleet.continue_process(index)
 
     async def crash_redis() -> None:
-        await asyncio.to_thread(redis.restart)
+        await asyncio.to_thread(redis.primary.restart)
 
     async def hang_redis() -> None:
-        redis.pause()
+        redis.primary.pause()
         await asyncio.sleep(rng.uniform(0.5, 2.0))
-        redis.resume()
+        redis.primary.resume()
+
+    async def switch_redis_over() -> None:
+        """One node after the other learns where the primary is; until then it talks to one that refuses writes."""
+        await asyncio.to_thread(redis.switch_over)
+        for proxy in rng.sample(fleet.proxies, 3):
+            await asyncio.sleep(rng.uniform(0.0, 0.4))
+            fleet.move_to_primary(proxy)
+
+    async def fail_over_to_replica() -> None:
+        await asyncio.to_thread(redis.crash, in_step=True)
+        for proxy in rng.sample(fleet.proxies, 3):
+            await asyncio.sleep(rng.uniform(0.0, 0.4))
+            fleet.move_to_primary(proxy)
+        await asyncio.to_thread(redis.rebuild)
 
     async def kill_connections() -> None:
         for _ in range(5):
-            with redis.client() as client:
+            with redis.primary.client() as client:
                 for kind in ("normal", "pubsub"):
                     client.client_kill_filter(_type=kind, skipme=True)
             await asyncio.sleep(0.1)
@@ -273,21 +288,34 @@ def faults(fleet: Fleet, rng: random.Random) -> dict[str, Fault]:
         for pushes in fleet.pushes:
             pushes.calm()
 
-    every = (kill_a_node, restart_a_node, stop_a_node, crash_redis, hang_redis, kill_connections, part_a_node)
-    return {fault.__name__: fault for fault in (*every, cut_a_node, garble_announcements)}
+    nodes = (kill_a_node, restart_a_node, stop_a_node)
+    store = (crash_redis, hang_redis, kill_connections, switch_redis_over, fail_over_to_replica)
+    network = (part_a_node, cut_a_node, garble_announcements)
+    return {fault.__name__: fault for fault in (*nodes, *store, *network)}
+
+
+@pytest.fixture
+def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]:
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    pair = RedisPair(redis_server, folder)
+    try:
+        yield pair.start()
+    finally:
+        pair.stop()
 
 
 async def test_faults_in_random_order(
-    redis_server: RedisServer, start_broker: Start, capsys: pytest.CaptureFixture[str]
+    redis_pair: RedisPair, start_broker: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No acknowledged envelope that Redis kept is lost, none doubled or out of order; one end per run; one timeline."""
     rng = random.Random(SEED)
     summary: list[str] = []
     async with (
         Fleet(
-            redis_server, start_broker, seed=SEED,
+            redis_pair, start_broker, seed=SEED,
             BROKER_RUN_LEASE_S="2", BROKER_REDIS_PATIENCE_S="2", BROKER_DRAIN_TIMEOUT_S="0.5",
-            BROKER_PLUGIN_REPLAY_ENGINE_SPEED="4",
+            BROKER_PLUGIN_REPLAY_ENGINE_SPEED="10",
             BROKER_QUEUE_DEPTH="2",
         ) as fleet,
         httpx.AsyncClient(trust_env=False, timeout=30) as http,
@@ -301,7 +329,7 @@ async def test_faults_in_random_order(
         try:
             for follower in everybody:
                 await follower.__aenter__()
-            known = faults(fleet, rng)
+            known = faults(fleet, redis_pair, rng)
             schedule = [*rng.sample(list(known), len(known)), "flush_redis"] * ROUNDS
             rng.shuffle(schedule)
             life = Life(fleet, http, followers, 1)
@@ -309,7 +337,7 @@ async def test_faults_in_random_order(
                 await life.some_more()
                 if name == "flush_redis":  # another life begins: what the first one promised is checked before
                     summary.append(await life.end())
-                    with redis_server.client() as client:
+                    with fleet.redis.client() as client:
                         client.flushall()
                     life = Life(fleet, http, followers, number)
                 else:

@@ -14,6 +14,7 @@ import pytest
 from tests.support.broker_process import BrokerProcess
 from tests.support.follower import Follower, eventually
 from tests.support.redis_server import RedisServer
+from tests.support.tcp_proxy import TcpProxy
 
 pytestmark = pytest.mark.needs_redis
 
@@ -140,6 +141,49 @@ async def test_a_killed_node_disappears_and_a_stopped_one_is_named(start_node: S
     stopped.stop()
     left = await asked(first, "nodes")
     assert (len(left["nodes"]), left["complete"]) == (1, True), "a node that drained took itself off the list"
+
+
+async def test_a_node_that_is_behind_tells_by_how_much(start_node: Start, redis_server: RedisServer) -> None:
+    """Its wake-ups are lost and its reads held up while another publishes: an operator sees it on that other one."""
+    async with TcpProxy(redis_server.port) as proxy:
+        first = await asyncio.to_thread(start_node)
+        late = await asyncio.to_thread(start_node, "--redis-url", proxy.url)
+        async with Follower(late, "c1") as follower, Follower(first, "c1") as in_time:
+            await eventually(lambda: follower.live and in_time.live)
+            seqs = [int(await publish(first, "c1"))]
+            await eventually(lambda: follower.client.seqs() == seqs)
+
+            def lag_of(answer: dict[str, Any], process: BrokerProcess) -> dict[str, Any]:
+                rows = [one["lag"] for one in answer["nodes"] if one["pid"] == process.process.pid]
+                return rows[0] or {"ms": 0} if rows else {"ms": 0}
+
+            proxy.drop_replies_with(b"message\r\n")
+            proxy.delay_replies_with(b"held up", 1.0)
+            async with asyncio.timeout(30):
+                lag = {"ms": 0}
+                while lag["ms"] < 300:  # looking at the positions brings it up to date every other second
+                    seqs += [int(await publish(first, "c1", data={"text": "held up"})) for _ in range(3)]
+                    answer = await asked(first, "nodes")
+                    lag = lag_of(answer, late)
+            (worst,) = lag.pop("worst")
+            missing = seqs[seqs.index(int(worst["position"])) + 1 :]
+            assert missing
+            assert worst | {"ms": 0} == {
+                "convId": "c1", "ms": 0, "events": len(missing), "eventsMore": False,
+                "position": worst["position"], "head": str(seqs[-1]),
+            }  # fmt: skip
+            assert worst["ms"] == lag.pop("ms")
+            assert lag == {
+                "events": len(missing), "conversationsBehind": 1, "conversationsOpen": 1, "conversationsLookedAt": 1
+            }  # fmt: skip
+            assert lag_of(answer, first)["ms"] == 0
+            proxy.drop_replies_with(None)
+            proxy.delay_replies_with(None)
+            healed = await until(first, "nodes", lambda answer: lag_of(answer, late).get("events") == 0)
+            assert lag_of(healed, late)["ms"] == lag_of(healed, first)["ms"] == 0
+            await eventually(lambda: follower.client.seqs() == in_time.client.seqs() == seqs)
+            assert not follower.client.gaps
+            await asyncio.to_thread(late.stop)  # while the proxy stands
 
 
 async def test_a_debug_channel_is_switched_on_all_nodes_and_stays_so(

@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 from tests.support.core import CALLER, Core, until
+from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
+from tests.support.tcp_proxy import TcpProxy
 
 from broker.envelope import Draft
 from broker.errors import RunEnded
@@ -36,6 +38,15 @@ async def start(redis_url: str) -> AsyncIterator[Start]:
 async def kinds(core: Core, conv_id: str = "conv") -> list[str]:
     page = await core.broker.log.read(conv_id, after=0)
     return [envelope.type for envelope in page.envelopes if envelope.type.startswith("run.")]
+
+
+async def until_kinds(core: Core, wanted: list[str]) -> None:
+    """Wait for the run events `wanted`, but for the queue's: a run's status is stored before its event is."""
+    found: list[str] = []
+    async with asyncio.timeout(8):
+        while len(found) < len(wanted):
+            found = [kind for kind in await kinds(core) if kind != "run.queued"]
+    assert found == wanted
 
 
 def store(core: Core) -> RedisRunStore:
@@ -68,7 +79,7 @@ async def test_prompts_from_all_nodes_make_one_queue(start: Start) -> None:
     gates[0].open()
     await until_status(other, third.run_id, "finished")
     assert await status(one, second.run_id) == "finished"
-    assert [kind for kind in await kinds(one) if kind != "run.queued"] == ["run.started", "run.finished"] * 3
+    await until_kinds(one, ["run.started", "run.finished"] * 3)
     await until(lambda: not one.broker.conversations._holds and not other.broker.conversations._holds)
 
 
@@ -93,7 +104,7 @@ async def test_tools_are_approved_from_another_node(start: Start) -> None:
     result = await other.broker.runs.approve_tools("conv", None, "somebody")
     assert result.calls == {"c1": "approved"}
     await until_status(other, sent.run_id, "finished")
-    assert await kinds(one) == ["run.started", "run.finished"]
+    await until_kinds(one, ["run.started", "run.finished"])
 
 
 async def test_what_awaits_approval_goes_on_on_another_node_after_a_shutdown(redis_url: str) -> None:
@@ -105,7 +116,7 @@ async def test_what_awaits_approval_goes_on_on_another_node_after_a_shutdown(red
             await until_status(other, sent.run_id, "awaiting_tool_approval")
         await other.broker.runs.approve_tools("conv", None, "somebody")
         await until_status(other, sent.run_id, "finished")
-        assert await kinds(other) == ["run.started", "run.finished"]
+        await until_kinds(other, ["run.started", "run.finished"])
 
 
 async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(start: Start) -> None:
@@ -133,6 +144,32 @@ async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(sta
     assert (await kinds(other)).count("run.interrupted") == 1
     await one.broker.conversations.open("conv")
     assert await one.broker.timeline.entities("conv") == await other.broker.timeline.entities("conv")
+
+
+async def test_an_end_whose_answer_was_lost_is_written_once(redis_server: RedisServer) -> None:
+    """The node takes it for refused and writes it again, not knowing yet that the answer was closed: nothing comes twice."""
+    gate = Gate()
+    engine = ScriptedEngine([*text("half")[:1], gate, RuntimeError("the model is gone")])
+    async with TcpProxy(redis_server.port) as proxy, Core(proxy.url, plugins=[EnginePlugin(engine)]) as one:
+        sent = await one.broker.runs.send(CALLER, "conv", "one")
+        await gate.reached.wait()
+
+        async def types() -> list[str]:
+            return [envelope.type for envelope in (await one.broker.log.read("conv", after=0)).envelopes]
+
+        async with asyncio.timeout(10):
+            while "llm.delta" not in await types():
+                await asyncio.sleep(0.01)
+        proxy.drop_replies_with(b"message\r\n")  # nor does it hear of its own append
+        connection = store(one)._connection
+        connection.patience_s, patient_s = 0.05, connection.patience_s  # given up at the first failure
+        proxy.swallow_reply_to(b"run.failed")
+        gate.open()
+        await until(lambda: proxy.swallowed)
+        connection.patience_s = patient_s
+        await until_status(one, sent.run_id, "failed")
+        await until(lambda: one.broker.runs.active == 0)
+        assert await types() == ["user.message", "run.started", "llm.start", "llm.delta", "llm.final", "run.failed"]
 
 
 async def test_a_repeated_key_on_another_node_gets_the_first_answer(start: Start) -> None:

@@ -74,7 +74,7 @@ class RedisServer:
             self._process = subprocess.Popen(
                 [
                     executable, *self._config, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder),
-                    "--save", "", "--enable-debug-command", "yes", *keep, *self._flags,
+                    "--save", "", "--enable-debug-command", "yes", "--repl-diskless-sync-delay", "0", *keep, *self._flags,
                 ],
                 stdout=log,
                 stderr=log,
@@ -105,6 +105,11 @@ class RedisServer:
         """Crash and come back from the file."""
         self.kill()
         self.start()
+
+    def follow(self, port: int | None) -> None:
+        """Become a replica of the server at a port of this machine; None: a primary. A restart makes it one too."""
+        with self.client() as client:
+            client.execute_command("REPLICAOF", *(("NO", "ONE") if port is None else ("127.0.0.1", port)))
 
     def pause(self) -> None:
         """Stop the process: it accepts connections and answers nothing."""

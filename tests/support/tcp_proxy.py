@@ -45,9 +45,13 @@ class TcpProxy:
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
     @property
-    def url(self) -> str:
+    def port(self) -> int:
         assert self._server is not None
-        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return int(self._server.sockets[0].getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
 
     def swallow_reply_to(self, marker: bytes) -> None:
         """Hand the next request that contains `marker` on, and cut the connection in place of its answer."""
@@ -65,6 +69,10 @@ class TcpProxy:
         """Break every connection."""
         for writer in list(self._writers):
             writer.transport.abort()
+
+    def move(self, port: int) -> None:
+        """Stand in front of another server from now on, as an address that moves. Connections stay where they are."""
+        self._target = port
 
     def part(self) -> None:
         """Let nothing through in either direction, and close nothing, as a network that is partitioned does.

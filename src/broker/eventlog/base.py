@@ -50,12 +50,15 @@ class Page:
     through: the position that is decided by this page: the last envelope's seq, or the smaller of `upto` and head when
     the page reaches it; never below `after`. more: envelopes after `through` may exist. trimmed_seq: as in LogState at
     the time of reading; a reader whose `after` is below it has lost something and must be reset.
+    after_known: False where `after` is no place in this log any more, because its newest envelopes were lost (a failover
+    to a replica that lagged) and others came since: what a reader has up to there does not belong to what follows.
     """
 
     envelopes: list[Envelope] = field(default_factory=list)
     through: int = 0
     more: bool = False
     trimmed_seq: int = 0
+    after_known: bool = True
 
 
 Sink = Callable[[list[Committed]], None]

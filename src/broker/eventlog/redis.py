@@ -180,14 +180,14 @@ class RedisEventLog:
     ) -> Page:
         end = "+" if upto is None else stream_id_from_seq(upto)
         reply = await self._connection.one(
-            READ.command(log_keys(conv_id)[:2], (stream_id_from_seq(after), end, limit, max_bytes, 0))
+            READ.command(log_keys(conv_id)[:2], (stream_id_from_seq(after), end, limit, max_bytes, int(after > 0)))
         )
         if reply is None:
-            return Page(through=after)
+            return Page(through=after, after_known=after == 0)
         found = Stretch(conv_id, reply)
         target = found.head_seq if upto is None else min(upto, found.head_seq)
         through = found.envelopes[-1].seq if found.more else max(after, target)
-        return Page(found.envelopes, through, found.more, found.trimmed_seq)
+        return Page(found.envelopes, through, found.more, found.trimmed_seq, found.continues(after))
 
     async def find(self, conv_id: str, dedupe_key: str) -> int | None:
         key = escaped(dedupe_key)

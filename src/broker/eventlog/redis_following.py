@@ -131,7 +131,10 @@ class Following:
         self._check_soon(channel[len(_PREFIX) : -len(_SUFFIX)])
 
     def own_landed(self, conv_id: str, epoch: str, prev_seq: int, first_seq: int) -> bool:
-        """Take note of an own append; return whether it goes on from what the follower knows, as the log it knows."""
+        """Take note of an own append; return whether it may go on from what the follower knows, as the log it knows.
+
+        Where others appended before it, the follower reads what is missing and finds out whether it follows.
+        """
         known = self._follower.position(conv_id) if self._follower is not None else None
         followed = self._followed.get(conv_id)
         if known is None or followed is None:
@@ -140,8 +143,6 @@ class Following:
         if known[0] != epoch or prev_seq < known[1] < first_seq:
             self._reset(conv_id)
             return False
-        if prev_seq > known[1]:
-            self._want(conv_id, verify=True)
         return True
 
     def own_settled(self, conv_id: str) -> None:
@@ -164,9 +165,9 @@ class Following:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _want(self, conv_id: str, *, verify: bool = False) -> None:
+    def _want(self, conv_id: str) -> None:
         followed = self._followed[conv_id]
-        if not followed.reading or verify:
+        if not followed.reading:
             followed.reading = True
             self._wanted[conv_id] = True
             self._schedule()
@@ -242,8 +243,7 @@ class Following:
             another = after > 0
         else:
             # Trimmed beyond what this node has seen: its timeline lacks something that only the store has now.
-            another = stretch.epoch != epoch or stretch.trimmed_seq > after
-            another = another or (not stretch.known and stretch.trimmed_seq != after)
+            another = stretch.epoch != epoch or stretch.trimmed_seq > after or not stretch.continues(after)
         if another:
             self._reset(conv_id)
         return another

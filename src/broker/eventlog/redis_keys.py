@@ -76,3 +76,7 @@ class Stretch:
         self.more = bool(more)
         self.known = bool(known)
         self.envelopes = [envelope_of(conv_id, row) for row in rows]
+
+    def continues(self, after: int) -> bool:
+        """Say whether `after`, the position asked for, is a place in this log: an entry, or where the trimmed ones end."""
+        return self.known or self.trimmed_seq == after

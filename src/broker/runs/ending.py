@@ -41,6 +41,8 @@ def terminal_draft(run: Run) -> Draft:
 def closing_drafts(entities: Sequence[Entity], run: Run, *, max_text_bytes: int) -> list[Draft]:
     """Return the drafts that close what an ended run left open: texts as partial, tool calls with an error.
 
+    Like the terminal event the log takes each once: whoever writes the end again, because the answer to the first time
+    was lost or its writer died, may not have seen yet that all is closed, and nothing may come after the end (I13).
     max_text_bytes: longest text, as JSON, that one envelope carries; a longer one stands in its deltas only.
     """
     drafts = []
@@ -52,12 +54,16 @@ def closing_drafts(entities: Sequence[Entity], run: Run, *, max_text_bytes: int)
             text = str(entity.props.get("text", ""))
             if len(encode_json(text)) <= max_text_bytes:
                 data["text"] = text
-            drafts.append(Draft(OPEN_TEXT[entity.kind], data, entity.id))
+            drafts.append(Draft(OPEN_TEXT[entity.kind], data, entity.id, dedupe_key=_closing_key(run, entity)))
         elif entity.kind == "tool_call" and not _call_is_over(entity):
             why = "the run failed" if run.status == "failed" else f"the run was {run.status}"
             data = {"id": entity.id, "error": why, "runId": run.run_id}
-            drafts.append(Draft("tool.done", data, entity.id))
+            drafts.append(Draft("tool.done", data, entity.id, dedupe_key=_closing_key(run, entity)))
     return drafts
+
+
+def _closing_key(run: Run, entity: Entity) -> str:
+    return f"{run.run_id}:close:{entity.kind}:{entity.id}"
 
 
 def _call_is_over(entity: Entity) -> bool:

@@ -28,18 +28,24 @@ from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
 
-# KEYS entities, by-position, by-version, cursor, dead, log. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
+# KEYS entities, by-position, by-version, cursor, dead, log, stream. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
 # count of dead letters, then (seq, JSON) of each, then per entity: id, version, position, value.
-# A save is refused whole when the log is not any more the one that was folded: another epoch, or one that ends before.
+# A save is refused whole when the log is not any more the one that was folded: another epoch, one that ends before, or
+# one that lost what was folded (a failover to a replica that lagged) and has gone beyond since.
 SAVE = Script(
     """
 if ARGV[2] ~= '' then
-  local log = redis.call('HMGET', KEYS[6], 'epoch', 'head')
+  local log = redis.call('HMGET', KEYS[6], 'epoch', 'head', 'trimmed')
   if log[1] ~= ARGV[2] then return 0 end
-  local ms, n = string.match(log[2], '^(%d+)-(%d+)$')
   local own_ms, own_n = string.match(ARGV[3], '^(%d+)-(%d+)$')
-  ms, own_ms = tonumber(ms), tonumber(own_ms)
-  if own_ms > ms or (own_ms == ms and tonumber(own_n) > tonumber(n)) then return 0 end
+  own_ms, own_n = tonumber(own_ms), tonumber(own_n)
+  local function beyond(id)
+    local ms, n = string.match(id, '^(%d+)-(%d+)$')
+    ms, n = tonumber(ms), tonumber(n)
+    return own_ms > ms or (own_ms == ms and own_n > n)
+  end
+  if beyond(log[2]) then return 0 end
+  if beyond(log[3] or '0-0') and #redis.call('XRANGE', KEYS[7], ARGV[3], ARGV[3]) == 0 then return 0 end
 end
 local cursor = redis.call('GET', KEYS[4])
 if not cursor or cursor < ARGV[1] then redis.call('SET', KEYS[4], ARGV[1]) end
@@ -152,11 +158,10 @@ class RedisTimelineStore:
         await self._connection.one(("DEL", *_keys(conv_id)[:5]), lane="append")
 
 
-def _keys(conv_id: str) -> tuple[str, str, str, str, str, str]:
+def _keys(conv_id: str) -> tuple[str, ...]:
+    """Return the keys as SAVE has them; the first five are the timeline's own."""
     name = topic(conv_id)
-    return (
-        f"{name}:entities", f"{name}:by-position", f"{name}:by-version", f"{name}:cursor", f"{name}:dead", f"{name}:log"
-    )  # fmt: skip
+    return (*(f"{name}:{part}" for part in ("entities", "by-position", "by-version", "cursor", "dead", "log")), name)
 
 
 def _digits(seq: int) -> str:
