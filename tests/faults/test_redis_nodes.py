@@ -220,8 +220,8 @@ async def test_a_flush_is_told_to_every_client_as_a_new_epoch(redis_server: Redi
         assert [entity.id for entity in await one.broker.stores.timeline.page("c1")] == ["u2"]
 
 
-async def follow_what_is_lost(redis_server: RedisServer, one: Core, other: Core) -> tuple[Peer, int]:
-    """Publish twice, then take Redis back to the state between; return who has seen both, and the seq that was lost."""
+async def follow_what_is_lost(redis_server: RedisServer, one: Core, other: Core) -> tuple[Peer, int, int]:
+    """Publish twice, then take Redis back to the state between; return who has seen both, the seq kept, the seq lost."""
     peer, _ = await other.connect("c1")
     kept = await one.say("c1", "kept")
     with redis_server.client() as client:
@@ -230,13 +230,13 @@ async def follow_what_is_lost(redis_server: RedisServer, one: Core, other: Core)
         await until(lambda: peer.client.seqs() == [kept, lost])
         for name, value in saved.items():
             client.restore(name, 0, value, replace=True)
-    return peer, lost
+    return peer, kept, lost
 
 
 async def test_a_failover_to_an_older_state_is_noticed(redis_server: RedisServer) -> None:
     """The log lost its newest entries but kept its epoch: clients that saw them are sent back and reset."""
     async with Core(redis_server.url) as one, Core(redis_server.url) as other:
-        peer, _ = await follow_what_is_lost(redis_server, one, other)
+        peer, _, _ = await follow_what_is_lost(redis_server, one, other)
         await until(lambda: peer.closed is not None)
         back: Client = peer.client
         await other.connect("c1", client=back, since=back.last, epoch=back.epoch)
@@ -247,7 +247,7 @@ async def test_a_failover_to_an_older_state_is_noticed(redis_server: RedisServer
 async def test_a_failover_whose_new_entries_hide_the_lost_ones_is_noticed(redis_server: RedisServer) -> None:
     """The head has passed what was lost: only the question whether the own position is still there tells."""
     async with Core(redis_server.url) as one, Core(redis_server.url) as other:
-        peer, lost = await follow_what_is_lost(redis_server, one, other)
+        peer, kept, lost = await follow_what_is_lost(redis_server, one, other)
         new = await one.say("c1", "new")
         assert new > lost
         # What a node folded before it noticed is not stored either.
