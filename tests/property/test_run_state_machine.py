@@ -91,7 +91,7 @@ class RunMachine(RuleBasedStateMachine):
     def start(self) -> None:
         async def begin() -> None:
             self.bench = Bench(self._plugin(), limits=FAST)
-            await self.bench.runs.start()
+            await self.bench.start()
 
         self.runner.run(begin())
 
@@ -130,7 +130,7 @@ class RunMachine(RuleBasedStateMachine):
             reborn = await self.bench.kill(self._plugin())
             self.bench.host.close()
             self.bench = reborn
-            await self.bench.runs.start()
+            await self.bench.start()
 
         self.runner.run(again())
 
@@ -143,9 +143,9 @@ class RunMachine(RuleBasedStateMachine):
             await old.runs.stop(drain_s=0)
             old.host.close()
             self.bench = Bench(
-                self._plugin(), store=old.store, turns=old.turns, journal=old.journal, limits=old.limits
+                self._plugin(), place=old.kept, journal=old.journal, limits=old.limits
             )
-            await self.bench.runs.start()
+            await self.bench.start()
 
         self.runner.run(again())
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from broker.runs.state import ACTIVE, Run, RunStatus, changed, decided
+from broker.runs.state import ACTIVE, Run, RunStatus, changed, decided, given_up
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.runs.turns import Turn
 
@@ -90,6 +90,12 @@ class MemoryRunStore:
             return None, {}
         calls, outcomes = decided(run, call_ids, decision, by)
         return await self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        run = self._runs.get(run_id)
+        if run is None or run.status != "awaiting_tool_approval":
+            return None
+        return await self.update(run_id, frozenset({run.status}), {"calls": given_up(run, call_ids)}, now_ms)
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         run = self._runs.get(run_id)

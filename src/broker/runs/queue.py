@@ -50,6 +50,8 @@ class Lines:
         self._lines: dict[str, Line] = {}
         self.works: set[asyncio.Task[None]] = set()
         """Runs at work, until the last thing after their end is done."""
+        self.broken: set[str] = set()
+        """Conversations of runs whose end could not be written: the next start, or another node, does."""
         self.refused = 0
 
     @property
@@ -116,6 +118,8 @@ class Lines:
         finally:
             line.task = None
             self.refused += task.refused
+            if task.end_unwritten:
+                self.broken.add(line.conv_id)
         async with self.enter(line.conv_id) as line:
             await self.advance(line)
         await task.finish_recording()

@@ -67,6 +67,8 @@ class RunTask:
         self._deadline: asyncio.TimerHandle | None = None
         self._left_s = self._limits.run_timeout_s
         self._due = 0.0
+        self.end_unwritten = False
+        """Whether the run ended here, and its end is not known to be in store and log."""
 
     # -- orders from outside ----------------------------------------------------------------------------------------
 
@@ -141,7 +143,9 @@ class RunTask:
             "step": self.run.step,
             "attempt": self.run.attempt,
         }
+        self.end_unwritten = True
         ended = await self._runtime.settle(self.run, status, changes)
+        self.end_unwritten = ended is None
         self._release()
         return ended
 

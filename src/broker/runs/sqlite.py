@@ -14,8 +14,8 @@ from typing import Any, Literal
 import orjson
 
 from broker.database import Database
-from broker.runs.state import Run, RunStatus, changed, decided, run_from_json
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
+from broker.runs.state import Run, RunStatus, changed, decided, given_up, run_from_json
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full, state_from_json
 from broker.runs.turns import Turn
 
 RUN_TABLES = (
@@ -156,6 +156,12 @@ class _Writer:
         calls, outcomes = decided(run, call_ids, decision, by)
         return self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
 
+    def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        run = self.run(run_id)
+        if run is None or run.status != "awaiting_tool_approval":
+            return None
+        return self.update(run_id, frozenset({run.status}), {"calls": given_up(run, call_ids)}, now_ms)
+
     def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         run = self.run(run_id)
         if run is None or run.status != "queued":
@@ -215,6 +221,9 @@ class SqliteRunStore:
         now_ms: int,
     ) -> tuple[Run | None, dict[str, str]]:
         return await self._write(lambda writer: writer.decide(run_id, call_ids, decision, by, now_ms))  # type: ignore[no-any-return]
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        return await self._write(lambda writer: writer.give_up_calls(run_id, call_ids, now_ms))  # type: ignore[no-any-return]
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         return await self._write(lambda writer: writer.move_to_front(run_id, now_ms))  # type: ignore[no-any-return]
@@ -350,7 +359,9 @@ async def _delete_in_steps(database: Database, statement: str, before_ms: int) -
     """Delete what is older than `before_ms`, a few rows to a job; return how many went."""
     removed = 0
     while True:
-        count = await database.write(lambda connection: connection.execute(statement, (before_ms, _PRUNED_ROWS)).rowcount)
+        count = await database.write(
+            lambda connection: connection.execute(statement, (before_ms, _PRUNED_ROWS)).rowcount
+        )
         removed += count
         if count < _PRUNED_ROWS:
             return removed
@@ -386,7 +397,7 @@ def count(connection: sqlite3.Connection, conv_id: str, status: str) -> int:
 def conversation(connection: sqlite3.Connection, conv_id: str) -> ConversationState | None:
     """Return what is kept of the conversation."""
     row = connection.execute("SELECT body FROM run_conversation WHERE conv_id = ?", (conv_id,)).fetchone()
-    return ConversationState(**orjson.loads(row[0])) if row else None
+    return state_from_json(orjson.loads(row[0])) if row else None
 
 
 def read_key(connection: sqlite3.Connection, scope: str, key: str) -> KeyRecord | None:

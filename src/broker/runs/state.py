@@ -143,3 +143,15 @@ def decided(
     for call_id in call_ids or ():
         outcomes.setdefault(call_id, "stale")
     return tuple(calls), outcomes
+
+
+def given_up(run: Run, call_ids: frozenset[str]) -> tuple[PendingCall, ...]:
+    """Return the run's calls after a node that may have been carrying out these approved ones was lost.
+
+    Nobody knows whether they were carried out, so they must not be again: such a call becomes one that needs no decision
+    and has no result, which the run answers as interrupted.
+    """
+    return tuple(
+        replace(call, decision="auto") if call.id in call_ids and call.decision == "approved" else call
+        for call in run.calls
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from broker.errors import LimitExceeded
@@ -23,7 +23,14 @@ class ConversationState:
     engine_profile: str | None = None
     signature: str | None = None
     plan: Mapping[str, Any] | None = None
-    title: str | None = None
+
+
+_STATE_FIELDS = frozenset(f.name for f in fields(ConversationState))
+
+
+def state_from_json(raw: Mapping[str, Any]) -> ConversationState:
+    """Return the state that was stored as a JSON object; fields this version does not know are dropped."""
+    return ConversationState(**{key: value for key, value in raw.items() if key in _STATE_FIELDS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,13 @@ class RunStore(Protocol):
         now_ms: int,
     ) -> tuple[Run | None, dict[str, str]]:
         """Decide tool calls of a run that awaits approval (see `state.decided`); (None, {}) for any other run."""
+        ...
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        """Note that nobody knows whether these approved calls were carried out (see `state.given_up`).
+
+        Returns the run as it is then; None if it does not await approval (any more).
+        """
         ...
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
