@@ -119,7 +119,7 @@ async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(sta
     assert token is not None
     keeper = one.broker.runs._leases
     assert keeper is not None
-    for task in list(keeper._tasks):  # what a stopped process does: nothing
+    for task in list(keeper._watches):  # what a stopped process does: nothing
         task.cancel()
     other = await start(EnginePlugin(ScriptedEngine(text("second answer"))))
     await until_status(other, queued.run_id, "finished")

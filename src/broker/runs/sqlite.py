@@ -125,8 +125,10 @@ class _Writer:
                 "INSERT INTO run_key (scope, key, conv_id, run_id, created_at_ms, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (record.scope, record.key, run.conv_id, run.run_id, record.created_at_ms, _json(asdict(record))),
             )
-        before = conversation(connection, run.conv_id) or ConversationState(run.conv_id, run.session_id)
-        self.save_conversation(replace(before, engine_profile=run.engine_profile))
+        before = conversation(connection, run.conv_id)
+        state = replace(before or ConversationState(run.conv_id, run.session_id), engine_profile=run.engine_profile)
+        if state != before:
+            self._put_conversation(state)
         return Prepared(run, status, position, record)
 
     def discard(self, run_id: str) -> bool:
@@ -174,11 +176,14 @@ class _Writer:
         if conversation(self._connection, state.conv_id) == state:
             self.saves_skipped += 1
             return
+        self._put_conversation(state)
+        self.saves += 1
+
+    def _put_conversation(self, state: ConversationState) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO run_conversation (conv_id, body) VALUES (?, ?)",
             (state.conv_id, _json(asdict(state))),
         )
-        self.saves += 1
 
 
 class SqliteRunStore:
