@@ -285,7 +285,7 @@ class RunService:
             self._plugins.report("broker", "on_run_finished", exc)
 
     async def _drained(self, timeout_s: float) -> None:
-        """Wait until no run is at work here. What waits behind one that ended is given to other nodes at once."""
+        """Wait until all is done about the runs at work here. What waits behind one goes to other nodes when it ends."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while True:
             if self._leases is not None:
@@ -293,4 +293,7 @@ class RunService:
             left_s = deadline_s - asyncio.get_running_loop().time()
             if not self._lines.works or left_s <= 0:
                 return
-            await asyncio.wait(set(self._lines.works), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            self._lines.came_to_rest.clear()
+            rest = asyncio.create_task(self._lines.came_to_rest.wait())
+            await asyncio.wait({*self._lines.works, rest}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            rest.cancel()
