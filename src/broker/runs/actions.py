@@ -171,11 +171,21 @@ class Actions:
         """Write the end of a cancelled run that nothing works on. Goes on in the background when that takes long."""
 
         async def settle() -> None:
-            ended = await self._runtime.settle(run, "cancelled", {})
+            publish = self._runtime.publish_as_holder(run.conv_id) if run.started_at_ms is not None else None
+            ended = await self._runtime.settle(run, "cancelled", {}, publish)
             if ended is not None:
                 await self._on_ended(ended)
 
-        await asyncio.wait({self._spawn(settle())}, timeout=self._runtime.limits.stop_grace_s)
+        settled = self._spawn(settle())
+        await asyncio.wait({settled}, timeout=self._runtime.limits.stop_grace_s)
+        if not settled.done():
+            self._spawn(self._advance_after(settled, run.conv_id))
+
+    async def _advance_after(self, settled: asyncio.Task[None], conv_id: str) -> None:
+        """Go on with the queue when a run has been settled at last: until then nothing can be claimed."""
+        await asyncio.wait({settled})
+        async with self._lines.enter(conv_id) as line:
+            await self._lines.advance(line)
 
     async def _until_ended(self, run_id: str, work: asyncio.Task[None]) -> None:
         deadline = asyncio.get_running_loop().time() + self._runtime.limits.stop_grace_s + 2.0

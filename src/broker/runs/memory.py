@@ -62,7 +62,7 @@ class MemoryRunStore:
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
         mine = self._of(conv_id)
         waiting = sorted((run for run in mine if run.status == "queued"), key=lambda run: run.order)
-        if not waiting or any(run.status in ACTIVE for run in mine):
+        if not waiting or any(run.before_others for run in mine):
             return None
         return await self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
@@ -118,7 +118,7 @@ class MemoryRunStore:
         return self._of(conv_id)[::-1][:limit]
 
     async def unsettled(self) -> list[Run]:
-        open_runs = [run for run in self._runs.values() if not (run.ended and run.terminal_published)]
+        open_runs = [run for run in self._runs.values() if not run.settled]
         return sorted(open_runs, key=lambda run: (run.conv_id, run.order))
 
     async def key(self, scope: str, key: str) -> KeyRecord | None:

@@ -59,7 +59,8 @@ async def settle_conversation(
     place = 0
     for run in runs:
         if run.ended or run.status == "running":
-            ended = await runtime.settle(run, "interrupted", {"error": LOST})
+            publish = runtime.publish_as_holder(run.conv_id)
+            ended = await runtime.settle(run, "interrupted", {"error": LOST}, publish)
             if ended is not None:
                 log.info("run %s of %s: %s, settled", run.run_id, run.conv_id, ended.status)
                 on_ended(ended)

@@ -108,8 +108,7 @@ class RedisRunStore(RedisLeases):
                 self.lease_ms if lease else "", self._connection.node, len(changed),
             ]  # fmt: skip
             for run in changed:
-                settled = run.ended and run.terminal_published
-                arguments += (run.run_id, int(settled), orjson.dumps(run.to_json()))
+                arguments += (run.run_id, int(run.settled), orjson.dumps(run.to_json()))
             arguments += removed
             if any(not run.ended for run in changed):
                 await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")

@@ -54,7 +54,8 @@ class RunTask:
         self._resumed = run.status == "awaiting_tool_approval"
         self._loop = asyncio.get_running_loop()
         self._stop: asyncio.Future[StopReason] = self._loop.create_future()
-        self._published = RunPublisher(run.conv_id, run.run_id, runtime.publish_as_holder(run.conv_id))
+        self._publish = runtime.publish_as_holder(run.conv_id)
+        self._published = RunPublisher(run.conv_id, run.run_id, self._publish)
         self._recorder = TurnRecorder(
             run, runtime.turns, runtime.plugins, runtime.clock, keep=self._limits.turns_per_conversation
         )
@@ -144,7 +145,7 @@ class RunTask:
             "attempt": self.run.attempt,
         }
         self.end_unwritten = True
-        ended = await self._runtime.settle(self.run, status, changes)
+        ended = await self._runtime.settle(self.run, status, changes, self._publish)
         self.end_unwritten = ended is None
         self._release()
         return ended

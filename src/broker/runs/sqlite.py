@@ -91,7 +91,7 @@ class _Writer:
                 run.conv_id,
                 run.status,
                 run.order,
-                run.ended and run.terminal_published,
+                run.settled,
                 _json(run.to_json()),
             ),
         )
@@ -140,7 +140,7 @@ class _Writer:
 
     def claim(self, conv_id: str, now_ms: int) -> Run | None:
         waiting = queued(self._connection, conv_id)
-        if not waiting or active(self._connection, conv_id) is not None:
+        if not waiting or any(run.before_others for run in unsettled(self._connection, conv_id)):
             return None
         return self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
@@ -385,6 +385,12 @@ def active(connection: sqlite3.Connection, conv_id: str) -> Run | None:
     sql = "SELECT body FROM run WHERE conv_id = ? AND status IN ('running', 'awaiting_tool_approval')"
     row = connection.execute(sql, (conv_id,)).fetchone()
     return _run(row) if row else None
+
+
+def unsettled(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
+    """Return the conversation's runs that have not ended or whose terminal event may be missing."""
+    sql = "SELECT body FROM run WHERE conv_id = ? AND settled = 0"
+    return [_run(row) for row in connection.execute(sql, (conv_id,))]
 
 
 def queued(connection: sqlite3.Connection, conv_id: str) -> list[Run]:

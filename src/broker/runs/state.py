@@ -79,6 +79,16 @@ class Run:
         return self.status in TERMINAL
 
     @property
+    def settled(self) -> bool:
+        """Whether the run has ended and its terminal event is in the log: nothing is left to do about it."""
+        return self.ended and self.terminal_published
+
+    @property
+    def before_others(self) -> bool:
+        """Whether no other run of the conversation may begin: it is active, or was and its end is not in the log yet."""
+        return self.status in ACTIVE or (self.ended and self.started_at_ms is not None and not self.terminal_published)
+
+    @property
     def pending_calls(self) -> list[PendingCall]:
         """The tool calls that a person has still to decide."""
         return [call for call in self.calls if call.decision == "pending"]

@@ -111,8 +111,8 @@ class RunStore(Protocol):
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
         """Make the first queued run the active one (`running`) and return it.
 
-        None while another run of the conversation is active, or when nothing waits: of any number of concurrent calls
-        one gets the run.
+        None while another run of the conversation is active or its terminal event is not known to be in the log, or when
+        nothing waits: of any number of concurrent calls one gets the run.
         """
         ...
 

@@ -75,16 +75,21 @@ class SlowToTell(EnginePlugin):
 
 
 class PausingProcess(Process):
-    """Stays at one step until the test lets it go on."""
+    """Stays at one step until the test lets it go on: the first of its kind after `passes` others, once `armed`."""
 
-    def __init__(self, at: str) -> None:
+    def __init__(self, at: str, *, passes: int = 0, armed: bool = True) -> None:
         super().__init__()
         self._at = at
+        self._passes = passes
+        self.armed = armed
         self.gate = Gate()
 
     async def step(self, what: str) -> None:
         await super().step(what)
-        if self._at in what and not self.gate.reached.is_set():
+        if self.armed and self._at in what and not self.gate.reached.is_set():
+            if self._passes:
+                self._passes -= 1
+                return
             self.gate.reached.set()
             await self.gate.opened.wait()
 
@@ -245,3 +250,24 @@ async def test_a_decision_whose_poke_is_lost_is_found(nodes: Nodes, redis_url: s
             assert (await deaf.ended(sent.run_id)).status == "finished"
             assert pushes.lost
     assert nodes.ran == {"c1": 1}
+
+
+async def test_the_next_run_begins_when_the_end_of_the_last_one_is_in_the_log(nodes: Nodes) -> None:
+    """Also on another node, which sees in the store that the run has ended a moment before everybody reads it."""
+    gate = Gate()
+    process = PausingProcess("before publish", passes=1, armed=False)  # llm.final, then the terminal event
+    one = await nodes.start(EnginePlugin(ScriptedEngine([*text("half")[:1], gate, *text()])), process=process)
+    other = await nodes.start(EnginePlugin(ScriptedEngine(text("second"))))
+    first = await one.runs.send(ALICE, "c", "one")
+    await gate.reached.wait()
+    await one.until(lambda: one.events("c", "llm.delta"))
+    process.armed = True
+    gate.open()
+    await process.gate.reached.wait()
+    assert (await one.status(first.run_id, "finished")).terminal_published is False
+    second = await other.runs.send(ALICE, "c", "two")
+    assert (await other.status(second.run_id, "queued")).started_at_ms is None
+    process.gate.open()
+    assert (await other.ended(second.run_id)).status == "finished"
+    kinds = [kind for kind in one.types("c") if kind.startswith("run.")]
+    assert kinds == ["run.started", "run.finished", "run.started", "run.finished"]
