@@ -13,7 +13,8 @@ from broker.redis_script import Command
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
-from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
+from broker.runs.sqlite import SqliteRunStore
+from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 

@@ -14,7 +14,7 @@ from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.leases import Leases
 from broker.runs.queue import Ended, Line, Lines
 from broker.runs.runtime import Runtime
-from broker.runs.state import ACTIVE, Run
+from broker.runs.state import ACTIVE, Run, Verdict
 from broker.runs.tool_round import decision_drafts
 
 ELSEWHERE_POLL_S = 0.1
@@ -72,7 +72,9 @@ class Actions:
             if active is not None:
                 # First who works there, then the decision: of one made after a take-over, nobody has begun anything.
                 ours = await self._is_ours(line)
-                run, outcomes = await self._store.decide(active.run_id, ids, decision, by, self._clock.wall_ms())
+                run, outcomes = await self._store.decide(
+                    active.run_id, Verdict(decision, by, ids), self._clock.wall_ms()
+                )
             if run is None:
                 outcomes = dict.fromkeys(ids or (), "stale")
             else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from broker.runs.state import ACTIVE, Run, RunStatus, changed, decided, given_up
+from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.runs.turns import Turn
 
@@ -77,18 +77,11 @@ class MemoryRunStore:
             self._put(new)
         return new
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         run = self._runs.get(run_id)
         if run is None or run.status != "awaiting_tool_approval":
             return None, {}
-        calls, outcomes = decided(run, call_ids, decision, by)
+        calls, outcomes = decided(run, verdict)
         return await self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
 
     async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -16,7 +16,7 @@ from broker.runs.memory import MemoryRunStore
 from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases
 from broker.runs.redis_scripts import COMMIT, LOAD, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
-from broker.runs.state import Run, RunStatus
+from broker.runs.state import Run, RunStatus, Verdict
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, state_from_json
 
 T = TypeVar("T")
@@ -167,17 +167,8 @@ class RedisRunStore(RedisLeases):
     ) -> Run | None:
         return await self._on_run(run_id, lambda model: model.update(run_id, expect, changes, now_ms), None)
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
-        return await self._on_run(
-            run_id, lambda model: model.decide(run_id, call_ids, decision, by, now_ms), (None, {})
-        )
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
+        return await self._on_run(run_id, lambda model: model.decide(run_id, verdict, now_ms), (None, {}))
 
     async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
         return await self._on_run(run_id, lambda model: model.give_up_calls(run_id, call_ids, now_ms), None)

@@ -1,4 +1,4 @@
-"""Runs and turns in the broker's SQLite file.
+"""Runs in the broker's SQLite file.
 
 A run is one row: columns for what is searched, the rest as JSON. Each operation is one function in one transaction of
 the file's single writer, which is what makes it atomic.
@@ -14,9 +14,8 @@ from typing import Any, Literal
 import orjson
 
 from broker.database import Database
-from broker.runs.state import Run, RunStatus, changed, decided, given_up, run_from_json
+from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, run_from_json
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full, state_from_json
-from broker.runs.turns import Turn
 
 RUN_TABLES = (
     """CREATE TABLE IF NOT EXISTS run (
@@ -50,22 +49,9 @@ RUN_TABLES = (
     ) WITHOUT ROWID""",
 )
 
-TURN_TABLES = (
-    """CREATE TABLE IF NOT EXISTS turn (
-        number INTEGER PRIMARY KEY,
-        turn_id TEXT NOT NULL,
-        conv_id TEXT NOT NULL,
-        created_at_ms INTEGER NOT NULL,
-        body BLOB NOT NULL
-    )""",
-    "CREATE INDEX IF NOT EXISTS turn_by_conversation ON turn (conv_id, number)",
-    "CREATE INDEX IF NOT EXISTS turn_by_age ON turn (created_at_ms)",
-)
-
 _PRUNE_KEYS = """
 DELETE FROM run_key WHERE (scope, key) IN (SELECT scope, key FROM run_key WHERE created_at_ms < ? LIMIT ?)
 """
-_PRUNE_TURNS = "DELETE FROM turn WHERE number IN (SELECT number FROM turn WHERE created_at_ms < ? LIMIT ?)"
 _PRUNED_ROWS = 100  # per job: a few ms also where turns are large, so that publishers do not wait for a long prune
 
 
@@ -144,18 +130,11 @@ class _Writer:
             return None
         return self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
-    def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         run = self.run(run_id)
         if run is None or run.status != "awaiting_tool_approval":
             return None, {}
-        calls, outcomes = decided(run, call_ids, decision, by)
+        calls, outcomes = decided(run, verdict)
         return self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
 
     def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
@@ -217,15 +196,8 @@ class SqliteRunStore:
     ) -> Run | None:
         return await self._write(lambda writer: writer.update(run_id, expect, changes, now_ms))  # type: ignore[no-any-return]
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
-        return await self._write(lambda writer: writer.decide(run_id, call_ids, decision, by, now_ms))  # type: ignore[no-any-return]
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
+        return await self._write(lambda writer: writer.decide(run_id, verdict, now_ms))  # type: ignore[no-any-return]
 
     async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
         return await self._write(lambda writer: writer.give_up_calls(run_id, call_ids, now_ms))  # type: ignore[no-any-return]
@@ -256,7 +228,7 @@ class SqliteRunStore:
         return await self._database.read(lambda connection: read_key(connection, scope, key))
 
     async def prune_keys(self, before_ms: int) -> int:
-        return await _delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
+        return await delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return await self._database.read(lambda connection: conversation(connection, conv_id))
@@ -300,67 +272,7 @@ class SqliteRunStore:
         return result
 
 
-class SqliteTurnStore:
-    """A TurnStore in SQLite. The database is opened and closed by whoever made it."""
-
-    name = "sqlite"
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        database.register("turns", TURN_TABLES)
-
-    async def open(self) -> None:
-        """Make sure that the tables are there. Raises StoreError."""
-        await self._database.open()
-
-    async def close(self) -> None: ...
-
-    async def add(self, turn: Turn, *, keep: int) -> None:
-        body = _json(asdict(turn))
-
-        def add(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "INSERT INTO turn (turn_id, conv_id, created_at_ms, body) VALUES (?, ?, ?, ?)",
-                (turn.turn_id, turn.conv_id, turn.created_at_ms, body),
-            )
-            connection.execute(
-                "DELETE FROM turn WHERE conv_id = ?1 AND number <= "
-                "(SELECT number FROM turn WHERE conv_id = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2)",
-                (turn.conv_id, keep),
-            )
-
-        await self._database.write(add)
-
-    async def get(self, conv_id: str, turn_id: str) -> Turn | None:
-        found = await self._select("conv_id = ? AND turn_id = ?", (conv_id, turn_id), 1)
-        return found[0] if found else None
-
-    async def turns(
-        self, conv_id: str, *, run_id: str | None = None, phase: str | None = None, limit: int = 100
-    ) -> list[Turn]:
-        where, values = ["conv_id = ?"], [conv_id]
-        for field, value in (("run_id", run_id), ("phase", phase)):
-            if value is not None:
-                where.append(f"json_extract(CAST(body AS TEXT), '$.{field}') = ?")
-                values.append(value)
-        return await self._select(" AND ".join(where), tuple(values), limit)
-
-    async def prune(self, before_ms: int) -> int:
-        return await _delete_in_steps(self._database, _PRUNE_TURNS, before_ms)
-
-    async def erase(self, conv_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute("DELETE FROM turn WHERE conv_id = ?", (conv_id,)).rowcount
-        )
-
-    async def _select(self, where: str, values: tuple[str, ...], limit: int) -> list[Turn]:
-        sql = f"SELECT body FROM turn WHERE {where} ORDER BY number DESC LIMIT ?"
-        return await self._database.read(
-            lambda connection: [Turn(**orjson.loads(row[0])) for row in connection.execute(sql, (*values, limit))]
-        )
-
-
-async def _delete_in_steps(database: Database, statement: str, before_ms: int) -> int:
+async def delete_in_steps(database: Database, statement: str, before_ms: int) -> int:
     """Delete what is older than `before_ms`, a few rows to a job; return how many went."""
     removed = 0
     while True:

@@ -43,6 +43,15 @@ class PendingCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a person decides about tool calls. by: who. call_ids: None means every call that is still pending."""
+
+    decision: Literal["approved", "denied"]
+    by: str
+    call_ids: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One inference of a conversation, as it is stored. Never changed in place: stores hand out and take in copies.
 
@@ -132,21 +141,20 @@ def changed(run: Run, expect: frozenset[RunStatus], changes: Mapping[str, Any], 
     return replace(run, **times, **changes)
 
 
-def decided(
-    run: Run, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str
-) -> tuple[tuple[PendingCall, ...], dict[str, str]]:
+def decided(run: Run, verdict: Verdict) -> tuple[tuple[PendingCall, ...], dict[str, str]]:
     """Return the run's calls after a person's decision, and what became of each call asked for.
 
-    call_ids: None means every call that is still pending. Outcomes by call id: the decision itself, `already_approved`,
-    `already_denied` (the first decision stands) or `stale` (no such call waits in this run).
+    Outcomes by call id: the decision itself, `already_approved`, `already_denied` (the first decision stands) or `stale`
+    (no such call waits in this run).
     """
+    call_ids, decision = verdict.call_ids, verdict.decision
     outcomes: dict[str, str] = {}
     calls = []
     for call in run.calls:
         asked = call.id in call_ids if call_ids is not None else call.decision == "pending"
         if asked and call.decision == "pending":
             outcomes[call.id] = decision
-            call = replace(call, decision=decision, by=by)
+            call = replace(call, decision=decision, by=verdict.by)
         elif asked and call.decision != "auto":
             outcomes[call.id] = f"already_{call.decision}"
         calls.append(call)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from broker.errors import LimitExceeded
-from broker.runs.state import Run, RunStatus
+from broker.runs.state import Run, RunStatus, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +125,7 @@ class RunStore(Protocol):
         """
         ...
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         """Decide tool calls of a run that awaits approval (see `state.decided`); (None, {}) for any other run."""
         ...
 

@@ -15,6 +15,7 @@ from broker.errors import IdempotencyPending
 from broker.runs.engine import EngineRequest, TextDelta
 from broker.runs.history import INTERRUPTED_CALL
 from broker.runs.service import SendResult
+from broker.runs.state import Verdict
 from broker.runs.tools import Tool
 
 SCHEMA = {"type": "object"}
@@ -104,7 +105,7 @@ async def test_an_approved_call_that_may_have_been_carried_out_is_not_carried_ou
         await bench.status(sent.run_id, "awaiting_tool_approval")
         await bench.until(lambda: bench.events("c", "tool.done"))
         # Decided, and the process is gone before anything is known of the result.
-        await bench.store.decide(sent.run_id, None, "approved", "alice", 1)
+        await bench.store.decide(sent.run_id, Verdict("approved", "alice"), 1)
         reborn = await bench.kill(agent(ran))
     async with reborn as bench:
         assert (await bench.ended(sent.run_id)).status == "finished"
@@ -120,7 +121,7 @@ async def test_a_denial_before_the_end_of_the_process_stands() -> None:
     async with Bench(agent(ran)) as bench:
         sent = await bench.runs.send(ALICE, "c", "use tools")
         await bench.status(sent.run_id, "awaiting_tool_approval")
-        await bench.store.decide(sent.run_id, None, "denied", "alice", 1)
+        await bench.store.decide(sent.run_id, Verdict("denied", "alice"), 1)
         reborn = await bench.kill(agent(ran))
     async with reborn as bench:
         assert (await bench.ended(sent.run_id)).status == "finished"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker.errors import InvalidInput, LimitExceeded
-from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run
+from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run, Verdict
 from broker.runs.store import ConversationState, KeyRecord, RunStore, state_from_json
 from broker.runs.turns import Turn, TurnStore
 
@@ -216,9 +216,9 @@ async def test_decisions_are_taken_once(store: RunStore) -> None:
     )
     await prepare(store, "r1")
     await store.claim("c", 1)
-    assert await store.decide("r1", None, "approved", "alice", 2) == (None, {})
+    assert await store.decide("r1", Verdict("approved", "alice"), 2) == (None, {})
     await store.update("r1", ACTIVE, {"status": "awaiting_tool_approval", "calls": calls}, 2)
-    run, outcomes = await store.decide("r1", frozenset({"a", "zz", "c"}), "approved", "alice", 3)
+    run, outcomes = await store.decide("r1", Verdict("approved", "alice", frozenset({"a", "zz", "c"})), 3)
     assert outcomes == {"a": "approved", "zz": "stale", "c": "stale"}
     assert run is not None
     assert [(call.id, call.decision, call.by) for call in run.calls] == [
@@ -226,9 +226,9 @@ async def test_decisions_are_taken_once(store: RunStore) -> None:
         ("b", "pending", None),
         ("c", "auto", None),
     ]
-    _, outcomes = await store.decide("r1", frozenset({"a"}), "denied", "bob", 4)
+    _, outcomes = await store.decide("r1", Verdict("denied", "bob", frozenset({"a"})), 4)
     assert outcomes == {"a": "already_approved"}
-    run, outcomes = await store.decide("r1", None, "denied", "bob", 5)
+    run, outcomes = await store.decide("r1", Verdict("denied", "bob"), 5)
     assert outcomes == {"b": "denied"}
     assert run is not None
     assert run == await store.get("r1")
