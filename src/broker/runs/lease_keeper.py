@@ -174,7 +174,6 @@ class LeaseKeeper:
         if taken is None:
             return False
         if not taken.runs:
-            await self._leases.release(conv_id)
             return True
         self.taken_over += 1
         if any(run.status == "awaiting_tool_approval" for run in taken.runs):

@@ -56,15 +56,14 @@ class Leases(Protocol):
         ...
 
     async def take_over(self, conv_id: str) -> TakenOver | None:
-        """Take the lease on a conversation in which nobody works; None: somebody does."""
+        """Take the lease on a conversation in which nobody works; None: somebody does.
+
+        Where no run is unsettled there is nothing to take: then this node has no lease afterwards either.
+        """
         ...
 
     async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
         """Return the node that holds the lease, by conversation; those that nobody works in are left out."""
-        ...
-
-    async def release(self, conv_id: str) -> None:
-        """Give a lease back: nothing waits there."""
         ...
 
     async def leave(self, conv_ids: Sequence[str]) -> None:

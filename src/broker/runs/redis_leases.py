@@ -99,8 +99,8 @@ class RedisLeases:
         """Take the lease on a conversation that nobody works in. Raises StoreError."""
         command = TAKE_OVER.command(run_keys(conv_id), (self._connection.node, self.lease_ms))
         reply = await self._connection.one(command, lane="append")
-        if reply is None:
-            return None
+        if not reply:
+            return None if reply is None else TakenOver([], given_back=True)
         token, holder, *runs = reply
         self.hold(conv_id, token.decode())
         return TakenOver(runs_of(runs), given_back=not holder)
@@ -110,13 +110,6 @@ class RedisLeases:
         tokens = await self._connection.all([("GET", run_keys(conv_id)[4]) for conv_id in conv_ids])
         found = {conv_id: token.decode() for conv_id, token in zip(conv_ids, tokens, strict=True) if token}
         return {conv_id: token.partition(":")[2] for conv_id, token in found.items()}
-
-    async def release(self, conv_id: str) -> None:
-        """Give the lease back: nothing is worked on in this conversation any more. Raises StoreError."""
-        token = self._tokens.get(conv_id)
-        if token is not None:
-            self.forget(conv_id)
-            await self._connection.one(RELEASE.command(run_keys(conv_id), (token,)), lane="append")
 
     async def leave(self, conv_ids: Sequence[str]) -> None:
         """Give leases back and tell the other nodes. Raises StoreError: then this node may still have them.

@@ -121,11 +121,13 @@ return redis.call('HGET', KEYS[4], 'revision') or '0'
 )
 
 # KEYS as run_keys. ARGV: node, lease in ms. Reply: nil while somebody holds the lease; else the token, the token of who
-# held it before ('' if it was given back, or there was none), open runs in order of creation ….
+# held it before ('' if it was given back, or there was none), open runs in order of creation …. Where there is no open run
+# nothing is taken, and the reply is empty: a conversation that was erased meanwhile has to stay so.
 TAKE_OVER = Script(
     _OPEN_RUNS
     + """
 if redis.call('EXISTS', KEYS[5]) == 1 then return false end
+if redis.call('SCARD', KEYS[3]) == 0 then return {} end
 local holder = redis.call('HGET', KEYS[4], 'holder') or ''
 local token = redis.call('HINCRBY', KEYS[4], 'token', 1) .. ':' .. ARGV[1]
 redis.call('HSET', KEYS[4], 'holder', token)

@@ -67,7 +67,7 @@ async def test_a_lease_that_ends_by_itself_was_not_given_back(nodes: list[RedisR
 
     await until_async(taken_over)
     assert (await brief.renew(["c"])).lost == ["c"]
-    await brief.release("c")  # what is not this node's any more is not given back
+    await brief.leave(["c"])  # what is not this node's any more is not given back
     assert (await one.renew(["c"])).lost == []
 
 
@@ -108,6 +108,19 @@ async def test_a_look_between_the_list_and_the_giving_back_changes_nothing(nodes
     assert await other.left() == {"c": token}
     await one.leave(["c"])
     assert await other.take_over("c") is not None
+
+
+async def test_what_has_no_run_is_not_taken_and_nothing_is_written_for_it(nodes: list[RedisRunStore], url: str) -> None:
+    one, other, _ = nodes
+    await prepare(one, "r1")
+    await one.claim("c", 1)
+    await one.leave(["c"])
+    await one.erase("c")
+    taken = await other.take_over("c")
+    assert taken is not None
+    assert taken.runs == []
+    assert other.held() == []
+    assert await one._connection.one(("EXISTS", "chat:{c}:run-state")) == 0
 
 
 async def test_what_was_left_again_is_not_taken_off_by_a_late_node(nodes: list[RedisRunStore]) -> None:
