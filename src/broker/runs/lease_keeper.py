@@ -71,7 +71,7 @@ class LeaseKeeper:
         idle = [conv_id for conv_id in self._leases.held() if self._is_idle(conv_id)]
         self._awaiting.difference_update(idle)
         try:
-            # A run whose end could not be written may have done anything: its lease ends by itself, as after a crash.
+            # Of what was left undone nobody can say how far it came: that lease ends by itself, as after a crash.
             await self._leases.leave([conv_id for conv_id in idle if conv_id not in self._lines.broken])
         except BrokerError as exc:
             log.warning("leases on %d conversations cannot be given back, they end by themselves: %s", len(idle), exc)

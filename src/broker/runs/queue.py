@@ -53,7 +53,7 @@ class Lines:
         self.came_to_rest = asyncio.Event()
         """Set when a run has ended here and nothing took its place; cleared by whoever waits for it."""
         self.broken: set[str] = set()
-        """Conversations of runs whose end could not be written: the next start, or another node, does."""
+        """Conversations whose run was left undone: the next start, or another node, finds out what is to be done."""
         self.refused = 0
 
     @property
@@ -120,7 +120,7 @@ class Lines:
         finally:
             line.task = None
             self.refused += task.refused
-            if task.end_unwritten:
+            if task.left_undone:
                 self.broken.add(line.conv_id)
         async with self.enter(line.conv_id) as line:
             await self.advance(line)

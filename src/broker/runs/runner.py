@@ -68,8 +68,8 @@ class RunTask:
         self._deadline: asyncio.TimerHandle | None = None
         self._left_s = self._limits.run_timeout_s
         self._due = 0.0
-        self.end_unwritten = False
-        """Whether the run ended here, and its end is not known to be in store and log."""
+        self.left_undone = False
+        """Whether this process left the run with something begun whose outcome is not in store and log."""
 
     # -- orders from outside ----------------------------------------------------------------------------------------
 
@@ -121,6 +121,7 @@ class RunTask:
     async def _detach(self) -> None:
         self._stop_timer()
         await self._published.end()
+        self.left_undone |= self._published.failed
         self._release()
 
     def _stopped(self, reason: StopReason) -> tuple[RunStatus, dict[str, Any] | None]:
@@ -144,9 +145,8 @@ class RunTask:
             "step": self.run.step,
             "attempt": self.run.attempt,
         }
-        self.end_unwritten = True
         ended = await self._runtime.settle(self.run, status, changes, self._publish)
-        self.end_unwritten = ended is None
+        self.left_undone = ended is None
         self._release()
         return ended
 
@@ -352,7 +352,7 @@ class RunTask:
             self._recorder.record("tools", {"step": self.run.step, "calls": self._round.describe()})
             return self._round.messages()
         finally:
-            self._round.abandon()
+            self.left_undone |= self._round.abandon()
             self._round = None
 
     async def _resume_round(self) -> None:

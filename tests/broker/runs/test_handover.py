@@ -18,6 +18,7 @@ from tests.support.run_stores import InRedis, Process
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 from tests.support.tcp_proxy import TcpProxy
 
+from broker.errors import StoreUnavailable
 from broker.hookspecs import hookimpl
 from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.tools import Tool
@@ -271,3 +272,25 @@ async def test_the_next_run_begins_when_the_end_of_the_last_one_is_in_the_log(no
     assert (await other.ended(second.run_id)).status == "finished"
     kinds = [kind for kind in one.types("c") if kind.startswith("run.")]
     assert kinds == ["run.started", "run.finished", "run.started", "run.finished"]
+
+
+async def test_a_call_whose_result_is_not_in_the_log_is_not_carried_out_by_another_node(nodes: Nodes) -> None:
+    """Its lease ends by itself: then what was approved may have been begun, and is not begun again."""
+    two_calls = [*call("risky", {}, "c1"), *call("risky", {}, "c2"), *text(reason="tool_calls")]
+    one = await nodes.start(nodes.agent(two_calls))
+    other = await nodes.start(nodes.agent(text("good")))
+    sent = await one.runs.send(ALICE, "c", "do both")
+    await one.status(sent.run_id, "awaiting_tool_approval")
+    await one.until(lambda: len(one.events("c", "tool.approval_requested")) == 2)
+    nodes.journal.refuse = StoreUnavailable("the log is away")
+    with pytest.raises(StoreUnavailable):
+        await one.runs.approve_tools("c", ["c1"], "alice")
+    await one.until(lambda: nodes.ran["c1"])
+    line = one.runs._lines.get("c")
+    await one.until(lambda: line is not None and line.task is not None and line.task.parked)
+    nodes.journal.refuse = None
+    await one.runs.stop(drain_s=0)
+    held = keeper(other)._leases
+    assert list(await held.holders(["c"])) == ["c"]
+    assert await held.left() == {}
+    assert nodes.ran == {"c1": 1}
