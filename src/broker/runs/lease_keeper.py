@@ -51,8 +51,12 @@ class LeaseKeeper:
 
     def start(self) -> None:
         """Begin to prolong, look and listen."""
+        if self._watches:
+            return
         self._leases.listen(self._look_soon, self._left_told.set, self._listening)
-        self._watches = [asyncio.create_task(self._every()), asyncio.create_task(self._watch_left())]
+        # Apart from each other: settling what others left may take longer than the leases on what is at work here last.
+        watches = (self._every(self.renew), self._every(self.look), self._watch_left())
+        self._watches = [asyncio.create_task(watch) for watch in watches]
 
     async def stop(self) -> None:
         """Stop looking and give the leases back: what waits there goes on elsewhere."""
@@ -80,13 +84,12 @@ class LeaseKeeper:
         line = self._lines.get(conv_id)
         return line is None or (line.task is None and not line.users)
 
-    async def _every(self) -> None:
+    async def _every(self, work: Callable[[], Awaitable[None]]) -> None:
         interval_s = self._leases.lease_s / RENEWALS_PER_LEASE
         while True:
             await asyncio.sleep(interval_s * random.uniform(0.8, 1.0))
             try:
-                await self.renew()
-                await self.look()
+                await work()
             except BrokerError as exc:
                 log.warning("leases on runs cannot be looked after at present: %s", exc)
             except Exception:
@@ -248,12 +251,19 @@ class LeaseKeeper:
                     line.task.decided()
         except BrokerError as exc:
             log.warning("what was decided about %s is looked at later: %s", conv_id, exc)
+        except Exception:
+            log.exception("looking at what was decided about %s failed", conv_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # taken here: who waits for it reports it, and at the end of the process nobody waits
 
 
 def _goes_on(run: Run) -> bool:

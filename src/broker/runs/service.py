@@ -100,10 +100,12 @@ class RunService:
         if self._accepting:
             return
         self._runtime.closing = False
+        self._lines.broken.clear()
         # Observers are told beside it: one that stalls must not keep the server from starting.
         if self._leases is not None:
-            await self._leases.look(at_start=True)
+            # First, so that the leases of what is found are prolonged while the rest is still being settled.
             self._leases.start()
+            await self._leases.look(at_start=True)
         else:
             await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
         self._accepting = True

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from tests.broker.runs.test_store import a_run
 from tests.support.push_faults import PushFaults
 from tests.support.run_bench import ALICE, Bench, Journal
 from tests.support.run_stores import InRedis, Process
@@ -20,6 +21,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 from broker.errors import StoreUnavailable
 from broker.hookspecs import hookimpl
+from broker.redis_connection import RedisConnection
 from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.tools import Tool
 
@@ -294,3 +296,34 @@ async def test_a_call_whose_result_is_not_in_the_log_is_not_carried_out_by_anoth
     assert list(await held.holders(["c"])) == ["c"]
     assert await held.left() == {}
     assert nodes.ran == {"c1": 1}
+
+
+async def test_leases_are_prolonged_while_others_are_taken_over(nodes: Nodes, redis_url: str) -> None:
+    """Settling a conversation may take as long as it wants: what is at work here is not lost over it."""
+    gate = Gate()
+    process = PausingProcess("before publish", armed=False)
+    place = InRedis(redis_url, lease_s=0.4)
+    nodes.stack.push_async_callback(place.close)
+    plugin = EnginePlugin(ScriptedEngine([gate, *text("mine")]))
+    async with Bench(plugin, place=place, journal=nodes.journal, process=process) as bench:
+        sent = await bench.runs.send(ALICE, "mine", "one")
+        await gate.reached.wait()
+        process.armed = True
+        await place.store.prepare(a_run("lost", "c", engine_profile="scripted"), record=None, max_queued=9)
+        await process.gate.reached.wait()
+        connection = RedisConnection(redis_url)
+        nodes.stack.push_async_callback(connection.close)
+        left_ms, renewals = 0, 0
+
+        async def renewed() -> bool:
+            nonlocal left_ms, renewals
+            before, left_ms = left_ms, await connection.one(("PTTL", "chat:{mine}:run-lease"))
+            renewals += left_ms > before
+            return renewals > 6
+
+        await bench.until(renewed)
+        assert keeper(bench).lost == 0
+        process.gate.open()
+        gate.open()
+        assert (await bench.ended(sent.run_id)).status == "finished"
+        assert (await bench.ended("lost")).status == "finished"
