@@ -19,7 +19,8 @@ from broker.nodes.single import SingleNode
 from broker.nodes.switches import MemorySwitches, SqliteSwitches
 from broker.plugins import PluginHost
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
-from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
+from broker.runs.sqlite import SqliteRunStore
+from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 from broker.settings import Settings

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import database
+from tests.support.core import store_setting
 from tests.support.still import StillCore
 
 from broker.database import Database
 from broker.eventlog.base import LogState
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return database(tmp_path, request.param)
+    return store_setting(request, tmp_path)
 
 
 async def say_many(core: StillCore, conv_ids: list[str], times: int = 1) -> None:

@@ -95,6 +95,27 @@ async def test_a_run_is_stopped_from_another_node(start: Start) -> None:
     assert await kinds(one) == ["run.started", "run.cancelled"]
 
 
+async def test_the_queue_is_changed_from_another_node(start: Start) -> None:
+    """Prompts are moved and withdrawn on a node that neither accepted them nor works here."""
+    gate = Gate()
+    one = await start(EnginePlugin(ScriptedEngine([*text("half")[:1], gate], text("later"))))
+    other = await start(EnginePlugin())
+    await one.broker.runs.send(CALLER, "conv", "one")
+    await gate.reached.wait()
+    waiting = [(await one.broker.runs.send(CALLER, "conv", prompt)).run_id for prompt in ("two", "three", "four")]
+    assert (await other.broker.runs.move_to_front("conv", waiting[2])).status == "moved"
+    assert (await other.broker.runs.withdraw("conv", waiting[0])).status == "withdrawn"
+    assert [run.run_id for run in await one.broker.runs.queue("conv")] == [waiting[2], waiting[1]]
+    gate.open()
+    for run_id in waiting[1:]:
+        await until_status(one, run_id, "finished")
+    page = await other.broker.log.read("conv", after=0)
+    started = [e.data["runId"] for e in page.envelopes if e.type == "run.started"]
+    assert started[1:] == [waiting[2], waiting[1]]
+    ends = [e.data["runId"] for e in page.envelopes if e.type in ("run.finished", "run.failed", "run.cancelled")]
+    assert sorted(ends) == sorted([started[0], *waiting])
+
+
 async def test_tools_are_approved_from_another_node(start: Start) -> None:
     steps = (call("delete", {"path": "x"}, "c1") + text(reason="tool_calls"), text("done"))
     one = await start(EnginePlugin(ScriptedEngine(*steps), tools=[ASKS]))
@@ -130,7 +151,7 @@ async def test_a_node_that_was_paused_loses_its_run_and_cannot_write_into_it(sta
     assert token is not None
     keeper = one.broker.runs._leases
     assert keeper is not None
-    for task in list(keeper._tasks):  # what a stopped process does: nothing
+    for task in list(keeper._watches):  # what a stopped process does: nothing
         task.cancel()
     other = await start(EnginePlugin(ScriptedEngine(text("second answer"))))
     await until_status(other, queued.run_id, "finished")

@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from tests.support.run_bench import ALICE, FAST, TERMINAL, Bench
+from tests.support.redis_server import lasting_server
+from tests.support.run_bench import ALICE, FAST, TERMINAL, Bench, Journal
+from tests.support.run_stores import InRedis, OneStore, RunPlace
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call
 
 from broker.errors import EngineError, IdempotencyPending, LimitExceeded, NotFound
@@ -78,11 +81,14 @@ ACTION = st.one_of(
 
 
 class RunMachine(RuleBasedStateMachine):
-    """A service, its clients, and now and then the end of its process."""
+    """Processes, their clients, and now and then the end of a process."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
+        self.traffic = Traffic()
+        self.benches: list[Bench] = []
+        self.asked = 0
         self.sent: list[tuple[str, str]] = []
         self.keys: dict[tuple[str, str], tuple[str, str]] = {}
         self.ran: Counter[str] = Counter()
@@ -90,13 +96,29 @@ class RunMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         async def begin() -> None:
-            self.bench = Bench(self._plugin(), limits=FAST)
-            await self.bench.runs.start()
+            journal = Journal()
+            for place in self._places():
+                self.benches.append(Bench(self._plugin(), place=place, journal=journal, limits=FAST))
+                await self.benches[-1].start()
 
         self.runner.run(begin())
 
+    def _places(self) -> list[RunPlace]:
+        """Where the runs are kept, as each of the processes gets at it."""
+        return [OneStore()]
+
+    @property
+    def bench(self) -> Bench:
+        """One of the processes: another one each time."""
+        self.asked += 1
+        return self.benches[self.asked % len(self.benches)]
+
+    async def _pause(self, length: int) -> None:
+        """Let what goes on go on for a little."""
+        await ticks(length)
+
     def _plugin(self) -> EnginePlugin:
-        self.traffic = traffic = Traffic()
+        traffic = self.traffic
 
         async def tool(_given: Any, context: Any) -> str:
             self.ran[context.call_id] += 1
@@ -117,35 +139,36 @@ class RunMachine(RuleBasedStateMachine):
 
         async def together() -> None:
             await asyncio.gather(*(self._do(*action) for action in actions))
-            await ticks(pause)
+            await self._pause(pause)
 
         self.runner.run(together())
 
     @rule(pause=st.integers(0, 20))
     def die(self, pause: int) -> None:
-        """The process ends without warning, and another one takes over."""
+        """All processes end without warning, and others take over."""
 
         async def again() -> None:
-            await ticks(pause)
-            reborn = await self.bench.kill(self._plugin())
-            self.bench.host.close()
-            self.bench = reborn
-            await self.bench.runs.start()
+            await self._pause(pause)
+            dead, self.benches = self.benches, []
+            for bench in dead:
+                self.benches.append(await bench.kill(self._plugin()))
+                bench.host.close()
+            for bench in self.benches:
+                await bench.start()
 
         self.runner.run(again())
 
     @rule()
     def restart(self) -> None:
-        """The process is stopped in good order, and another one takes over."""
+        """A process is stopped in good order, and another one takes over."""
 
         async def again() -> None:
-            old = self.bench
+            old = self.benches.pop(0)
             await old.runs.stop(drain_s=0)
             old.host.close()
-            self.bench = Bench(
-                self._plugin(), store=old.store, turns=old.turns, journal=old.journal, limits=old.limits
-            )
-            await self.bench.runs.start()
+            new = Bench(self._plugin(), place=old.kept, journal=old.journal, limits=old.limits)
+            self.benches.append(new)
+            await new.start()
 
         self.runner.run(again())
 
@@ -186,7 +209,7 @@ class RunMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if hasattr(self, "bench"):
+            if self.benches:
                 self.runner.run(self._finish())
                 self._check()
         finally:
@@ -197,16 +220,19 @@ class RunMachine(RuleBasedStateMachine):
 
         async def settled() -> bool:
             self.traffic.go()
+            await self._pause(0)
             for conv_id in CONVERSATIONS:
                 await bench.runs.approve_tools(conv_id, None, "alice")
             return not await bench.store.unsettled()
 
         await bench.until(settled)
-        await bench.runs.stop(drain_s=0)
-        bench.host.close()
+        for bench in self.benches:
+            await bench.runs.stop(drain_s=0)
+            bench.host.close()
+            await bench.kept.close()
 
     def _check(self) -> None:
-        bench = self.bench
+        bench = self.benches[0]
         bench.check_one_end_each()
         ends: Counter[str] = Counter()
         for conv_id in CONVERSATIONS:
@@ -235,16 +261,36 @@ class RunMachine(RuleBasedStateMachine):
         assert max(self.ran.values(), default=0) <= 1, "a tool call was carried out twice"
 
 
+class NodesMachine(RunMachine):
+    """Two nodes on a Redis: each action is done on another one than the last."""
+
+    def _places(self) -> list[RunPlace]:
+        server = lasting_server()
+        with server.client() as client:
+            client.flushall()
+        return [InRedis(server.url, lease_s=0.3) for _ in range(2)]
+
+    async def _pause(self, length: int) -> None:
+        await asyncio.sleep(length / 500)  # round trips, not turns of the loop
+
+
 def test_runs_under_several_clients() -> None:
     """A short form for every test run; more examples find the same faults, only rarer ones."""
+    run_machine(RunMachine, 60)
+
+
+@pytest.mark.needs_redis
+def test_runs_on_two_nodes(redis_installed: None) -> None:
+    run_machine(NodesMachine, 12)
+
+
+def run_machine(machine: type[RunMachine], examples: int) -> None:
     run_state_machine_as_test(
-        RunMachine,
+        machine,
         settings=settings(
-            max_examples=int(os.environ.get("RUN_MACHINE_EXAMPLES", "60")),
+            max_examples=int(os.environ.get("RUN_MACHINE_EXAMPLES", examples)),
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-

@@ -24,6 +24,10 @@ class HttpClient:
     def __exit__(self, *_: object) -> None:
         self.http.close()
 
+    def move(self, url: str) -> None:
+        """Talk to another server from now on."""
+        self.http.base_url = httpx.URL(url)
+
     def get(self, path: str, **query: Any) -> Any:
         """Return the JSON answer of a GET that has to succeed."""
         answer = self.http.get(path, params=query)

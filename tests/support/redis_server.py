@@ -197,7 +197,8 @@ class RedisFailover:
         places = [folder / name for name in ("primary", "replica", "sentinel")]
         for place in places:
             place.mkdir()
-        self.primary = RedisServer(places[0], persistent=False)
+        # Else the replica is given its first copy five seconds after it asked: in case others ask as well.
+        self.primary = RedisServer(places[0], "--repl-diskless-sync-delay", "0", persistent=False)
         self.replica = RedisServer(places[1], "--replicaof", "127.0.0.1", str(self.primary.port), persistent=False)
         self._folder = places[2]
         self._port = free_port()

@@ -6,17 +6,17 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
+
+from tests.support.run_stores import OneStore, Process, RunPlace
 
 from broker.clock import Clock, SystemClock
 from broker.envelope import SEM, Draft, Envelope, seal
 from broker.plugins import PluginHost
 from broker.runs.limits import RunLimits
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.service import RunService
 from broker.runs.state import Run
 from broker.runs.store import RunStore
-from broker.runs.turns import TurnStore
 from broker.security import Principal
 from broker.sequence import next_seq
 from broker.settings import Settings
@@ -86,74 +86,18 @@ class Journal:
         return {entity_id: found[entity_id] for entity_id in ids if entity_id in found}
 
 
-class Process:
-    """The life of a process: it can be made to die at one of its steps, in the middle of whatever goes on.
+class Bench:
+    """A RunService on a journal and stores; `kill` makes a new one over the same, as after the end of a process.
 
-    A step is the moment before or after a store or the log is written to. dead: it died.
+    place: where the runs are kept; None: what `Bench.place` makes, a new one in memory unless a test says otherwise.
     """
 
-    WRITES = frozenset(
-        {
-            "prepare",
-            "discard",
-            "claim",
-            "update",
-            "decide",
-            "move_to_front",
-            "save_conversation",
-            "save_opaque",
-            "publish",
-        }
-    )
-
-    def __init__(self, die_at: int | None = None) -> None:
-        self.steps = 0
-        self.trace: list[str] = []
-        self.dead = asyncio.Event()
-        self._die_at = die_at
-
-    async def step(self, what: str) -> None:
-        """Pass a step, or die at it: then this never returns."""
-        if self.dead.is_set():
-            raise asyncio.CancelledError  # the dead do nothing, not even tidy up
-        self.steps += 1
-        self.trace.append(what)
-        if self.steps == self._die_at:
-            self.dead.set()
-            await asyncio.Event().wait()
-
-    def mortal(self, part: Any) -> Any:
-        """Return `part` as this process uses it."""
-        return _Mortal(part, self)
-
-
-class _Mortal:
-    def __init__(self, part: Any, process: Process) -> None:
-        self._part = part
-        self._process = process
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._part, name)
-        if name not in Process.WRITES:
-            return found
-
-        async def write(*args: Any, **kwargs: Any) -> Any:
-            await self._process.step(f"before {name}")
-            result = await found(*args, **kwargs)
-            await self._process.step(f"after {name}")
-            return result
-
-        return write
-
-
-class Bench:
-    """A RunService on a journal and stores; `restart` makes a new one over the same, as after the end of a process."""
+    place: ClassVar[Callable[[], RunPlace]] = OneStore
 
     def __init__(
         self,
         *plugins: Any,
-        store: RunStore | None = None,
-        turns: TurnStore | None = None,
+        place: RunPlace | None = None,
         journal: Journal | None = None,
         limits: RunLimits = FAST,
         clock: Clock | None = None,
@@ -161,8 +105,8 @@ class Bench:
     ) -> None:
         self.plugins = plugins
         self.process = process or Process()
-        self.store = store or MemoryRunStore()
-        self.turns = turns or MemoryTurnStore()
+        self.kept = place or type(self).place()
+        store, self.turns = self.kept.of(self.process)
         self.journal = journal or Journal()
         self.limits = limits
         self.clock = clock or SystemClock()
@@ -172,7 +116,7 @@ class Bench:
             self.host.add(plugin)
         self.killed = False
         self.runs = RunService(
-            store=self.process.mortal(self.store),
+            store=store,
             turns=self.turns,
             plugins=self.host,
             clock=self.clock,
@@ -184,11 +128,21 @@ class Bench:
             limits=limits,
         )
 
+    @property
+    def store(self) -> RunStore:
+        """The runs, looked at from outside of the process."""
+        return self.kept.store
+
     def _hold(self, conv_id: str, change: int) -> None:
         self.holds[conv_id] = self.holds.get(conv_id, 0) + change
 
-    async def __aenter__(self) -> Bench:
+    async def start(self) -> None:
+        """Begin the life of this process."""
+        await self.kept.open()
         await self.runs.start()
+
+    async def __aenter__(self) -> Bench:
+        await self.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -207,12 +161,10 @@ class Bench:
         for task in mine:
             task.cancel()
         await asyncio.gather(*mine, return_exceptions=True)
-        # A write that was on its way to another thread is over before anybody else opens the store.
-        await self.store.prune_keys(0)
+        await self.kept.died()
         return Bench(
             *(plugins or self.plugins),
-            store=self.store,
-            turns=self.turns,
+            place=self.kept,
             journal=self.journal,
             limits=self.limits,
             clock=self.clock,

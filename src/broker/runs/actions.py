@@ -10,10 +10,11 @@ from typing import Any, Literal
 from broker.envelope import check_conv_id
 from broker.errors import NotFound, shown
 from broker.runs.ending import run_draft
-from broker.runs.leases import LeaseKeeper, Leases
+from broker.runs.lease_keeper import LeaseKeeper
+from broker.runs.leases import Leases
 from broker.runs.queue import Ended, Line, Lines
 from broker.runs.runtime import Runtime
-from broker.runs.state import ACTIVE, Run
+from broker.runs.state import ACTIVE, Run, Verdict
 from broker.runs.tool_round import decision_drafts
 
 ELSEWHERE_POLL_S = 0.1
@@ -67,8 +68,13 @@ class Actions:
             active = await self._store.active(conv_id)
             run: Run | None = None
             outcomes: dict[str, str] = {}
+            ours = True
             if active is not None:
-                run, outcomes = await self._store.decide(active.run_id, ids, decision, by, self._clock.wall_ms())
+                # First who works there, then the decision: of one made after a take-over, nobody has begun anything.
+                ours = await self._is_ours(line)
+                run, outcomes = await self._store.decide(
+                    active.run_id, Verdict(decision, by, ids), self._clock.wall_ms()
+                )
             if run is None:
                 outcomes = dict.fromkeys(ids or (), "stale")
             else:
@@ -77,19 +83,20 @@ class Actions:
                     try:
                         await self._runtime.publish(conv_id, [d for call in fresh for d in decision_drafts(run, call)])
                     finally:
-                        await self._wake(line, run)
+                        await self._wake(line, run, ours=ours)
         status = decision if decision in outcomes.values() else "nothing_to_decide"
         return ActionResult(status, await self._state(conv_id), outcomes)
 
-    async def _wake(self, line: Line, run: Run) -> None:
+    async def _wake(self, line: Line, run: Run, *, ours: bool) -> None:
         """Let the run go on with a decision; one that awaits it since before a restart is taken up now."""
         if line.task is not None:
             line.task.decided()
-        elif not await self._is_ours(run.conv_id):
-            return
+        elif not ours:
+            await self._poke(run.conv_id)
         elif not self._runtime.closing:
             self._lines.hold(line)
             self._lines.work_on(line, run)
+            self._resumed(run.conv_id)
 
     async def cancel(self, conv_id: str, run_id: str | None = None) -> ActionResult:
         """Stop a run or withdraw a waiting prompt; None: the active run. What has ended already stays as it is.
@@ -123,14 +130,17 @@ class Actions:
             if asked is None:
                 ended = await self._store.get(run.run_id)
                 return f"already_{ended.status}" if ended else "already_erased"
+            ours = await self._is_ours(line)
             if line.task is not None and line.task.run.run_id == run.run_id:
                 line.task.stop("cancelled")
                 work = line.work
-            elif not await self._is_ours(run.conv_id):
+            elif not ours:
+                await self._poke(run.conv_id)
                 work = self._spawn(self._ended_elsewhere(run.run_id))
-            else:
+            elif (active := await self._store.active(run.conv_id)) is not None and active.run_id == run.run_id:
                 # Awaits approval since before a restart: nothing is at work, its end is all there is to do.
                 await self._settle(asked)
+                self._resumed(run.conv_id)
                 await self._lines.advance(line)
                 return "cancelled"
         if work is not None:
@@ -138,12 +148,17 @@ class Actions:
         now_run = await self._store.get(run.run_id)
         return "cancelling" if now_run is None or not now_run.ended else now_run.status
 
-    async def _is_ours(self, conv_id: str) -> bool:
-        """Say whether what has to be done about a run is done here; the node that works on it is told otherwise."""
-        if self._leases is None or self._keeper is None or await self._keeper.owns(conv_id):
-            return True
-        await self._leases.poke(conv_id)
-        return False
+    async def _is_ours(self, line: Line) -> bool:
+        """Say whether what has to be done about a run is done here; else the node that works on it is to be poked."""
+        return self._keeper is None or await self._keeper.owns(line)
+
+    async def _poke(self, conv_id: str) -> None:
+        if self._leases is not None:
+            await self._leases.poke(conv_id)
+
+    def _resumed(self, conv_id: str) -> None:
+        if self._keeper is not None:
+            self._keeper.resumed(conv_id)
 
     async def _ended_elsewhere(self, run_id: str) -> None:
         """Wait until another node has ended a run, for a bounded time."""
@@ -158,11 +173,21 @@ class Actions:
         """Write the end of a cancelled run that nothing works on. Goes on in the background when that takes long."""
 
         async def settle() -> None:
-            ended = await self._runtime.settle(run, "cancelled", {})
+            publish = self._runtime.publish_as_holder(run.conv_id) if run.started_at_ms is not None else None
+            ended = await self._runtime.settle(run, "cancelled", {}, publish)
             if ended is not None:
                 await self._on_ended(ended)
 
-        await asyncio.wait({self._spawn(settle())}, timeout=self._runtime.limits.stop_grace_s)
+        settled = self._spawn(settle())
+        await asyncio.wait({settled}, timeout=self._runtime.limits.stop_grace_s)
+        if not settled.done():
+            self._spawn(self._advance_after(settled, run.conv_id))
+
+    async def _advance_after(self, settled: asyncio.Task[None], conv_id: str) -> None:
+        """Go on with the queue when a run has been settled at last: until then nothing can be claimed."""
+        await asyncio.wait({settled})
+        async with self._lines.enter(conv_id) as line:
+            await self._lines.advance(line)
 
     async def _until_ended(self, run_id: str, work: asyncio.Task[None]) -> None:
         deadline = asyncio.get_running_loop().time() + self._runtime.limits.stop_grace_s + 2.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from broker.runs.state import ACTIVE, Run, RunStatus, changed, decided
+from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.runs.turns import Turn
 
@@ -62,7 +62,7 @@ class MemoryRunStore:
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
         mine = self._of(conv_id)
         waiting = sorted((run for run in mine if run.status == "queued"), key=lambda run: run.order)
-        if not waiting or any(run.status in ACTIVE for run in mine):
+        if not waiting or any(run.before_others for run in mine):
             return None
         return await self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
@@ -77,19 +77,18 @@ class MemoryRunStore:
             self._put(new)
         return new
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         run = self._runs.get(run_id)
         if run is None or run.status != "awaiting_tool_approval":
             return None, {}
-        calls, outcomes = decided(run, call_ids, decision, by)
+        calls, outcomes = decided(run, verdict)
         return await self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        run = self._runs.get(run_id)
+        if run is None or run.status != "awaiting_tool_approval":
+            return None
+        return await self.update(run_id, frozenset({run.status}), {"calls": given_up(run, call_ids)}, now_ms)
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         run = self._runs.get(run_id)
@@ -112,7 +111,7 @@ class MemoryRunStore:
         return self._of(conv_id)[::-1][:limit]
 
     async def unsettled(self) -> list[Run]:
-        open_runs = [run for run in self._runs.values() if not (run.ended and run.terminal_published)]
+        open_runs = [run for run in self._runs.values() if not run.settled]
         return sorted(open_runs, key=lambda run: (run.conv_id, run.order))
 
     async def key(self, scope: str, key: str) -> KeyRecord | None:

@@ -50,6 +50,10 @@ class Lines:
         self._lines: dict[str, Line] = {}
         self.works: set[asyncio.Task[None]] = set()
         """Runs at work, until the last thing after their end is done."""
+        self.came_to_rest = asyncio.Event()
+        """Set when a run has ended here and nothing took its place; cleared by whoever waits for it."""
+        self.broken: set[str] = set()
+        """Conversations whose run was left undone: the next start, or another node, finds out what is to be done."""
         self.refused = 0
 
     @property
@@ -116,8 +120,11 @@ class Lines:
         finally:
             line.task = None
             self.refused += task.refused
+            if task.left_undone:
+                self.broken.add(line.conv_id)
         async with self.enter(line.conv_id) as line:
             await self.advance(line)
+        self.came_to_rest.set()
         await task.finish_recording()
         if ended is not None:
             await self._on_ended(ended)

@@ -6,9 +6,8 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
-from broker.runs.queue import Lines
+from broker.runs.queue import Line, Lines
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
 from broker.runs.tool_round import approval_draft, decision_drafts
@@ -36,49 +35,59 @@ async def recover(runtime: Runtime, lines: Lines, announce: Announce, on_ended: 
     at_once = asyncio.Semaphore(CONVERSATIONS_AT_ONCE)
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
-        async with at_once:
-            await recover_conversation(runtime, lines, announce, on_ended, conv_id, runs)
+        async with at_once, lines.enter(conv_id) as line:
+            await settle_conversation(runtime, lines, line, announce, on_ended, runs)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
     await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
 
 
-async def recover_conversation(
-    runtime: Runtime, lines: Lines, announce: Announce, on_ended: Ended, conv_id: str, runs: list[Run]
+async def settle_conversation(
+    runtime: Runtime,
+    lines: Lines,
+    line: Line,
+    announce: Announce,
+    on_ended: Ended,
+    runs: list[Run],
+    *,
+    given_back: bool = False,
 ) -> None:
-    """Settle the unsettled runs of one conversation, in which nobody works any more. Raises StoreError."""
-    async with lines.enter(conv_id) as line:
-        place = 0
-        for run in runs:
-            if run.ended or run.status == "running":
-                ended = await runtime.settle(run, "interrupted", {"error": LOST})
-                if ended is not None:
-                    log.info("run %s of %s: %s, settled", run.run_id, conv_id, ended.status)
-                    on_ended(ended)
-            elif run.status == "awaiting_tool_approval":
-                waiting = await _keep_awaiting(runtime, run)
-                if not waiting.pending_calls:
-                    lines.hold(line)
-                    lines.work_on(line, waiting)
-            else:
-                place += 1
-                await announce(run, place)
+    """Settle the unsettled runs of a conversation in which nobody works any more. Inside `enter`. Raises StoreError.
+
+    given_back: whoever worked there before has left in good order: what was approved has not been begun.
+    """
+    place = 0
+    for run in runs:
+        if run.ended or run.status == "running":
+            publish = runtime.publish_as_holder(run.conv_id)
+            ended = await runtime.settle(run, "interrupted", {"error": LOST}, publish)
+            if ended is not None:
+                log.info("run %s of %s: %s, settled", run.run_id, run.conv_id, ended.status)
+                on_ended(ended)
+        elif run.status == "awaiting_tool_approval":
+            waiting = await _keep_awaiting(runtime, run, given_back=given_back)
+            approved = any(call.decision == "approved" for call in waiting.calls)
+            if (approved or not waiting.pending_calls) and waiting.status == run.status and not runtime.closing:
                 lines.hold(line)
-        await lines.advance(line)
+                lines.work_on(line, waiting)
+        else:
+            place += 1
+            await announce(run, place)
+            lines.hold(line)
+    await lines.advance(line)
 
 
-async def _keep_awaiting(runtime: Runtime, run: Run) -> Run:
+async def _keep_awaiting(runtime: Runtime, run: Run, *, given_back: bool) -> Run:
     """Return the run as it goes on awaiting approval.
 
-    A call that was approved before may have been started: nobody knows, so it must not be carried out again. It becomes
-    one that needs no decision and has no result, which the run answers as interrupted.
+    A call that was approved before may have been started by a process that died: nobody knows, so it must not be carried
+    out again. What is decided while this works is left as it is.
     """
     drafts = [approval_draft(run, call) for call in run.calls if call.decision == "pending"]
     drafts += [d for call in run.calls if call.decision in ("approved", "denied") for d in decision_drafts(run, call)]
     if drafts:
         await runtime.publish(run.conv_id, drafts)
-    calls = tuple(replace(call, decision="auto") if call.decision == "approved" else call for call in run.calls)
-    kept = await runtime.store.update(
-        run.run_id, frozenset({"awaiting_tool_approval"}), {"calls": calls}, runtime.clock.wall_ms()
-    )
-    return kept or run
+    approved = frozenset(call.id for call in run.calls if call.decision == "approved")
+    doubtful = frozenset() if given_back else approved
+    kept = await runtime.store.give_up_calls(run.run_id, doubtful, runtime.clock.wall_ms())
+    return kept or await runtime.store.get(run.run_id) or run

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
 from broker.envelope import topic
-from broker.errors import IdempotencyPending, StoreUnavailable
-from broker.eventlog.redis_wakeups import Wakeups
+from broker.errors import StoreUnavailable
 from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore
-from broker.runs.redis_scripts import (
-    COMMIT,
-    KEYS_BY_AGE,
-    LOAD,
-    RELEASE,
-    RENEW,
-    SCRIPTS,
-    TAKE_OVER,
-    UNSETTLED,
-    run_keys,
-)  # fmt: skip
-from broker.runs.state import Run, RunStatus, run_from_json
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of
+from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
+from broker.runs.redis_leases import LEASE_S, RedisLeases
+from broker.runs.redis_scripts import COMMIT, LOAD, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
+from broker.runs.state import Run, RunStatus, Verdict
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, state_from_json
 
 T = TypeVar("T")
 
-LEASE_S = 10.0
-POKES = "broker:pokes"
-LEFT = "broker:left"
 _ATTEMPTS = 100
-_DANGLING_S = 10.0
 _CONVERSATIONS_OF_RUNS = 10_000
+_LOADED_AT_ONCE = 200
 
 
 class _Model(MemoryRunStore):
@@ -44,13 +31,11 @@ class _Model(MemoryRunStore):
 
     def __init__(self, conv_id: str, reply: list[Any]) -> None:
         super().__init__()
-        revision, state, _, lease, newest, *runs = reply
+        revision, state, newest, *runs = reply
         self.conv_id = conv_id
         self.revision: bytes = revision
-        self.leased = lease is not None
         by_id: dict[str, Run] = {}
-        for value in ([newest] if newest else []) + [run for run in runs if run]:
-            run = run_from_json(orjson.loads(value))
+        for run in runs_of([newest, *runs]):
             by_id.setdefault(run.run_id, run)
         # The newest is known for its number; it stands last.
         if newest:
@@ -59,7 +44,7 @@ class _Model(MemoryRunStore):
         self._runs = by_id
         self._by_conv = {conv_id: list(by_id)}
         if state:
-            self._conversations[conv_id] = ConversationState(**orjson.loads(state))
+            self._conversations[conv_id] = state_from_json(orjson.loads(state))
         self._before = (dict(by_id), self._conversations.get(conv_id))
 
     def changes(self) -> tuple[list[Run], list[str], ConversationState | None]:
@@ -70,30 +55,24 @@ class _Model(MemoryRunStore):
         return changed, [id for id in runs if id not in self._runs], now if now != state else None
 
 
-class RedisRunStore:
-    """A RunStore over a `RedisConnection`, which its owner closes. Also a `Leases`: see runs/leases.py."""
+class RedisRunStore(RedisLeases):
+    """A RunStore over a `RedisConnection`, which its owner closes. Also a `Leases`."""
 
     name = "redis"
 
-    def __init__(self, connection: RedisConnection, *, lease_s: float = LEASE_S) -> None:
-        """lease_s: how long a node that says nothing keeps its runs."""
-        self._connection = connection
-        connection.register(*SCRIPTS)
-        self.lease_s = lease_s
-        self._tokens: dict[str, str] = {}
+    def __init__(
+        self, connection: RedisConnection, *, lease_s: float = LEASE_S, dangling_s: float = DANGLING_S
+    ) -> None:
+        """lease_s: how long a node that says nothing keeps its runs. dangling_s: see redis_keys.py."""
+        super().__init__(connection, lease_s=lease_s)
+        connection.register(*STORE_SCRIPTS)
+        self._keys = RedisKeys(connection, dangling_s=dangling_s)
         self._conv_of: dict[str, str] = {}
-        self._pokes: Wakeups | None = None
         self._saves = 0
         self._saves_skipped = 0
 
     async def open(self) -> None:
         """Nothing to open: the connection opens itself."""
-
-    async def close(self) -> None:
-        """Stop listening for pokes."""
-        if self._pokes is not None:
-            await self._pokes.close()
-            self._pokes = None
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -126,26 +105,25 @@ class RedisRunStore:
             keys = (*run_keys(conv_id), f"{name}:run-change:{secrets.token_hex(8)}", f"{name}:run-keys")
             arguments: list[bytes | str | int] = [
                 model.revision, orjson.dumps(asdict(state)) if state else "",
-                int(self.lease_s * 1000) if lease else "", self._connection.node, len(changed),
+                self.lease_ms if lease else "", self._connection.node, len(changed),
             ]  # fmt: skip
             for run in changed:
-                settled = run.ended and run.terminal_published
-                arguments += (run.run_id, int(settled), orjson.dumps(run.to_json()))
+                arguments += (run.run_id, int(run.settled), orjson.dumps(run.to_json()))
             arguments += removed
             if any(not run.ended for run in changed):
                 await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
             token = await self._connection.one(COMMIT.command(keys, arguments), lane="append")
             if token is not None:
                 if token:
-                    self._tokens[conv_id] = token.decode()
+                    self.hold(conv_id, token.decode())
                 self._saves += saves["saves"]
                 self._saves_skipped += saves["saves_skipped"]
                 return result
         raise StoreUnavailable(f"the runs of {conv_id} are being changed from too many sides: try again")
 
     async def prepare(self, run: Run, *, record: KeyRecord | None, max_queued: int) -> Prepared:
-        name = _key_name(record.scope, record.key) if record is not None else ""
-        if record is not None and (known := await self._record(name)):
+        name = key_name(record.scope, record.key) if record is not None else ""
+        if record is not None and (known := await self._keys.record(name)):
             return Prepared(None, record=known)
         mine: list[KeyRecord] = []
 
@@ -159,16 +137,16 @@ class RedisRunStore:
         async def before(prepared: Prepared) -> None:
             await self._connection.one(("SET", f"run:{run.run_id}", run.conv_id), lane="append")
             if prepared.record is not None:
-                await self._put_record(name, prepared.record, run, first=not mine)
+                await self._keys.put(name, prepared.record, run, first=not mine)
                 mine[:] = [prepared.record]
 
         try:
             return await self._change(run.conv_id, operation, before=before)
-        except _Taken as taken:
+        except KeyTaken as taken:
             return Prepared(None, record=taken.record)
         except BaseException:
             if mine:
-                await self._drop_keys({name: run.conv_id})
+                await self._keys.drop({name: run.conv_id})
             raise
 
     async def discard(self, run_id: str) -> bool:
@@ -178,7 +156,7 @@ class RedisRunStore:
         key = await self._connection.one(("HGET", f"{topic(conv_id)}:run-keys", run_id))
         discarded = await self._change(conv_id, lambda model: model.discard(run_id), run_id)
         if discarded and key is not None:
-            await self._drop_keys({key.decode(): conv_id})
+            await self._keys.drop({key.decode(): conv_id})
         return discarded
 
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
@@ -189,17 +167,11 @@ class RedisRunStore:
     ) -> Run | None:
         return await self._on_run(run_id, lambda model: model.update(run_id, expect, changes, now_ms), None)
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
-        return await self._on_run(
-            run_id, lambda model: model.decide(run_id, call_ids, decision, by, now_ms), (None, {})
-        )
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
+        return await self._on_run(run_id, lambda model: model.decide(run_id, verdict, now_ms), (None, {}))
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        return await self._on_run(run_id, lambda model: model.give_up_calls(run_id, call_ids, now_ms), None)
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         return await self._on_run(run_id, lambda model: model.move_to_front(run_id, now_ms), None)
@@ -226,8 +198,8 @@ class RedisRunStore:
         conv_id = await self._conversation_of(run_id)
         if conv_id is None:
             return None
-        value = await self._connection.one(("HGET", run_keys(conv_id)[0], run_id))
-        return run_from_json(orjson.loads(value)) if value is not None else None
+        found = runs_of([await self._connection.one(("HGET", run_keys(conv_id)[0], run_id))])
+        return found[0] if found else None
 
     async def active(self, conv_id: str) -> Run | None:
         return await (await self._load(conv_id)).active(conv_id)
@@ -240,76 +212,39 @@ class RedisRunStore:
         ids = await self._connection.one(("ZREVRANGE", order, 0, -1 if limit is None else limit - 1))
         if not ids:
             return []
-        values = await self._connection.one(("HMGET", runs, *ids))
-        return [run_from_json(orjson.loads(value)) for value in values if value is not None]
+        return runs_of(await self._connection.one(("HMGET", runs, *ids)))
 
     async def unsettled(self) -> list[Run]:
         found: list[Run] = []
-        for conv_id in sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED))):
-            open_runs = await (await self._load(conv_id)).unsettled()
-            if not open_runs:
-                # Taken off the list, then looked at again: somebody may have put it there for a new run in between.
-                await self._connection.one(("SREM", UNSETTLED, conv_id), lane="append")
-                open_runs = await (await self._load(conv_id)).unsettled()
-                if open_runs:
-                    await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
-            found.extend(open_runs)
+        names = sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED)))
+        for at in range(0, len(names), _LOADED_AT_ONCE):
+            some = names[at : at + _LOADED_AT_ONCE]
+            replies = await self._connection.all([LOAD.command(run_keys(conv_id)) for conv_id in some])
+            for conv_id, reply in zip(some, replies, strict=True):
+                found += await _Model(conv_id, reply).unsettled() or await self._take_off_list(conv_id)
         return found
 
-    async def unsettled_in(self, conv_id: str) -> list[Run]:
-        return await (await self._load(conv_id)).unsettled()
+    async def _take_off_list(self, conv_id: str) -> list[Run]:
+        # Taken off the list, then looked at again: somebody may have put it there for a new run in between.
+        await self._connection.one(("SREM", UNSETTLED, conv_id), lane="append")
+        open_runs = await (await self._load(conv_id)).unsettled()
+        if open_runs:
+            await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
+        return open_runs
 
     # -- idempotency keys -------------------------------------------------------------------------------------------
 
     async def key(self, scope: str, key: str) -> KeyRecord | None:
-        return await self._record(_key_name(scope, key))
-
-    async def _record(self, name: str) -> KeyRecord | None:
-        """Return what a key got. One whose run never came to be (its node died in between) is free after a while."""
-        value = await self._connection.one(("GET", name))
-        if value is None:
-            return None
-        record = KeyRecord(**orjson.loads(value))
-        run_id = record.answer.get("run_id")
-        if run_id is None or await self._connection.one(("HEXISTS", run_keys(record.conv_id)[0], run_id)):
-            return record
-        idle_s = await self._connection.one(("OBJECT", "IDLETIME", name)) if not self._connection.is_cluster else 0
-        if idle_s is not None and idle_s < _DANGLING_S:
-            raise IdempotencyPending(record.key)
-        await self._drop_keys({name: record.conv_id})
-        return None
-
-    async def _put_record(self, name: str, record: KeyRecord, run: Run, *, first: bool) -> None:
-        """Claim the key, or correct the answer of one that is claimed. Raises _Taken."""
-        value = orjson.dumps(asdict(record))
-        taken = await self._connection.one(("SET", name, value, *(("NX",) if first else ())), lane="append")
-        if taken is None:
-            known = await self._connection.one(("GET", name))
-            if known is not None and known != value:
-                raise _Taken(KeyRecord(**orjson.loads(known)))
-        await self._connection.all(
-            [
-                ("ZADD", KEYS_BY_AGE, record.created_at_ms, name),
-                ("HSET", f"{topic(run.conv_id)}:run-keys", run.run_id, name),
-            ],
-            lane="append",
-        )
-
-    async def _drop_keys(self, names: Mapping[str, str]) -> None:
-        commands: list[Any] = [("DEL", name) for name in names]
-        if commands:
-            await self._connection.all([*commands, ("ZREM", KEYS_BY_AGE, *names)], lane="append")
+        return await self._keys.record(key_name(scope, key))
 
     async def prune_keys(self, before_ms: int) -> int:
-        names = await self._connection.one(("ZRANGEBYSCORE", KEYS_BY_AGE, "-inf", f"({before_ms}"))
-        await self._drop_keys({name.decode(): "" for name in names})
-        return len(names)
+        return await self._keys.prune(before_ms)
 
     # -- the conversation -------------------------------------------------------------------------------------------
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
         value = await self._connection.one(("HGET", run_keys(conv_id)[3], "state"))
-        return ConversationState(**orjson.loads(value)) if value else None
+        return state_from_json(orjson.loads(value)) if value else None
 
     async def save_conversation(self, state: ConversationState) -> None:
         await self._change(state.conv_id, lambda model: model.save_conversation(state))
@@ -326,84 +261,14 @@ class RedisRunStore:
         name = topic(conv_id)
         run_ids = await self._connection.one(("HKEYS", run_keys(conv_id)[0]))
         key_names = await self._connection.one(("HVALS", f"{name}:run-keys"))
-        await self._drop_keys({key.decode(): conv_id for key in key_names})
+        await self._keys.drop({key.decode(): conv_id for key in key_names})
         commands: list[Any] = [("DEL", f"run:{id.decode()}") for id in run_ids]
         commands += [("SREM", UNSETTLED, conv_id)]
         commands += [("DEL", *run_keys(conv_id), f"{name}:run-keys", f"{name}:run-opaque")]
         await self._connection.all(commands, lane="append")
         for id in run_ids:
             self._conv_of.pop(id.decode(), None)
-        self._tokens.pop(conv_id, None)
+        self.forget(conv_id)
 
     def stats(self) -> dict[str, int]:
         return {"saves": self._saves, "saves_skipped": self._saves_skipped}
-
-    # -- leases -----------------------------------------------------------------------------------------------------
-
-    def token(self, conv_id: str) -> str | None:
-        """Return the token under which this node works in a conversation: what fences its appends."""
-        return self._tokens.get(conv_id)
-
-    def forget(self, conv_id: str) -> None:
-        self._tokens.pop(conv_id, None)
-
-    def held(self) -> list[str]:
-        return list(self._tokens)
-
-    def listen(self, on_poke: Callable[[str], None], on_left: Callable[[str], None]) -> None:
-        """As in Leases. What is told on any node is a hint: it may be lost."""
-        if self._pokes is None:
-            listeners = {POKES: on_poke, LEFT: on_left}
-            self._pokes = Wakeups(
-                self._connection,
-                on_message=lambda channel, conv_id: listeners[channel](conv_id),
-                on_listening=lambda _: None,
-            )
-            for channel in listeners:
-                self._pokes.listen(channel, True)
-            self._pokes.start()
-
-    async def poke(self, conv_id: str) -> None:
-        await self._connection.publish(POKES, conv_id)
-
-    async def renew(self, conv_ids: Sequence[str]) -> list[str]:
-        """Prolong this node's leases; return the conversations that another node has taken over. Raises StoreError."""
-        held = [(conv_id, self._tokens[conv_id]) for conv_id in conv_ids if conv_id in self._tokens]
-        replies = await self._connection.all(
-            [RENEW.command(run_keys(conv_id), (token, int(self.lease_s * 1000))) for conv_id, token in held]
-        )
-        return [conv_id for (conv_id, _), kept in zip(held, replies, strict=True) if not kept]
-
-    async def take_over(self, conv_id: str) -> bool:
-        """Take the lease on a conversation that nobody works in; say whether it is this node's now. Raises StoreError."""
-        command = TAKE_OVER.command(run_keys(conv_id), (self._connection.node, int(self.lease_s * 1000)))
-        token = await self._connection.one(command, lane="append")
-        if token is not None:
-            self._tokens[conv_id] = token.decode()
-        return token is not None
-
-    async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
-        """Return the node that works in each conversation. Raises StoreError."""
-        tokens = await self._connection.all([("GET", run_keys(conv_id)[4]) for conv_id in conv_ids])
-        found = {conv_id: token.decode() for conv_id, token in zip(conv_ids, tokens, strict=True) if token}
-        return {conv_id: token.partition(":")[2] for conv_id, token in found.items()}
-
-    async def release(self, conv_id: str, *, left: bool = False) -> None:
-        """Give the lease back: nothing is worked on in this conversation any more. Raises StoreError."""
-        token = self._tokens.pop(conv_id, None)
-        if token is not None:
-            await self._connection.one(RELEASE.command(run_keys(conv_id), (token,)), lane="append")
-            if left:
-                await self._connection.publish(LEFT, conv_id)
-
-
-class _Taken(Exception):
-    """Another node was faster with the same idempotency key."""
-
-    def __init__(self, record: KeyRecord) -> None:
-        super().__init__(record.key)
-        self.record = record
-
-
-def _key_name(scope: str, key: str) -> str:
-    return "run-key:" + hashlib.sha256(orjson.dumps([scope, key])).hexdigest()

@@ -31,6 +31,11 @@ class RunPublisher:
         self._failure: BaseException | None = None
         self._ended = False
 
+    @property
+    def failed(self) -> bool:
+        """Whether something that was handed on is not known to be in the log."""
+        return self._failure is not None
+
     async def put(self, drafts: Sequence[Draft]) -> None:
         """Hand on drafts; returns before they are durable. Raises RunEnded after `end`, or what a publish raised."""
         if self._ended:

@@ -54,7 +54,8 @@ class RunTask:
         self._resumed = run.status == "awaiting_tool_approval"
         self._loop = asyncio.get_running_loop()
         self._stop: asyncio.Future[StopReason] = self._loop.create_future()
-        self._published = RunPublisher(run.conv_id, run.run_id, runtime.publish_as_holder(run.conv_id))
+        self._publish = runtime.publish_as_holder(run.conv_id)
+        self._published = RunPublisher(run.conv_id, run.run_id, self._publish)
         self._recorder = TurnRecorder(
             run, runtime.turns, runtime.plugins, runtime.clock, keep=self._limits.turns_per_conversation
         )
@@ -67,6 +68,8 @@ class RunTask:
         self._deadline: asyncio.TimerHandle | None = None
         self._left_s = self._limits.run_timeout_s
         self._due = 0.0
+        self.left_undone = False
+        """Whether this process left the run with something begun whose outcome is not in store and log."""
 
     # -- orders from outside ----------------------------------------------------------------------------------------
 
@@ -118,6 +121,7 @@ class RunTask:
     async def _detach(self) -> None:
         self._stop_timer()
         await self._published.end()
+        self.left_undone |= self._published.failed
         self._release()
 
     def _stopped(self, reason: StopReason) -> tuple[RunStatus, dict[str, Any] | None]:
@@ -141,7 +145,8 @@ class RunTask:
             "step": self.run.step,
             "attempt": self.run.attempt,
         }
-        ended = await self._runtime.settle(self.run, status, changes)
+        ended = await self._runtime.settle(self.run, status, changes, self._publish)
+        self.left_undone = ended is None
         self._release()
         return ended
 
@@ -347,7 +352,7 @@ class RunTask:
             self._recorder.record("tools", {"step": self.run.step, "calls": self._round.describe()})
             return self._round.messages()
         finally:
-            self._round.abandon()
+            self.left_undone |= self._round.abandon()
             self._round = None
 
     async def _resume_round(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import Draft
-from broker.errors import BrokerError, StoreError, Unavailable
+from broker.errors import BrokerError, RunEnded, StoreError, Unavailable
 from broker.runs.ending import closing_drafts, terminal_draft
 from broker.runs.engines import EngineCache
 from broker.runs.limits import RunLimits
@@ -56,12 +56,17 @@ class Runtime:
             return self.publish
         return lambda conv_id, drafts: publish(conv_id, drafts, token)
 
-    async def settle(self, run: Run, status: RunStatus, changes: Mapping[str, Any]) -> Run | None:
+    async def settle(
+        self, run: Run, status: RunStatus, changes: Mapping[str, Any], publish: Publish | None = None
+    ) -> Run | None:
         """End a run: durable status first, then everything open closed and its one terminal event.
+
+        publish: None is enough for a run that never began; one that did is ended by who holds the lease, where there are
+        leases, and by nobody else: what two nodes would close might be closed twice.
 
         Whoever was first decides the status; a run that has ended already gets its terminal event published again,
         which the log takes once. While the store is unavailable this tries on. Returns the ended run, None where the
-        process went down first: the next start finishes the work.
+        process went down first, or another node took the run over: then the next start, or that node, finishes the work.
         """
         delay = END_RETRY_S
         while True:
@@ -71,9 +76,12 @@ class Runtime:
                 ) or await self.store.get(run.run_id)
                 if ended is None or not ended.ended:
                     return ended  # erased meanwhile
-                await self._publish_end(ended)
+                await self._publish_end(ended, publish or self.publish)
                 changes = {"terminal_published": True}
                 return await self.store.update(run.run_id, TERMINAL, changes, self.clock.wall_ms()) or ended
+            except RunEnded as exc:
+                log.warning("the end of run %s is left to another node: %s", run.run_id, exc)
+                return None
             except (StoreError, Unavailable) as exc:
                 if self.closing:
                     log.warning("the end of run %s is left to the next start: %s", run.run_id, exc)
@@ -82,23 +90,23 @@ class Runtime:
             await asyncio.sleep(delay)
             delay = min(delay * 2, END_RETRY_MAX_S)
 
-    async def _publish_end(self, run: Run) -> None:
+    async def _publish_end(self, run: Run, publish: Publish) -> None:
         closers: list[Draft] = []
         if run.started_at_ms is not None and run.status != "finished":
             entities = await self.timeline.entities(run.conv_id)
             closers = closing_drafts(entities, run, max_text_bytes=self.limits.max_text_bytes)
         drafts = [*closers, terminal_draft(run)]
         try:
-            await self.publish(run.conv_id, drafts)
-        except (StoreError, Unavailable):
+            await publish(run.conv_id, drafts)
+        except (StoreError, Unavailable, RunEnded):
             raise
         except BrokerError as exc:
             # A plugin refuses one of them. The end must not be lost for that: each goes on its own.
             log.warning("the end of run %s was refused as a whole: %s", run.run_id, exc)
             for draft in drafts:
                 try:
-                    await self.publish(run.conv_id, [draft])
-                except (StoreError, Unavailable):
+                    await publish(run.conv_id, [draft])
+                except (StoreError, Unavailable, RunEnded):
                     raise
                 except BrokerError as refusal:
                     log.error("%s of run %s was refused: %s", draft.type, run.run_id, refusal)

@@ -17,12 +17,13 @@ from broker.errors import (
 from broker.runs.actions import ActionResult, Actions
 from broker.runs.engines import EngineCache
 from broker.runs.intake import Intake, SendResult
-from broker.runs.leases import LeaseKeeper, Leases
+from broker.runs.lease_keeper import LeaseKeeper
+from broker.runs.leases import Leases, TakenOver
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles, RunRequest
 from broker.runs.ports import Hold, Plugins, Publish, PublishFenced, TimelineReader
-from broker.runs.queue import Lines
-from broker.runs.recovery import recover, recover_conversation
+from broker.runs.queue import Line, Lines
+from broker.runs.recovery import recover, settle_conversation
 from broker.runs.runtime import Runtime
 from broker.runs.snapshot import snapshot, state_etag
 from broker.runs.state import Run
@@ -99,10 +100,12 @@ class RunService:
         if self._accepting:
             return
         self._runtime.closing = False
+        self._lines.broken.clear()
         # Observers are told beside it: one that stalls must not keep the server from starting.
         if self._leases is not None:
-            await self._leases.look(at_start=True)
+            # First, so that the leases of what is found are prolonged while the rest is still being settled.
             self._leases.start()
+            await self._leases.look(at_start=True)
         else:
             await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
         self._accepting = True
@@ -261,8 +264,16 @@ class RunService:
 
     # -- inner ------------------------------------------------------------------------------------------------------
 
-    async def _settle_conversation(self, conv_id: str, runs: list[Run]) -> None:
-        await recover_conversation(self._runtime, self._lines, self._intake.announce, self._tell_ended, conv_id, runs)
+    async def _settle_conversation(self, line: Line, taken: TakenOver) -> None:
+        await settle_conversation(
+            self._runtime,
+            self._lines,
+            line,
+            self._intake.announce,
+            self._tell_ended,
+            taken.runs,
+            given_back=taken.given_back,
+        )
 
     def _tell_ended(self, run: Run) -> None:
         task = asyncio.create_task(self._run_ended(run))
@@ -276,5 +287,15 @@ class RunService:
             self._plugins.report("broker", "on_run_finished", exc)
 
     async def _drained(self, timeout_s: float) -> None:
-        if self._lines.works and timeout_s > 0:
-            await asyncio.wait(set(self._lines.works), timeout=timeout_s)
+        """Wait until all is done about the runs at work here. What waits behind one goes to other nodes when it ends."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            if self._leases is not None:
+                await self._leases.leave()
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if not self._lines.works or left_s <= 0:
+                return
+            self._lines.came_to_rest.clear()
+            rest = asyncio.create_task(self._lines.came_to_rest.wait())
+            await asyncio.wait({*self._lines.works, rest}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            rest.cancel()

@@ -1,4 +1,4 @@
-"""Runs and turns in the broker's SQLite file.
+"""Runs in the broker's SQLite file.
 
 A run is one row: columns for what is searched, the rest as JSON. Each operation is one function in one transaction of
 the file's single writer, which is what makes it atomic.
@@ -14,9 +14,8 @@ from typing import Any, Literal
 import orjson
 
 from broker.database import Database
-from broker.runs.state import Run, RunStatus, changed, decided, run_from_json
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
-from broker.runs.turns import Turn
+from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, run_from_json
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full, state_from_json
 
 RUN_TABLES = (
     """CREATE TABLE IF NOT EXISTS run (
@@ -50,22 +49,9 @@ RUN_TABLES = (
     ) WITHOUT ROWID""",
 )
 
-TURN_TABLES = (
-    """CREATE TABLE IF NOT EXISTS turn (
-        number INTEGER PRIMARY KEY,
-        turn_id TEXT NOT NULL,
-        conv_id TEXT NOT NULL,
-        created_at_ms INTEGER NOT NULL,
-        body BLOB NOT NULL
-    )""",
-    "CREATE INDEX IF NOT EXISTS turn_by_conversation ON turn (conv_id, number)",
-    "CREATE INDEX IF NOT EXISTS turn_by_age ON turn (created_at_ms)",
-)
-
 _PRUNE_KEYS = """
 DELETE FROM run_key WHERE (scope, key) IN (SELECT scope, key FROM run_key WHERE created_at_ms < ? LIMIT ?)
 """
-_PRUNE_TURNS = "DELETE FROM turn WHERE number IN (SELECT number FROM turn WHERE created_at_ms < ? LIMIT ?)"
 _PRUNED_ROWS = 100  # per job: a few ms also where turns are large, so that publishers do not wait for a long prune
 
 
@@ -91,7 +77,7 @@ class _Writer:
                 run.conv_id,
                 run.status,
                 run.order,
-                run.ended and run.terminal_published,
+                run.settled,
                 _json(run.to_json()),
             ),
         )
@@ -125,8 +111,10 @@ class _Writer:
                 "INSERT INTO run_key (scope, key, conv_id, run_id, created_at_ms, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (record.scope, record.key, run.conv_id, run.run_id, record.created_at_ms, _json(asdict(record))),
             )
-        before = conversation(connection, run.conv_id) or ConversationState(run.conv_id, run.session_id)
-        self.save_conversation(replace(before, engine_profile=run.engine_profile))
+        before = conversation(connection, run.conv_id)
+        state = replace(before or ConversationState(run.conv_id, run.session_id), engine_profile=run.engine_profile)
+        if state != before:
+            self._put_conversation(state)
         return Prepared(run, status, position, record)
 
     def discard(self, run_id: str) -> bool:
@@ -138,23 +126,22 @@ class _Writer:
 
     def claim(self, conv_id: str, now_ms: int) -> Run | None:
         waiting = queued(self._connection, conv_id)
-        if not waiting or active(self._connection, conv_id) is not None:
+        if not waiting or any(run.before_others for run in unsettled(self._connection, conv_id)):
             return None
         return self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
-    def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         run = self.run(run_id)
         if run is None or run.status != "awaiting_tool_approval":
             return None, {}
-        calls, outcomes = decided(run, call_ids, decision, by)
+        calls, outcomes = decided(run, verdict)
         return self.update(run_id, frozenset({run.status}), {"calls": calls}, now_ms), outcomes
+
+    def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        run = self.run(run_id)
+        if run is None or run.status != "awaiting_tool_approval":
+            return None
+        return self.update(run_id, frozenset({run.status}), {"calls": given_up(run, call_ids)}, now_ms)
 
     def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         run = self.run(run_id)
@@ -168,11 +155,14 @@ class _Writer:
         if conversation(self._connection, state.conv_id) == state:
             self.saves_skipped += 1
             return
+        self._put_conversation(state)
+        self.saves += 1
+
+    def _put_conversation(self, state: ConversationState) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO run_conversation (conv_id, body) VALUES (?, ?)",
             (state.conv_id, _json(asdict(state))),
         )
-        self.saves += 1
 
 
 class SqliteRunStore:
@@ -206,15 +196,11 @@ class SqliteRunStore:
     ) -> Run | None:
         return await self._write(lambda writer: writer.update(run_id, expect, changes, now_ms))  # type: ignore[no-any-return]
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
-        return await self._write(lambda writer: writer.decide(run_id, call_ids, decision, by, now_ms))  # type: ignore[no-any-return]
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
+        return await self._write(lambda writer: writer.decide(run_id, verdict, now_ms))  # type: ignore[no-any-return]
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        return await self._write(lambda writer: writer.give_up_calls(run_id, call_ids, now_ms))  # type: ignore[no-any-return]
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:
         return await self._write(lambda writer: writer.move_to_front(run_id, now_ms))  # type: ignore[no-any-return]
@@ -242,7 +228,7 @@ class SqliteRunStore:
         return await self._database.read(lambda connection: read_key(connection, scope, key))
 
     async def prune_keys(self, before_ms: int) -> int:
-        return await _delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
+        return await delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return await self._database.read(lambda connection: conversation(connection, conv_id))
@@ -286,71 +272,13 @@ class SqliteRunStore:
         return result
 
 
-class SqliteTurnStore:
-    """A TurnStore in SQLite. The database is opened and closed by whoever made it."""
-
-    name = "sqlite"
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        database.register("turns", TURN_TABLES)
-
-    async def open(self) -> None:
-        """Make sure that the tables are there. Raises StoreError."""
-        await self._database.open()
-
-    async def close(self) -> None: ...
-
-    async def add(self, turn: Turn, *, keep: int) -> None:
-        body = _json(asdict(turn))
-
-        def add(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "INSERT INTO turn (turn_id, conv_id, created_at_ms, body) VALUES (?, ?, ?, ?)",
-                (turn.turn_id, turn.conv_id, turn.created_at_ms, body),
-            )
-            connection.execute(
-                "DELETE FROM turn WHERE conv_id = ?1 AND number <= "
-                "(SELECT number FROM turn WHERE conv_id = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2)",
-                (turn.conv_id, keep),
-            )
-
-        await self._database.write(add)
-
-    async def get(self, conv_id: str, turn_id: str) -> Turn | None:
-        found = await self._select("conv_id = ? AND turn_id = ?", (conv_id, turn_id), 1)
-        return found[0] if found else None
-
-    async def turns(
-        self, conv_id: str, *, run_id: str | None = None, phase: str | None = None, limit: int = 100
-    ) -> list[Turn]:
-        where, values = ["conv_id = ?"], [conv_id]
-        for field, value in (("run_id", run_id), ("phase", phase)):
-            if value is not None:
-                where.append(f"json_extract(CAST(body AS TEXT), '$.{field}') = ?")
-                values.append(value)
-        return await self._select(" AND ".join(where), tuple(values), limit)
-
-    async def prune(self, before_ms: int) -> int:
-        return await _delete_in_steps(self._database, _PRUNE_TURNS, before_ms)
-
-    async def erase(self, conv_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute("DELETE FROM turn WHERE conv_id = ?", (conv_id,)).rowcount
-        )
-
-    async def _select(self, where: str, values: tuple[str, ...], limit: int) -> list[Turn]:
-        sql = f"SELECT body FROM turn WHERE {where} ORDER BY number DESC LIMIT ?"
-        return await self._database.read(
-            lambda connection: [Turn(**orjson.loads(row[0])) for row in connection.execute(sql, (*values, limit))]
-        )
-
-
-async def _delete_in_steps(database: Database, statement: str, before_ms: int) -> int:
+async def delete_in_steps(database: Database, statement: str, before_ms: int) -> int:
     """Delete what is older than `before_ms`, a few rows to a job; return how many went."""
     removed = 0
     while True:
-        count = await database.write(lambda connection: connection.execute(statement, (before_ms, _PRUNED_ROWS)).rowcount)
+        count = await database.write(
+            lambda connection: connection.execute(statement, (before_ms, _PRUNED_ROWS)).rowcount
+        )
         removed += count
         if count < _PRUNED_ROWS:
             return removed
@@ -371,6 +299,12 @@ def active(connection: sqlite3.Connection, conv_id: str) -> Run | None:
     return _run(row) if row else None
 
 
+def unsettled(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
+    """Return the conversation's runs that have not ended or whose terminal event may be missing."""
+    sql = "SELECT body FROM run WHERE conv_id = ? AND settled = 0"
+    return [_run(row) for row in connection.execute(sql, (conv_id,))]
+
+
 def queued(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
     """Return the conversation's waiting runs, the next one first."""
     sql = "SELECT body FROM run WHERE conv_id = ? AND status = 'queued' ORDER BY place"
@@ -386,7 +320,7 @@ def count(connection: sqlite3.Connection, conv_id: str, status: str) -> int:
 def conversation(connection: sqlite3.Connection, conv_id: str) -> ConversationState | None:
     """Return what is kept of the conversation."""
     row = connection.execute("SELECT body FROM run_conversation WHERE conv_id = ?", (conv_id,)).fetchone()
-    return ConversationState(**orjson.loads(row[0])) if row else None
+    return state_from_json(orjson.loads(row[0])) if row else None
 
 
 def read_key(connection: sqlite3.Connection, scope: str, key: str) -> KeyRecord | None:

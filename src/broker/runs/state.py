@@ -43,6 +43,15 @@ class PendingCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a person decides about tool calls. by: who. call_ids: None means every call that is still pending."""
+
+    decision: Literal["approved", "denied"]
+    by: str
+    call_ids: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One inference of a conversation, as it is stored. Never changed in place: stores hand out and take in copies.
 
@@ -77,6 +86,16 @@ class Run:
     def ended(self) -> bool:
         """Whether the run reached a terminal status."""
         return self.status in TERMINAL
+
+    @property
+    def settled(self) -> bool:
+        """Whether the run has ended and its terminal event is in the log: nothing is left to do about it."""
+        return self.ended and self.terminal_published
+
+    @property
+    def before_others(self) -> bool:
+        """Whether no other run of the conversation may begin: it is active, or was and its end is not in the log yet."""
+        return self.status in ACTIVE or (self.ended and self.started_at_ms is not None and not self.terminal_published)
 
     @property
     def pending_calls(self) -> list[PendingCall]:
@@ -122,24 +141,35 @@ def changed(run: Run, expect: frozenset[RunStatus], changes: Mapping[str, Any], 
     return replace(run, **times, **changes)
 
 
-def decided(
-    run: Run, call_ids: frozenset[str] | None, decision: Literal["approved", "denied"], by: str
-) -> tuple[tuple[PendingCall, ...], dict[str, str]]:
+def decided(run: Run, verdict: Verdict) -> tuple[tuple[PendingCall, ...], dict[str, str]]:
     """Return the run's calls after a person's decision, and what became of each call asked for.
 
-    call_ids: None means every call that is still pending. Outcomes by call id: the decision itself, `already_approved`,
-    `already_denied` (the first decision stands) or `stale` (no such call waits in this run).
+    Outcomes by call id: the decision itself, `already_approved`, `already_denied` (the first decision stands) or `stale`
+    (no such call waits in this run).
     """
+    call_ids, decision = verdict.call_ids, verdict.decision
     outcomes: dict[str, str] = {}
     calls = []
     for call in run.calls:
         asked = call.id in call_ids if call_ids is not None else call.decision == "pending"
         if asked and call.decision == "pending":
             outcomes[call.id] = decision
-            call = replace(call, decision=decision, by=by)
+            call = replace(call, decision=decision, by=verdict.by)
         elif asked and call.decision != "auto":
             outcomes[call.id] = f"already_{call.decision}"
         calls.append(call)
     for call_id in call_ids or ():
         outcomes.setdefault(call_id, "stale")
     return tuple(calls), outcomes
+
+
+def given_up(run: Run, call_ids: frozenset[str]) -> tuple[PendingCall, ...]:
+    """Return the run's calls after a node that may have been carrying out these approved ones was lost.
+
+    Nobody knows whether they were carried out, so they must not be again: such a call becomes one that needs no decision
+    and has no result, which the run answers as interrupted.
+    """
+    return tuple(
+        replace(call, decision="auto") if call.id in call_ids and call.decision == "approved" else call
+        for call in run.calls
+    )

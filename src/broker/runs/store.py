@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from broker.errors import LimitExceeded
-from broker.runs.state import Run, RunStatus
+from broker.runs.state import Run, RunStatus, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,14 @@ class ConversationState:
     engine_profile: str | None = None
     signature: str | None = None
     plan: Mapping[str, Any] | None = None
-    title: str | None = None
+
+
+_STATE_FIELDS = frozenset(f.name for f in fields(ConversationState))
+
+
+def state_from_json(raw: Mapping[str, Any]) -> ConversationState:
+    """Return the state that was stored as a JSON object; fields this version does not know are dropped."""
+    return ConversationState(**{key: value for key, value in raw.items() if key in _STATE_FIELDS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +111,8 @@ class RunStore(Protocol):
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
         """Make the first queued run the active one (`running`) and return it.
 
-        None while another run of the conversation is active, or when nothing waits: of any number of concurrent calls
-        one gets the run.
+        None while another run of the conversation is active or its terminal event is not known to be in the log, or when
+        nothing waits: of any number of concurrent calls one gets the run.
         """
         ...
 
@@ -118,15 +125,15 @@ class RunStore(Protocol):
         """
         ...
 
-    async def decide(
-        self,
-        run_id: str,
-        call_ids: frozenset[str] | None,
-        decision: Literal["approved", "denied"],
-        by: str,
-        now_ms: int,
-    ) -> tuple[Run | None, dict[str, str]]:
+    async def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         """Decide tool calls of a run that awaits approval (see `state.decided`); (None, {}) for any other run."""
+        ...
+
+    async def give_up_calls(self, run_id: str, call_ids: frozenset[str], now_ms: int) -> Run | None:
+        """Note that nobody knows whether these approved calls were carried out (see `state.given_up`).
+
+        Returns the run as it is then; None if it does not await approval (any more).
+        """
         ...
 
     async def move_to_front(self, run_id: str, now_ms: int) -> Run | None:

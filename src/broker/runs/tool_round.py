@@ -151,10 +151,12 @@ class ToolRound:
             await asyncio.gather(*self._tasks)
         await self._published.flush()
 
-    def abandon(self) -> None:
-        """Cancel what is still at work: the run has ended."""
-        for task in self._tasks:
+    def abandon(self) -> bool:
+        """Cancel what is still at work: the run has ended, or goes on elsewhere. Says whether there was any."""
+        at_work = [task for task in self._tasks if not task.done()]
+        for task in at_work:
             task.cancel()
+        return bool(at_work)
 
     def messages(self) -> list[ChatMessage]:
         """Return the results as the model gets them, in the order of the calls."""

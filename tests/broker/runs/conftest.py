@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import redis
+from tests.support.run_bench import Bench
+from tests.support.run_stores import InRedis, InSqlite, OneStore, RunPlace
 
 from broker.database import Database
 from broker.redis_connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
-from broker.runs.sqlite import SqliteRunStore, SqliteTurnStore
+from broker.runs.sqlite import SqliteRunStore
+from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 
@@ -34,6 +38,34 @@ async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     await turns.open()
     yield runs, turns
     await database.close()
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+async def kept_in(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[[], RunPlace]]:
+    """Has each new Bench of the test keep its runs in the place named by the parameter. Returns what makes a place."""
+    made: list[RunPlace] = []
+    url = request.getfixturevalue("redis_url") if request.param == "redis" else ""
+
+    def make() -> RunPlace:
+        place: RunPlace
+        if request.param == "memory":
+            place = OneStore()
+        elif request.param == "sqlite":
+            place = InSqlite(tmp_path / f"bench-{len(made)}.db")
+        else:
+            if made:  # a place of its own, as the others are
+                with redis.Redis.from_url(url, protocol=2) as client:
+                    client.flushall()
+            place = InRedis(url)
+        made.append(place)
+        return place
+
+    monkeypatch.setattr(Bench, "place", make)
+    yield make
+    for place in made:
+        await place.close()
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from broker.runs.run_publisher import RunPublisher
 from broker.runs.state import Run
 from broker.runs.tools import Tool
 
+pytestmark = pytest.mark.usefixtures("kept_in")
+
 ECHO_SCHEMA = {"type": "object", "properties": {"say": {"type": "string"}}, "required": ["say"]}
 ECHO = Tool("echo", "says it back", ECHO_SCHEMA, lambda given, _context: given["say"])
 CALLED = text(reason="tool_calls")

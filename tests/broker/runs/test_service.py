@@ -33,6 +33,8 @@ from broker.runs.state import Run
 from broker.runs.tools import Tool
 from broker.security import Principal
 
+pytestmark = pytest.mark.usefixtures("kept_in")
+
 BOB = Principal("bob")
 
 
@@ -215,7 +217,7 @@ async def test_a_key_with_another_body_is_a_mismatch(other: dict[str, Any]) -> N
     async with Bench(EnginePlugin(profiles=[profile])) as bench:
         await bench.runs.send(ALICE, "c", "hi", idempotency_key="k")
         with pytest.raises(IdempotencyMismatch, match="key 'k' was already used with another body"):
-            await bench.runs.send(ALICE, "c", other.pop("prompt", "hi"), idempotency_key="k", **other)
+            await bench.runs.send(ALICE, "c", **{"prompt": "hi", **other}, idempotency_key="k")
 
 
 async def test_equal_overrides_in_another_order_are_the_same_body() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from broker.errors import InvalidInput, LimitExceeded
-from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run
-from broker.runs.store import ConversationState, KeyRecord, RunStore
+from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run, Verdict
+from broker.runs.store import ConversationState, KeyRecord, RunStore, state_from_json
 from broker.runs.turns import Turn, TurnStore
 
 QUEUED = frozenset({"queued"})
@@ -52,6 +52,40 @@ async def test_prepared_runs_wait_in_order_and_are_stored_whole(store: RunStore)
     assert (await store.conversation("c")) == ConversationState("c", "s", engine_profile="p")
 
 
+async def test_a_prompt_that_was_withdrawn_holds_up_nobody(store: RunStore) -> None:
+    await prepare(store, "r1", "r2")
+    await store.update("r1", QUEUED, {"status": "cancelled"}, 5)
+    claimed = await store.claim("c", 6)
+    assert claimed is not None
+    assert claimed.run_id == "r2"
+
+
+async def test_calls_that_may_have_been_carried_out_are_given_up(store: RunStore) -> None:
+    """Only those that were named, and only if they were approved: what was decided meanwhile stands."""
+    await prepare(store, "r1")
+    await store.claim("c", 2)
+    decisions: dict[str, Any] = {"a": "approved", "b": "approved", "c": "pending", "d": "denied"}
+    calls = tuple(PendingCall(id, "t", {}, decision, "alice") for id, decision in decisions.items())
+    await store.update("r1", ACTIVE, {"status": "awaiting_tool_approval", "calls": calls}, 3)
+    run = await store.give_up_calls("r1", frozenset({"a", "c", "d"}), 4)
+    assert run is not None
+    assert run == await store.get("r1")
+    assert [(call.id, call.decision) for call in run.calls] == [
+        ("a", "auto"),
+        ("b", "approved"),
+        ("c", "pending"),
+        ("d", "denied"),
+    ]
+    assert await store.give_up_calls("r1", frozenset(), 5) == run
+    await store.update("r1", ACTIVE, {"status": "cancelled"}, 6)
+    assert await store.give_up_calls("r1", frozenset({"b"}), 7) is None
+    assert await store.give_up_calls("unknown", frozenset(), 8) is None
+
+
+def test_a_field_that_was_stored_by_another_version_is_dropped() -> None:
+    assert state_from_json({"conv_id": "c", "session_id": "s", "title": None}) == ConversationState("c", "s")
+
+
 async def test_claim_gives_one_run_at_a_time(store: RunStore) -> None:
     await prepare(store, "r1", "r2")
     claims = await asyncio.gather(*(store.claim("c", 5) for _ in range(8)))
@@ -59,6 +93,8 @@ async def test_claim_gives_one_run_at_a_time(store: RunStore) -> None:
     assert (await store.active("c")) is not None
     assert await store.claim("c", 6) is None
     await store.update("r1", ACTIVE, {"status": "finished"}, 7)
+    assert await store.claim("c", 7) is None  # its terminal event has to be in the log before the next one begins
+    await store.update("r1", TERMINAL, {"terminal_published": True}, 7)
     claimed = await store.claim("c", 8)
     assert claimed is not None
     assert (claimed.run_id, claimed.status, claimed.started_at_ms) == ("r2", "running", 8)
@@ -180,9 +216,9 @@ async def test_decisions_are_taken_once(store: RunStore) -> None:
     )
     await prepare(store, "r1")
     await store.claim("c", 1)
-    assert await store.decide("r1", None, "approved", "alice", 2) == (None, {})
+    assert await store.decide("r1", Verdict("approved", "alice"), 2) == (None, {})
     await store.update("r1", ACTIVE, {"status": "awaiting_tool_approval", "calls": calls}, 2)
-    run, outcomes = await store.decide("r1", frozenset({"a", "zz", "c"}), "approved", "alice", 3)
+    run, outcomes = await store.decide("r1", Verdict("approved", "alice", frozenset({"a", "zz", "c"})), 3)
     assert outcomes == {"a": "approved", "zz": "stale", "c": "stale"}
     assert run is not None
     assert [(call.id, call.decision, call.by) for call in run.calls] == [
@@ -190,9 +226,9 @@ async def test_decisions_are_taken_once(store: RunStore) -> None:
         ("b", "pending", None),
         ("c", "auto", None),
     ]
-    _, outcomes = await store.decide("r1", frozenset({"a"}), "denied", "bob", 4)
+    _, outcomes = await store.decide("r1", Verdict("denied", "bob", frozenset({"a"})), 4)
     assert outcomes == {"a": "already_approved"}
-    run, outcomes = await store.decide("r1", None, "denied", "bob", 5)
+    run, outcomes = await store.decide("r1", Verdict("denied", "bob"), 5)
     assert outcomes == {"b": "denied"}
     assert run is not None
     assert run == await store.get("r1")

@@ -10,13 +10,19 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, until
+from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call, text
 from tests.support.transcripts import TRANSCRIPTS, messages_of
 
 from broker.runs.engine import EngineProfile, EngineRequest
 from broker.runs.tools import Tool
 from broker.timeline.entity import Entity
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where the broker keeps its things, from one life to the next."""
+    return store_setting(request, tmp_path)
 
 
 @dataclass
@@ -88,7 +94,7 @@ def row(entity: Entity) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-async def test_a_transcript_is_read_back_as_it_was(name: str, shared_dir: Path, tmp_path: Path) -> None:
+async def test_a_transcript_is_read_back_as_it_was(name: str, shared_dir: Path, db: str) -> None:
     messages = messages_of(shared_dir, name)
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     played = exchanges(messages)
@@ -97,7 +103,6 @@ async def test_a_transcript_is_read_back_as_it_was(name: str, shared_dir: Path, 
         ends = [i for i, (_, calls) in enumerate(exchange.steps) if not calls]
         del exchange.steps[ends[0] + 1 :]
     agent = plugin(played, system)
-    db = str(tmp_path / "broker.db")
     async with Core(db, plugins=[agent], max_tool_steps=100) as core:
         for exchange in played:
             sent = await core.broker.runs.send(CALLER, "conv", exchange.prompt)
@@ -134,7 +139,7 @@ LOOPS = (
 @pytest.mark.parametrize("approval", [False, True])
 @pytest.mark.parametrize("loop", LOOPS, ids=["chat-06", "chat-07"])
 async def test_a_recorded_tool_loop_with_and_without_approval(
-    loop: tuple[str, ...], approval: bool, shared_dir: Path, tmp_path: Path
+    loop: tuple[str, ...], approval: bool, shared_dir: Path, db: str
 ) -> None:
     recordings = [orjson.loads((shared_dir / "llm-recordings" / f"{name}.json").read_bytes()) for name in loop]
     answers = [recording["reference"]["choices"][0] for recording in recordings]
@@ -160,7 +165,7 @@ async def test_a_recorded_tool_loop_with_and_without_approval(
         for name in sorted(names)
     ]
     agent = EnginePlugin(ScriptedEngine(*script), tools=tools)
-    async with Core(str(tmp_path / "broker.db"), plugins=[agent]) as core:
+    async with Core(db, plugins=[agent]) as core:
         runs = core.broker.runs
         sent = await runs.send(CALLER, "conv", recordings[0]["request"]["messages"][0]["content"])
         while (run := await runs.store.get(sent.run_id)) is not None and not run.ended:

@@ -17,6 +17,12 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return store_setting(request, tmp_path)
 
 
+@pytest.fixture(params=["sqlite", "redis"])
+def lasting_db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same, where it outlives the process."""
+    return store_setting(request, tmp_path)
+
+
 ADD = Tool(
     "add",
     "adds two numbers",
@@ -44,16 +50,15 @@ async def test_a_tool_loop_ends_up_in_the_timeline(db: str) -> None:
         assert conversation is None or conversation.holds == 0
 
 
-async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(tmp_path: Path) -> None:
-    db = str(tmp_path / "broker.db")
+async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(lasting_db: str) -> None:
     gate = Gate()
     first = ScriptedEngine([*text("half of it")[:1], gate])
-    async with Core(db, plugins=[EnginePlugin(first)]) as core:
+    async with Core(lasting_db, plugins=[EnginePlugin(first)]) as core:
         one = await core.broker.runs.send(CALLER, "conv", "one")
         await gate.reached.wait()
         two = await core.broker.runs.send(CALLER, "conv", "two")
         assert two.status == "queued"
-    async with Core(db, plugins=[EnginePlugin(ScriptedEngine(text("two's answer")))]) as core:
+    async with Core(lasting_db, plugins=[EnginePlugin(ScriptedEngine(text("two's answer")))]) as core:
         await until(lambda: core.broker.runs.active == 0)
         runs = {run.run_id: run for run in await core.broker.runs.store.runs("conv", limit=9)}
         assert runs[one.run_id].status == "interrupted"
@@ -70,12 +75,11 @@ async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(tmp
         ]
 
 
-async def test_a_repeated_key_gets_the_first_answer_after_a_restart(tmp_path: Path) -> None:
-    db = str(tmp_path / "broker.db")
-    async with Core(db, plugins=[EnginePlugin()]) as core:
+async def test_a_repeated_key_gets_the_first_answer_after_a_restart(lasting_db: str) -> None:
+    async with Core(lasting_db, plugins=[EnginePlugin()]) as core:
         first = await core.broker.runs.send(CALLER, None, "hi", idempotency_key="k")
         await until(lambda: core.broker.runs.active == 0)
-    async with Core(db, plugins=[EnginePlugin()]) as core:
+    async with Core(lasting_db, plugins=[EnginePlugin()]) as core:
         again = await core.broker.runs.send(CALLER, None, "hi", idempotency_key="k")
         assert again.replayed
         assert (again.run_id, again.conv_id, again.status) == (first.run_id, first.conv_id, first.status)
