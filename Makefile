@@ -26,6 +26,7 @@ check: lint unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy src
 	$(if $(PLUGIN_PACKAGES),MYPYPATH=src:plugins $(BIN)/mypy $(addprefix -p ,$(PLUGIN_PACKAGES)))
 	$(if $(PLUGIN_FILES),MYPYPATH=src:plugins $(BIN)/mypy $(PLUGIN_FILES))

@@ -78,7 +78,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="smaller sizes: minutes instead of half an hour")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="workloads, as a comma list: W1, W1s, W2 … W7, W5held, gaps, durable")
+    parser.add_argument(
+        "--only", default="", help="workloads, as a comma list: W1, W1s, W2 … W7, W5held, gaps, durable"
+    )
     parser.add_argument("--deltas", type=int, default=200, help="W5: deltas per second in each of 100 conversations")
     parser.add_argument("--peers", action="store_true", help="measure other projects' servers too")
     parser.add_argument("--without", default="", help="peers to leave out, as a comma list: nchan, NATS, node ws, …")
@@ -135,7 +137,11 @@ def _take(step: Step, results: Results) -> None:
 
 
 def _grow(
-    growth: dict[str, list[tuple[object, Any]]], results: Results, dimension: str, value: int, measure: Callable[[], Any]
+    growth: dict[str, list[tuple[object, Any]]],
+    results: Results,
+    dimension: str,
+    value: int,
+    measure: Callable[[], Any],
 ) -> None:
     try:
         figures = measure()

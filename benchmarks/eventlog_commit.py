@@ -25,12 +25,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from broker.clock import SystemClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.base import EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.sqlite import _ROWS_BETWEEN, _TABLES, SqliteEventLog
 from broker.eventlog.sqlite_append import _INSERT_ENVELOPES, _execute_rows
+from broker.sqlite.database import Database
 
 NOW_MS = 1_763_690_000_000
 ONE = "INSERT INTO envelope VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"

@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from broker.broker import ConversationWSBroker
 from broker.clock import SystemClock
-from broker.database import Database
 from broker.envelope import Draft, Envelope
 from broker.eventlog.sqlite import _TABLES, SqliteEventLog
 from broker.eventlog.sqlite_append import _INSERT_ENVELOPES, _execute_rows
 from broker.settings import Settings
+from broker.sqlite.database import Database
 from transports.garbage_collector import tune
 from transports.pool import ConnectionPool
 

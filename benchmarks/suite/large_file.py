@@ -132,7 +132,9 @@ def _copy(path: Path, copies: int) -> None:
             numbers = range(start, min(start + _COPIES_PER_COMMIT, copies + 1))
             connection.executemany("INSERT INTO copy VALUES (?)", [(number,) for number in numbers])
             for statement in _COPY:
-                connection.execute(statement, {name: value for name, value in values.items() if f":{name}" in statement})
+                connection.execute(
+                    statement, {name: value for name, value in values.items() if f":{name}" in statement}
+                )
             connection.execute("COMMIT")
     finally:
         connection.close()

@@ -91,7 +91,9 @@ class Installed:
             download = ["apt-get", "download", "-q", "nginx", "libnginx-mod-nchan"]
             subprocess.run(download, cwd=unpacked, check=True, capture_output=True, text=True)
             for package in unpacked.glob("*.deb"):
-                subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    ["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True, text=True
+                )
         except (OSError, subprocess.CalledProcessError) as exc:
             shutil.rmtree(unpacked, ignore_errors=True)
             self.missing["nchan"] = f"its packages cannot be had: {getattr(exc, 'stderr', None) or exc}".strip()

@@ -16,7 +16,7 @@ import uvloop
 
 from broker.envelope import Envelope
 from broker.eventlog.redis import RedisEventLog
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from suite.nodes import cpu_s
 
 DATA = b'{"delta":"' + b"x" * 90 + b'"}'

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from broker.errors import BrokerError
 from broker.plugins import PluginHost
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.settings import Settings, misspelled_variables
 
 REDIS_PATIENCE_S = 0.0  # one try
@@ -86,7 +86,9 @@ async def _redis(url: str) -> Finding:
         text = f"{what} has maxmemory-policy {info['maxmemory_policy']}, which deletes conversations piecemeal"
         return Finding("store", "problem", f"{text}: set it to noeviction")
     if info.get("aof_enabled") == "0":
-        return Finding("store", "warning", f"{what} keeps no append-only file, its restart resets every client: appendonly yes")
+        return Finding(
+            "store", "warning", f"{what} keeps no append-only file, its restart resets every client: appendonly yes"
+        )
     return Finding("store", "ok", what)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from broker.clock import Clock
-from broker.database import Database
 from broker.eventlog.base import EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.sqlite import SqliteEventLog
@@ -24,12 +23,13 @@ from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 from broker.settings import Settings
+from broker.sqlite.database import Database
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import TimelineStore
 
 if TYPE_CHECKING:
-    from broker.redis_connection import RedisConnection
+    from broker.redis.connection import RedisConnection
 
 LAST_PATIENCE_S = 2.0
 """What each step of a shutdown waits at most for a Redis that is away."""
@@ -87,7 +87,7 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
         from broker.eventlog.redis import RedisEventLog
         from broker.library.redis import RedisLibraryStore
         from broker.nodes.redis import RedisNodes
-        from broker.redis_connection import RedisConnection
+        from broker.redis.connection import RedisConnection
         from broker.runs.redis import RedisRunStore
         from broker.runs.redis_turns import RedisTurnStore
         from broker.timeline.redis import RedisTimelineStore

@@ -68,7 +68,9 @@ class Subscriptions:
         view = broker.views.compile(principal, request.profile, request.channels)
         await broker.authorize_following(principal, request.conv_id, view.channel_names)
         conversation = await broker.conversations.open(request.conv_id)
-        if broker.lifecycle.draining:  # since it was asked above; whoever comes later than `close` would be told nothing
+        if (
+            broker.lifecycle.draining
+        ):  # since it was asked above; whoever comes later than `close` would be told nothing
             raise Unavailable("this process is shutting down: connect again")
         conversation.subscriptions += 1
         subscription = Subscription(connection_id, conversation, request, view, principal)

@@ -15,7 +15,7 @@ from broker.errors import InvalidInput, NotFound
 from broker.eventlog.base import EventLog
 from broker.plugins import PluginHost
 from broker.settings import Settings
-from broker.sqlite_file import check_ours
+from broker.sqlite.file import check_ours
 from broker.stores import choose_stores
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import TimelineHandler

@@ -42,8 +42,21 @@ def test_no_command_but_serve_imports_the_web_server() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["serve"], ["tail"], ["send"], ["publish"], ["plugins"], ["plugins", "list"], ["timeline", "verify"], ["doctor"],
-     ["cluster", "nodes"], ["cluster", "connections"], ["cluster", "runs"], ["cluster", "channels"], ["cluster", "switch"]],
+    [
+        ["serve"],
+        ["tail"],
+        ["send"],
+        ["publish"],
+        ["plugins"],
+        ["plugins", "list"],
+        ["timeline", "verify"],
+        ["doctor"],
+        ["cluster", "nodes"],
+        ["cluster", "connections"],
+        ["cluster", "runs"],
+        ["cluster", "channels"],
+        ["cluster", "switch"],
+    ],
 )
 def test_every_command_explains_itself(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--help"])

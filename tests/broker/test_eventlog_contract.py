@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from broker.clock import ManualClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.sequence import PER_MS, stream_id_from_seq
+from broker.sqlite.database import Database
 
 TIME_MS = 1_763_690_000_000
 

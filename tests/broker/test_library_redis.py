@@ -22,7 +22,7 @@ from broker.library.redis import RedisLibraryStore
 from broker.library.redis_scripts import COPIES
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore, Message
 from broker.library.terms import terms_of
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 
 
 class Node:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from broker.database import Database
 from broker.errors import InvalidInput
 from broker.library.indexing import TITLE_CHARS, title_from
 from broker.library.memory import MemoryLibraryStore
@@ -18,7 +17,8 @@ from broker.library.redis import RedisLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore, Message
 from broker.library.terms import MAX_TERM_CHARS, query_terms, terms_of
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
+from broker.sqlite.database import Database
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])

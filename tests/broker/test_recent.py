@@ -215,9 +215,7 @@ async def test_a_log_that_another_process_reset_is_not_kept(core: Core, monkeypa
     assert client.controls("ws.reset")[0]["reason"] == "epoch"
 
 
-async def test_who_has_nothing_yet_is_answered_from_memory_as_well(
-    core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_has_nothing_yet_is_answered_from_memory_as_well(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     seqs = await published(core)
     await come_back(core, [0])
     counts = Counts(core, monkeypatch)

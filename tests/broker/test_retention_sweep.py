@@ -10,8 +10,8 @@ import pytest
 from tests.support.core import store_setting
 from tests.support.still import StillCore
 
-from broker.database import Database
 from broker.eventlog.base import LogState
+from broker.sqlite.database import Database
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])

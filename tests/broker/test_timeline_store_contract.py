@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from broker.database import Database
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
+from broker.sqlite.database import Database
 from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.redis import RedisTimelineStore

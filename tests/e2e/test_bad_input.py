@@ -92,7 +92,11 @@ async def test_a_refused_handshake_says_the_same(
         async with connect(f"{server.ws_url}ws?{query}", proxy=None):
             pass
     response = refused.value.response
-    told(httpx.Response(response.status_code, headers=dict(response.headers), content=bytes(response.body)), status, *words)
+    told(
+        httpx.Response(response.status_code, headers=dict(response.headers), content=bytes(response.body)),
+        status,
+        *words,
+    )
 
 
 async def test_a_foreign_page_cannot_open_a_socket(server: BrokerProcess) -> None:

@@ -139,7 +139,9 @@ async def test_a_drop_during_hydration(broker: BrokerProcess, http: httpx.AsyncC
     for start in range(0, 2000, 500):
         seqs = await publish(http, broker, conv_id, *(question(n, size=300) for n in range(start, start + 500)))
     async with asyncio.timeout(10):  # stored is not yet folded: the first hello shall stand for all of it
-        while (await http.get(f"{broker.url}api/timeline?conv_id={conv_id}&limit=1")).json()["version"] != str(seqs[-1]):
+        while (await http.get(f"{broker.url}api/timeline?conv_id={conv_id}&limit=1")).json()["version"] != str(
+            seqs[-1]
+        ):
             await asyncio.sleep(0.01)
     follower = Follower(broker, conv_id, since=None, hydrate="1", receive_bytes=4096)
     for wanted in (100, 900):

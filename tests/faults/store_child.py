@@ -17,11 +17,11 @@ import sqlite3
 import sys
 
 from broker.clock import SystemClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.errors import BrokerError, StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.sqlite import SqliteEventLog
+from broker.sqlite.database import Database
 from broker.timeline.entity import Entity
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import TimelineSave

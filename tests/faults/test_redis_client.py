@@ -10,7 +10,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
 from broker.errors import StoreError, StoreUnavailable
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 
 pytestmark = pytest.mark.needs_redis
 

@@ -13,7 +13,7 @@ from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.redis import RedisEventLog
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.sequence import PER_MS, seq_from_stream_id
 
 pytestmark = pytest.mark.needs_redis

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from broker.clock import SystemClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.sqlite import SqliteEventLog
+from broker.sqlite.database import Database
 from broker.timeline.sqlite import SqliteTimelineStore
 
 CHILD = Path(__file__).with_name("store_child.py")

@@ -196,16 +196,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         old = follower.profile
         now = self.published[-1].seq if self.published else 0
         self._expect(follower)
-        self.run(
-            self.core.broker.change_view(follower.subscription, profile=profile, channels=None, since=since)
-        )
+        self.run(self.core.broker.change_view(follower.subscription, profile=profile, channels=None, since=since))
         follower.history.append((old, follower.viewed_after, now))
         follower.viewed_after = 0 if replay else now
         if replay:
             follower.expected.extend(
-                one
-                for one in self.published
-                if one.seq <= now and one.visible(profile) and not follower.was_shown(one)
+                one for one in self.published if one.seq <= now and one.visible(profile) and not follower.was_shown(one)
             )
         follower.profile = profile
         follower.position = now

@@ -15,13 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.support.redis_server import lasting_server, redis_executable
 
 from broker.clock import ManualClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.sqlite import SqliteEventLog
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
+from broker.sqlite.database import Database
 from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.redis import RedisTimelineStore

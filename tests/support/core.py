@@ -32,9 +32,9 @@ class Core:
         self, db: str, *, plugins: Sequence[object] = (), clock: Clock | None = None, **settings: object
     ) -> None:
         """db: a SQLite file, `:memory:`, or the URL of a Redis."""
-        self.settings = Settings(**where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
-            update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings}
-        )
+        self.settings = Settings(
+            **where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)
+        ).model_copy(update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings})
         self.pool = ConnectionPool()
         self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=plugins, clock=clock)
 

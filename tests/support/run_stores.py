@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from broker.database import Database
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
@@ -17,6 +16,7 @@ from broker.runs.sqlite import SqliteRunStore
 from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
+from broker.sqlite.database import Database
 
 LEASE_S = 0.1
 """Of a bench's runs: as long as whoever takes over from the dead has to wait."""

@@ -58,9 +58,9 @@ class SocketServer:
     """
 
     def __init__(self, db: str, *, clock: Clock, plugins: Sequence[object] = (), **settings: object) -> None:
-        self.settings = Settings(**where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)).model_copy(
-            update={"connection_buffer_bytes": BUFFER_BYTES, **settings}
-        )
+        self.settings = Settings(
+            **where_to_keep(db), plugins_dir="no-such-folder", debug_channels=("debug.trace",)
+        ).model_copy(update={"connection_buffer_bytes": BUFFER_BYTES, **settings})
         self.pool = ConnectionPool(write_timeout_s=1e9)
         host = PluginHost.load(self.settings, plugins, clock=clock)
         self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=host, clock=clock)

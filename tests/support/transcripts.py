@@ -26,5 +26,7 @@ TRANSCRIPTS = (
 
 def messages_of(shared_dir: Path, name: str) -> list[dict[str, Any]]:
     """Return a transcript's messages, each with `role`, `content` and, where there are some, `tool_calls`."""
-    messages: list[dict[str, Any]] = orjson.loads((shared_dir / "transcripts" / f"{name}.json").read_bytes())["messages"]
+    messages: list[dict[str, Any]] = orjson.loads((shared_dir / "transcripts" / f"{name}.json").read_bytes())[
+        "messages"
+    ]
     return messages

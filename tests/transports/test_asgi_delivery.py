@@ -34,7 +34,9 @@ class Server:
 
 
 @asynccontextmanager
-async def connected(framing: Framing, *, limit: int) -> AsyncIterator[tuple[QueuedConnection[Any], ConnectionPool, Server]]:
+async def connected(
+    framing: Framing, *, limit: int
+) -> AsyncIterator[tuple[QueuedConnection[Any], ConnectionPool, Server]]:
     pool, server = ConnectionPool(), Server()
     connection: QueuedConnection[Any] = QueuedConnection(
         "one", framing, pool, buffer_bytes=limit, send=server.send, close_with=server.close

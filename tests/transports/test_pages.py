@@ -32,14 +32,23 @@ def client(folder: Path | None, **options: str) -> httpx.AsyncClient:
 
 @pytest.mark.parametrize(
     ("path", "media_type"),
-    [("/", "text/html; charset=utf-8"), ("/app.js", "text/javascript; charset=utf-8"), ("/sub/", "text/html; charset=utf-8")],
+    [
+        ("/", "text/html; charset=utf-8"),
+        ("/app.js", "text/javascript; charset=utf-8"),
+        ("/sub/", "text/html; charset=utf-8"),
+    ],
 )
 async def test_files_have_their_type_and_the_safety_headers(folder: Path, path: str, media_type: str) -> None:
     response = await client(folder).get(path)
     assert response.status_code == 200
     assert response.headers["content-type"] == media_type
     policy = response.headers["content-security-policy"]
-    for directive in ("default-src 'self'", "connect-src 'self' ws: wss:", "frame-ancestors 'none'", "object-src 'none'"):
+    for directive in (
+        "default-src 'self'",
+        "connect-src 'self' ws: wss:",
+        "frame-ancestors 'none'",
+        "object-src 'none'",
+    ):
         assert directive in policy
     assert "unsafe" not in policy
     assert response.headers["x-content-type-options"] == "nosniff"

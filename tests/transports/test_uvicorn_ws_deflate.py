@@ -141,7 +141,9 @@ def test_a_client_with_a_small_window_is_served_without(server: LiveServer, app:
         assert type(app.readers[-1]) is FrameReader
 
 
-@pytest.mark.parametrize("offer", ["permessage-deflate; =", "permessage-deflate; a=\x22", ",;,", "permessage-deflate; x=y"])
+@pytest.mark.parametrize(
+    "offer", ["permessage-deflate; =", "permessage-deflate; a=\x22", ",;,", "permessage-deflate; x=y"]
+)
 def test_an_offer_that_says_nothing_breaks_no_handshake(server: LiveServer, app: App, offer: str) -> None:
     with server.client(headers=f"Sec-WebSocket-Extensions: {offer}\r\n") as client:
         assert client.response.startswith(b"HTTP/1.1 101 ")

@@ -17,7 +17,7 @@ from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys
 from broker.eventlog.redis_scripts import BACKLOG, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.sequence import PER_MS, seq_from_stream_id, stream_id_from_seq
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ class RedisEventLog:
             return
         await self._appends.close()
         await self.following.close()
-        if (indexing := self._index_everything()) is not None:  # a hint only: not worth waiting for a Redis that is away
+        if (
+            indexing := self._index_everything()
+        ) is not None:  # a hint only: not worth waiting for a Redis that is away
             await asyncio.wait({indexing}, timeout=_INDEX_WAIT_S)
             indexing.cancel()
         self._sink = None

@@ -18,8 +18,8 @@ from broker.errors import BrokerError, RunEnded, StoreError, StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.redis_keys import live_channel, log_keys, packed
 from broker.eventlog.redis_scripts import APPEND
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command, RedisReplyError
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command, RedisReplyError
 from broker.sequence import seq_from_stream_id
 
 logger = logging.getLogger(__name__)

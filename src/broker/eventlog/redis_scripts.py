@@ -14,7 +14,7 @@ IDs are handled as text or as their two halves: as one number they would not fit
 
 from __future__ import annotations
 
-from broker.redis_script import Script
+from broker.redis.script import Script
 
 _PARTS = """
 local function parts(id) local ms, n = string.match(id, '^(%d+)-(%d+)$') return tonumber(ms), tonumber(n) end

@@ -11,9 +11,9 @@ from typing import Any
 from redis.asyncio.client import PubSub
 from redis.exceptions import MovedError, RedisError, ResponseError
 
-from broker.redis_connection import RedisConnection
-from broker.redis_lane import check_cancelled
-from broker.redis_script import RedisReplyError, RedisUnreachable
+from broker.redis.connection import RedisConnection
+from broker.redis.lane import check_cancelled
+from broker.redis.script import RedisReplyError, RedisUnreachable
 
 logger = logging.getLogger(__name__)
 

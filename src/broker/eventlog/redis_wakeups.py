@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 
 from broker.eventlog.redis_subscription import ServerSubscription
-from broker.redis_connection import RedisConnection
-from broker.redis_script import RedisReplyError, RedisUnreachable
+from broker.redis.connection import RedisConnection
+from broker.redis.script import RedisReplyError, RedisUnreachable
 
 logger = logging.getLogger(__name__)
 

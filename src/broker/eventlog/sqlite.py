@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable, Sequence
 import orjson
 
 from broker.clock import Clock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
 from broker.eventlog.life import Promises, epoch_of
 from broker.eventlog.sqlite_append import Append, Appends, Heads
 from broker.sequence import MAX_SEQ
+from broker.sqlite.database import Database
 
 _TABLES = (
     """CREATE TABLE conversation (

@@ -15,8 +15,8 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, Sink
 from broker.eventlog.life import Promises
-from broker.group_commit import Job
 from broker.sequence import next_seq
+from broker.sqlite.group_commit import Job
 
 logger = logging.getLogger(__name__)
 

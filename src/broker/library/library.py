@@ -155,7 +155,9 @@ class Library:
             found += await self._readable(principal, batch.conversations)
             examined += len(batch.conversations)
             before = batch.before
-            short = len(batch.conversations) < limit  # though there is more: the store looked at as many as it does in one go
+            short = (
+                len(batch.conversations) < limit
+            )  # though there is more: the store looked at as many as it does in one go
             if before is None or short or len(found) >= limit or examined >= EXAMINED_PER_PAGE:
                 return ListPage(found, before)
 

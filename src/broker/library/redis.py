@@ -34,8 +34,8 @@ from broker.library.redis_scripts import (
 )
 from broker.library.store import Change, ForkedFrom, Found, LibraryEntry, Message
 from broker.library.terms import terms_of
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command
 from broker.sequence import stream_id_from_seq
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from broker.library.store import Found
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command, Script
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ
 
 SHARDS = 64

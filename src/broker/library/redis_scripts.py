@@ -16,7 +16,7 @@ An entry whose epoch is not the log's is of an earlier life: for every reader it
 from __future__ import annotations
 
 from broker.envelope import topic
-from broker.redis_script import Script
+from broker.redis.script import Script
 
 COPIES = "broker:library-copies"
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import orjson
 
-from broker.database import Database
 from broker.library.store import Change, ForkedFrom, Found, LibraryEntry, Message
 from broker.library.terms import AFTER_ALL, terms_of
 from broker.sequence import MAX_SEQ
+from broker.sqlite.database import Database
 
 _TABLES = (
     """CREATE TABLE library (

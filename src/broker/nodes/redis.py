@@ -32,7 +32,7 @@ from broker.nodes.redis_scripts import (
     answers,
     inbox,
 )
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ are published on `HINTS`; one that is lost costs as long as a heartbeat.
 
 from __future__ import annotations
 
-from broker.redis_script import Script
+from broker.redis.script import Script
 
 BEATS = "{broker:nodes}"
 ABOUT = f"{BEATS}:about"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import Protocol
 
-from broker.database import Database
 from broker.nodes.base import Switch
+from broker.sqlite.database import Database
 
 _TABLES = (
     """CREATE TABLE IF NOT EXISTS channel_switch (

@@ -11,7 +11,7 @@ import orjson
 
 from broker.envelope import topic
 from broker.errors import StoreUnavailable
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.runs.memory import MemoryRunStore
 from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases

@@ -10,8 +10,8 @@ import orjson
 
 from broker.envelope import topic
 from broker.errors import IdempotencyPending
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command, Script
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command, Script
 from broker.runs.redis_scripts import KEYS_BY_AGE, run_keys
 from broker.runs.state import Run
 from broker.runs.store import KeyRecord

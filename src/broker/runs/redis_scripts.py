@@ -27,7 +27,7 @@ from collections.abc import Iterable
 import orjson
 
 from broker.envelope import topic
-from broker.redis_script import Script
+from broker.redis.script import Script
 from broker.runs.state import Run, run_from_json
 
 UNSETTLED = "broker:unsettled"

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import orjson
 
 from broker.envelope import topic
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Script
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Script
 from broker.runs.turns import Turn
 
 TURN_CONVERSATIONS = "broker:turns"

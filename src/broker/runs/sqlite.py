@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import orjson
 
-from broker.database import Database
 from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, run_from_json
 from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full, state_from_json
+from broker.sqlite.database import Database
 
 RUN_TABLES = (
     """CREATE TABLE IF NOT EXISTS run (

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import orjson
 
-from broker.database import Database
 from broker.runs.sqlite import delete_in_steps
 from broker.runs.turns import Turn
+from broker.sqlite.database import Database
 
 TURN_TABLES = (
     """CREATE TABLE IF NOT EXISTS turn (

@@ -19,8 +19,8 @@ from typing import Any
 import orjson
 
 from broker.envelope import topic
-from broker.redis_connection import RedisConnection
-from broker.redis_script import Command, Script
+from broker.redis.connection import RedisConnection
+from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, TimelineSave

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import orjson
 
-from broker.database import Database
-from broker.group_commit import Job
+from broker.sqlite.database import Database
+from broker.sqlite.group_commit import Job
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, TimelineSave
 from broker.timeline.text import Text

@@ -12,14 +12,14 @@ from redis.crc import key_slot
 from tests.support.follower import eventually
 from tests.support.redis_server import RedisServer
 
-from broker.database import Database
 from broker.errors import StoreUnavailable, Unavailable
 from broker.nodes.base import Answer, NodeNumbers, NodeRecord, Nodes, Question, Switch
 from broker.nodes.redis import RedisNodes
 from broker.nodes.redis_scripts import ABOUT, BEATS, SCRIPTS, answers, inbox
 from broker.nodes.single import SingleNode
 from broker.nodes.switches import MemorySwitches, SqliteSwitches
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
+from broker.sqlite.database import Database
 
 ON = Switch(True, 1_763_690_000_000, "anna")
 HEARTBEAT_S = 0.1

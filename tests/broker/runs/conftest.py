@@ -10,8 +10,7 @@ import redis
 from tests.support.run_bench import Bench
 from tests.support.run_stores import InRedis, InSqlite, OneStore, RunPlace
 
-from broker.database import Database
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.runs.memory import MemoryRunStore, MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
@@ -19,6 +18,7 @@ from broker.runs.sqlite import SqliteRunStore
 from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
+from broker.sqlite.database import Database
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])

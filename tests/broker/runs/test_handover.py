@@ -21,7 +21,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 from broker.errors import StoreUnavailable
 from broker.hookspecs import hookimpl
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.tools import Tool
 

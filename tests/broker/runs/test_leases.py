@@ -11,7 +11,7 @@ from tests.broker.runs.test_store import a_key, a_run, prepare
 from tests.support.core import until_async
 
 from broker.errors import IdempotencyPending
-from broker.redis_connection import RedisConnection
+from broker.redis.connection import RedisConnection
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_keys import RedisKeys, key_name
 from broker.runs.state import ACTIVE

@@ -48,7 +48,9 @@ class EchoPlugin:
     @hookimpl
     def register_engine_profiles(self) -> list[EngineProfile]:
         overridable = {"temperature": {"type": "number", "minimum": 0}}
-        return [EngineProfile("echo", "echo", config={"key": "hidden"}, secrets=frozenset({"key"}), overridable=overridable)]
+        return [
+            EngineProfile("echo", "echo", config={"key": "hidden"}, secrets=frozenset({"key"}), overridable=overridable)
+        ]
 
     @hookimpl
     def build_engine(self, plan: Any) -> Echo | None:
@@ -81,7 +83,9 @@ def make(tmp_path: Path, *plugins: object, **settings: Any) -> FastAPI:
 
 @pytest.fixture
 async def client(tmp_path: Path, echo: EchoPlugin) -> AsyncIterator[httpx.AsyncClient]:
-    app = make(tmp_path, echo, max_body_bytes=4096, max_publish_batch=3, poll_max_wait_s=5, debug_channels="debug.trace")
+    app = make(
+        tmp_path, echo, max_body_bytes=4096, max_publish_batch=3, poll_max_wait_s=5, debug_channels="debug.trace"
+    )
     async with app.router.lifespan_context(app), connect(app) as client:
         yield client
 
@@ -214,7 +218,10 @@ async def test_a_list_is_published_as_a_whole_or_not_at_all(client: httpx.AsyncC
     assert int(answer["seqs"][0]) < int(answer["seqs"][1])
     bad = {**good, "type": "Not A Type"}
     assert problem(await client.post("/api/publish", json=[good, bad]))[0] == 400
-    assert problem(await client.post("/api/publish", json=[good, {**good, "conv_id": "c2"}])) == (422, "several-conversations")
+    assert problem(await client.post("/api/publish", json=[good, {**good, "conv_id": "c2"}])) == (
+        422,
+        "several-conversations",
+    )
     assert problem(await client.post("/api/publish", json=[])) == (422, "invalid-fields")
     assert problem(await client.post("/api/publish", json=[good] * 4)) == (422, "invalid-fields")
     assert (await client.get("/api/messages?conv_id=c1")).json()["headSeq"] == answer["seqs"][1]
@@ -246,7 +253,12 @@ async def test_a_long_poll_answers_as_soon_as_there_is_something(client: httpx.A
 
 async def test_a_timeline_comes_in_pages(client: httpx.AsyncClient) -> None:
     for number in range(3):
-        body = {"conv_id": "c1", "type": "user.message", "id": f"m{number}", "data": {"text": "x", "idempotencyKey": "k"}}
+        body = {
+            "conv_id": "c1",
+            "type": "user.message",
+            "id": f"m{number}",
+            "data": {"text": "x", "idempotencyKey": "k"},
+        }
         assert (await client.post("/api/publish", json=body)).status_code == 200
     first = (await client.get("/api/timeline?conv_id=c1&limit=2")).json()
     assert (len(first["entities"]), first["more"]) == (2, True)
@@ -268,7 +280,9 @@ async def test_the_catalog_names_what_there_is(client: httpx.AsyncClient) -> Non
     assert engines.json()["engineProfiles"][0]["name"] == "echo"
     assert "hidden" not in engines.text
     assert [plugin["name"] for plugin in (await client.get("/api/plugins")).json()["plugins"]] == ["echo"]
-    unchanged = await client.get("/api/profiles", headers={"if-none-match": (await client.get("/api/profiles")).headers["etag"]})
+    unchanged = await client.get(
+        "/api/profiles", headers={"if-none-match": (await client.get("/api/profiles")).headers["etag"]}
+    )
     assert unchanged.status_code == 304
 
 
@@ -335,7 +349,10 @@ async def test_operators_see_the_one_node_and_its_runs(client: httpx.AsyncClient
     assert (node["state"], node["runs"], node["conversations"], node["lag"]["ms"]) == ("ready", 1, 1, 0)
     assert int(node["position"]) > 0
     found = (await client.get("/api/debug/runs")).json()
-    assert {(run["status"], run["node"]) for run in found["runs"]} == {("running", node["node"]), ("queued", node["node"])}
+    assert {(run["status"], run["node"]) for run in found["runs"]} == {
+        ("running", node["node"]),
+        ("queued", node["node"]),
+    }
     assert found["runs"][0]["sinceMs"] <= found["runs"][1]["sinceMs"]
     one = (await client.get("/api/debug/runs?status=queued&limit=1")).json()
     assert (one["total"], one["runs"]) == (1, [run for run in found["runs"] if run["status"] == "queued"])

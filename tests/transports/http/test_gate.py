@@ -21,7 +21,9 @@ def test_loopback_names_are_ours(host: str) -> None:
     assert refused(host=host) is None
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil:80"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil:80"]
+)
 def test_a_name_that_was_made_to_point_here_is_not(host: str) -> None:
     """DNS rebinding: the page's own name resolves to 127.0.0.1, so that its requests count as same-origin."""
     assert refused(host=host, origin=f"http://{host}") == "foreign-host"

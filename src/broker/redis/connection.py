@@ -17,9 +17,9 @@ from typing import Any
 from redis.asyncio.client import PubSub
 
 from broker.errors import StoreError, StoreUnavailable
-from broker.redis_script import Command, RedisReplyError, RedisUnreachable, Script
-from broker.redis_servers import PROBE, RedisServers
-from broker.redis_topology import Topology, parse_redis_url
+from broker.redis.script import Command, RedisReplyError, RedisUnreachable, Script
+from broker.redis.servers import PROBE, RedisServers
+from broker.redis.topology import Topology, parse_redis_url
 
 logger = logging.getLogger(__name__)
 

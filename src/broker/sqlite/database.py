@@ -26,11 +26,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from broker.database_jobs import Call, Calls, TraceErasers
 from broker.errors import ForeignDatabase, StoreUnavailable
-from broker.group_commit import GroupCommitWriter, Job, Outcomes
-from broker.sqlite_file import ProcessLock, check_ours, check_place, connect, store_error
-from broker.sqlite_schema import Schema
+from broker.sqlite.file import ProcessLock, check_ours, check_place, connect, store_error
+from broker.sqlite.group_commit import GroupCommitWriter, Job, Outcomes
+from broker.sqlite.jobs import Call, Calls, TraceErasers
+from broker.sqlite.schema import Schema
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.event import AsyncAfterSlotsCacheRefreshEvent, AsyncEventListenerInterface, EventDispatcher
 from redis.exceptions import AskError, DataError, MovedError, RedisClusterException, RedisError, ResponseError
 
-from broker.redis_lane import RedisLane, unreachable
-from broker.redis_script import Command, RedisReplyError, RedisUnreachable
-from broker.redis_topology import Topology
+from broker.redis.lane import RedisLane, unreachable
+from broker.redis.script import Command, RedisReplyError, RedisUnreachable
+from broker.redis.topology import Topology
 
 PROBE = "broker:probe"
 """A channel that nobody listens to: whether it can be announced on says whether the server has sharded channels."""

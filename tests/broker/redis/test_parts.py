@@ -11,8 +11,8 @@ from redis.exceptions import DataError, MovedError, OutOfMemoryError, ResponseEr
 
 from broker.errors import InvalidInput
 from broker.eventlog.redis_keys import escaped, live_channel, log_keys, unescaped
-from broker.redis_script import RedisReplyError
-from broker.redis_topology import parse_redis_url
+from broker.redis.script import RedisReplyError
+from broker.redis.topology import parse_redis_url
 
 
 def test_error_replies_keep_their_first_word() -> None:
@@ -64,7 +64,9 @@ ARGUMENTS = st.lists(st.text() | st.binary() | st.integers(), max_size=20)
 
 
 @given(st.sampled_from(["GET", "EVALSHA", "CONFIG GET", b"SCRIPT LOAD"]), ARGUMENTS)
-def test_commands_are_packed_as_the_client_library_packs_them(name: str | bytes, arguments: list[str | bytes | int]) -> None:
+def test_commands_are_packed_as_the_client_library_packs_them(
+    name: str | bytes, arguments: list[str | bytes | int]
+) -> None:
     """Ours are packed in C, for speed."""
     urls = ("redis://a", "rediss://a", "redis+sentinel://a/main")
     for ours in (parse_redis_url(url).client(1.0).connection_pool.make_connection() for url in urls):

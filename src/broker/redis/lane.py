@@ -22,7 +22,7 @@ from redis.exceptions import (
 )
 
 from broker.errors import StoreError
-from broker.redis_script import Command, RedisReplyError, RedisUnreachable
+from broker.redis.script import Command, RedisReplyError, RedisUnreachable
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import broker.database
-from broker.database import Database
+import broker.sqlite.database
 from broker.errors import ForeignDatabase, NewerDatabase, StoreError, StoreUnavailable
-from broker.sqlite_file import APPLICATION_ID, FORMAT_VERSION
+from broker.sqlite.database import Database
+from broker.sqlite.file import APPLICATION_ID, FORMAT_VERSION
 
 TABLES = ["CREATE TABLE number (n INTEGER NOT NULL UNIQUE)"]
 
@@ -314,7 +314,7 @@ class TestWriting:
     async def test_publishers_wait_while_too_much_is_pending(
         self, database: Database, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(broker.database, "MAX_PENDING_JOBS", 4)
+        monkeypatch.setattr(broker.sqlite.database, "MAX_PENDING_JOBS", 4)
         release = threading.Event()
         first = asyncio.create_task(database.write(lambda _: release.wait(30)))
         rest = [asyncio.create_task(database.write(insert(n))) for n in range(20)]
@@ -400,7 +400,7 @@ class TestClosing:
                 await attempt
 
     async def test_those_who_wait_are_refused(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(broker.database, "MAX_PENDING_JOBS", 1)
+        monkeypatch.setattr(broker.sqlite.database, "MAX_PENDING_JOBS", 1)
         release = threading.Event()
         first = asyncio.create_task(database.write(lambda _: release.wait(30)))
         await asyncio.sleep(0)

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 
 from broker.errors import NewerDatabase
-from broker.sqlite_file import APPLICATION_ID, FORMAT_VERSION, check_format
+from broker.sqlite.file import APPLICATION_ID, FORMAT_VERSION, check_format
 
 logger = logging.getLogger(__name__)
 

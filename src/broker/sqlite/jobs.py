@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.errors import StoreUnavailable
-from broker.group_commit import Job, Runner
-from broker.sqlite_scrub import overwrite_unused
+from broker.sqlite.group_commit import Job, Runner
+from broker.sqlite.scrub import overwrite_unused
 
 
 class Call(Job):

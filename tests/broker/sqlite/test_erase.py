@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from broker.clock import ManualClock
-from broker.database import Database
 from broker.envelope import Envelope
 from broker.eventlog.sqlite import SqliteEventLog
+from broker.sqlite.database import Database
 from broker.timeline.entity import Entity
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import DeadLetter, TimelineSave

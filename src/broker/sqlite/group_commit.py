@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from broker.errors import StoreError
-from broker.sqlite_file import concerns_whole_file, store_error
+from broker.sqlite.file import concerns_whole_file, store_error
 
 logger = logging.getLogger(__name__)
 

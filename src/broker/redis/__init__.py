@@ -1,0 +1,1 @@
+"""The way to Redis: one connection that all stores of a broker share."""
