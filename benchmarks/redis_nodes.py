@@ -23,11 +23,11 @@ from typing import Any
 
 from suite import node_workloads as workloads
 from suite.node_report import AT_RATE, FAST, ONE_NODE, tables
-from suite.nodes import check_redis
+from suite.nodes import redis_program
 from suite.report import Results, machine
 from suite.tools import CannotMeasure, Progress, Tools, check_machine
 
-OPEN_FILES = 4_000
+OPEN_FILES, OPEN_FILES_TINY = 4_000, 256
 KINDS = ("deliveries", "latency", "appends", "idle", "joins")
 Step = Callable[[Results], None]
 
@@ -38,8 +38,9 @@ def main() -> int:
     results = Results()
     load = [_load()]
     try:
-        check_machine(OPEN_FILES)
-        check_redis()
+        check_machine(OPEN_FILES_TINY if options.size == "tiny" else OPEN_FILES)
+        for program in ("server", "cli", "benchmark"):
+            redis_program(program)
         with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
             steps = list(_steps(Tools.build(Path(folder)), size, options.only))
             rounds = options.rounds or (3 if options.size == "full" else 1)
@@ -117,7 +118,7 @@ def _load() -> str:
 
 
 def _machine(load: list[str]) -> str:
-    told = subprocess.run(["redis-server", "--version"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([redis_program("server"), "--version"], capture_output=True, text=True, check=True).stdout
     server = next((word[2:] for word in told.split() if word.startswith("v=")), "of an unknown version")
     return (
         f"{machine('redis', 'hiredis')}, Redis {server}, {os.cpu_count()} cores; "

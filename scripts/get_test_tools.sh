@@ -1,5 +1,6 @@
 #!/bin/sh
-# get_test_tools.sh PYTHON: installs what some tests drive and a plain machine may lack: a Redis server and Chromium.
+# get_test_tools.sh PYTHON: installs what some tests drive and a plain machine may lack: a Redis server, Chromium, and a C
+# compiler for the benchmarks' load client.
 # What cannot be installed is said; its tests are skipped, in CI (variable CI set) they fail.
 set -u
 python=$1
@@ -46,6 +47,14 @@ if ! has_redis; then
     echo "installing a Redis server" >&2
     install redis-server redis redis redis >&2
     has_redis || echo "no Redis server could be installed: its tests are left out; install redis-server to run them" >&2
+fi
+
+has_compiler() { command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || command -v clang >/dev/null 2>&1; }
+
+if ! has_compiler; then
+    echo "installing a C compiler" >&2
+    install build-essential build-base gcc gcc >&2
+    has_compiler || echo "no C compiler could be installed: tests of benchmarks are left out; install gcc to run them" >&2
 fi
 
 if ! has_chromium; then

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suite.nodes import Fleet, cpu_s, redis_recipe
+from suite.nodes import Fleet, cpu_s, redis_program, redis_recipe
 from suite.redis_appends import ENTRY
 from suite.servers import BENCHMARKS, Server
 from suite.tools import CLIENT_CPU, Tools
@@ -131,12 +131,12 @@ def raw(size: Size, clients: int, command: tuple[str, ...]) -> Figures:
     with Server(redis_recipe) as server:
         port, pid = str(server.launch.port), server.process.pid
         if command[0] == "EVALSHA":
-            loaded = _run(["redis-cli", "-p", port, "SCRIPT", "LOAD", command[1]])
+            loaded = _run([redis_program("cli"), "-p", port, "SCRIPT", "LOAD", command[1]])
             command = ("EVALSHA", loaded.strip(), "1", "raw", *ENTRY)
         count = size.raw_commands if clients > 1 else size.raw_commands // 10
         flags = ["-p", port, "-n", str(count), "-P", str(clients), "-c", str(clients), "-q"]
         before_s = cpu_s(pid)
-        told = _run(["taskset", "-c", CLIENT_CPU, "redis-benchmark", *flags, *command])
+        told = _run(["taskset", "-c", CLIENT_CPU, redis_program("benchmark"), *flags, *command])
         used_s = cpu_s(pid) - before_s
     found = re.findall(r"([\d.]+) requests per second", told)
     if not found:

@@ -32,18 +32,19 @@ def server_cpus() -> str:
     return ",".join(others) or SERVER_CPU
 
 
-def check_redis() -> None:
-    """Raises CannotMeasure without Redis' programs."""
-    for program in ("redis-server", "redis-benchmark"):
-        if shutil.which(program) is None:
-            raise CannotMeasure(f"no `{program}`: install Redis, for example the package redis")
+def redis_program(name: str) -> str:
+    """Return the path of Redis' program `server`, `cli` or `benchmark`, or of Valkey's. Raises CannotMeasure without."""
+    found = shutil.which(f"redis-{name}") or shutil.which(f"valkey-{name}")
+    if found is None:
+        raise CannotMeasure(f"no `redis-{name}` or `valkey-{name}`: install Redis, for example the package redis")
+    return found
 
 
 def redis_recipe(folder: Path) -> Launch:
     """Redis as docs/how-to/scale-out.md wants it: append-only file, a sync every second."""
     port = free_port()
     keep = ["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *keep]
+    command = [redis_program("server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *keep]
     return Launch(command, port, port, "", ())
 
 

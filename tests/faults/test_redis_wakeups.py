@@ -15,7 +15,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.redis_keys import live_channel
-from broker.runs.redis import POKES
+from broker.runs.redis_leases import POKES
 
 pytestmark = pytest.mark.needs_redis
 
