@@ -12,6 +12,7 @@ from suite.report import RATIOS, Results, short
 COST = "server_cpu_us_per_delivery"
 PANEL_WIDTH, PANEL_HEIGHT = 260, 190
 LEFT, TOP, GAP_X, GAP_Y = 64, 56, 76, 84
+LABEL_WIDTH = 32
 LOWEST_US, HIGHEST_US = 1.0, 1000.0
 LINEAR = frozenset({"plugins"})
 """Dimensions that begin at 0."""
@@ -80,9 +81,12 @@ def _panel(left: float, top: float, dimension: str, steps: Steps) -> str:
     parts.append(_line("axis", left, top, left, bottom))
     points = " ".join(f"{at_x(value):.1f},{at_y(cost):.1f}" for value, cost in zip(values, costs, strict=True))
     parts.append(f'<polyline class="curve" points="{points}"/>')
+    labelled_x = -math.inf
     for value, cost in zip(values, costs, strict=True):
         parts.append(f'<circle class="point" cx="{at_x(value):.1f}" cy="{at_y(cost):.1f}" r="3.5"/>')
-        parts.append(_text(at_x(value), at_y(cost) - 8, short(cost), "middle"))
+        above = at_x(value) - labelled_x >= LABEL_WIDTH  # else it would be written over the one before
+        parts.append(_text(at_x(value), at_y(cost) + (-8 if above else 18), short(cost), "middle"))
+        labelled_x = at_x(value) if above else labelled_x
     scale = "" if linear else ", log"
     parts.append(_text(left + PANEL_WIDTH / 2, bottom + 36, dimension + scale, "middle", "title"))
     parts.append(_text(left - 6, top - 10, "us, log", "end"))
