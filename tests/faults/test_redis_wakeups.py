@@ -15,6 +15,8 @@ from tests.support.tcp_proxy import TcpProxy
 
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.redis_keys import live_channel
+from broker.redis.connection import RedisConnection
+from broker.runs.redis import RedisRunStore
 from broker.runs.redis_leases import POKES
 
 pytestmark = pytest.mark.needs_redis
@@ -75,14 +77,19 @@ async def test_in_a_cluster_an_announcement_goes_to_the_server_of_the_slot_only(
 
 async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_cluster_url: str) -> None:
     """So that the owner of a run hears of a stop wherever it was asked for."""
-    async with Core(redis_cluster_url) as one, Core(redis_cluster_url) as other:
-        place = owner(shared_cluster, POKES)
-        await until(lambda: listeners(place, POKES) == 2)
-        heard: list[str] = []
-        runs = other.broker.stores.runs
-        runs._pokes._on_message = lambda _, conv_id: heard.append(conv_id)
-        await one.broker.stores.runs.poke("c1")
-        await until(lambda: heard == ["c1"], timeout_s=SOON_S)
+    connection = RedisConnection(redis_cluster_url)
+    runs = RedisRunStore(connection)
+    heard: list[str] = []
+    try:
+        runs.listen(heard.append, lambda: None, lambda: None)
+        async with Core(redis_cluster_url) as other:
+            place = owner(shared_cluster, POKES)
+            await until(lambda: listeners(place, POKES) == 2)
+            await other.broker.stores.runs.poke("c1")
+            await until(lambda: heard == ["c1"], timeout_s=SOON_S)
+    finally:
+        await runs.close()
+        await connection.close()
 
 
 async def test_a_slot_that_moves_takes_its_listeners_along(redis_installed: None, tmp_path: Path) -> None:
