@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.faults.notes import notices, publish, published
 from tests.support.broker_process import BrokerProcess
 from tests.support.core import until_async
 from tests.support.follower import Follower, eventually, read_log, timeline
@@ -44,21 +45,6 @@ def open_redis(redis_installed: None, tmp_path: Path) -> Iterator[RedisServer]:
         yield server.start()
     finally:
         server.stop()
-
-
-async def publish(http: httpx.AsyncClient, node: BrokerProcess, text: str) -> httpx.Response:
-    body = {"conv_id": "c1", "type": "note.said", "data": {"text": text}}
-    return await http.post(f"{node.url}api/publish", json=body)
-
-
-async def published(http: httpx.AsyncClient, node: BrokerProcess, text: str) -> int:
-    answer = await publish(http, node, text)
-    assert answer.status_code == 200, answer.text
-    return int(answer.json()["seqs"][0])
-
-
-def notices(follower: Follower) -> list[str]:
-    return [notice["code"] for notice in follower.client.controls("ws.notice")]
 
 
 def of_type(follower: Follower, type: str) -> list[dict[str, Any]]:

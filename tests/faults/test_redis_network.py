@@ -14,6 +14,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 from tests.faults.load import Ledger, Publisher
+from tests.faults.notes import notices, publish, published
 from tests.support.broker_process import BrokerProcess
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log
@@ -22,21 +23,6 @@ from tests.support.redis_server import RedisServer
 pytestmark = pytest.mark.needs_redis
 
 Start = Callable[..., BrokerProcess]
-
-
-def notices(follower: Follower) -> list[str]:
-    return [notice["code"] for notice in follower.client.controls("ws.notice")]
-
-
-async def publish(http: httpx.AsyncClient, node: BrokerProcess, text: str) -> httpx.Response:
-    body = {"conv_id": "c1", "type": "note.said", "data": {"text": text}}
-    return await http.post(f"{node.url}api/publish", json=body)
-
-
-async def published(http: httpx.AsyncClient, node: BrokerProcess, text: str) -> int:
-    answer = await publish(http, node, text)
-    assert answer.status_code == 200, answer.text
-    return int(answer.json()["seqs"][0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.faults.notes import notices, publish
 from tests.support.broker_process import BrokerProcess
 from tests.support.follower import Follower, eventually
 from tests.support.redis_server import RedisServer
@@ -19,15 +20,6 @@ pytestmark = pytest.mark.needs_redis
 Start = Callable[..., BrokerProcess]
 TOLD_WITHIN_S = 15.0
 """A silent Redis is noticed by the look at the positions (2 s) and the timeout of a reply (3 s)."""
-
-
-def notices(follower: Follower) -> list[str]:
-    return [notice["code"] for notice in follower.client.controls("ws.notice")]
-
-
-async def post(http: httpx.AsyncClient, node: BrokerProcess, text: str) -> httpx.Response:
-    body = {"conv_id": "c1", "type": "note.said", "data": {"text": text}}
-    return await http.post(f"{node.url}api/publish", json=body)
 
 
 async def ping(follower: Follower) -> int:
@@ -71,7 +63,7 @@ async def test_redis_is_away(redis_server: RedisServer, start_broker: Start, how
         streaming = group.create_task(read_event_stream(nodes[1].url, streamed))
         followers = [one, other, without_control]
         await eventually(lambda: all(follower.live for follower in followers))
-        first = int((await post(http, nodes[0], "before")).json()["seqs"][0])
+        first = int((await publish(http, nodes[0], "before")).json()["seqs"][0])
         await eventually(lambda: all(follower.client.last == first for follower in followers))
         if how == "killed":
             redis_server.kill()
@@ -89,7 +81,7 @@ async def test_redis_is_away(redis_server: RedisServer, start_broker: Start, how
         # Whoever comes now is told as well, and a publisher gets its error in bounded time.
         async with Follower(nodes[0], "c1", since=None) as late:
             await eventually(lambda: notices(late) == ["store-away"])
-            refused = await post(http, nodes[0], "amid")
+            refused = await publish(http, nodes[0], "amid")
             assert refused.status_code == 503
             assert refused.headers["retry-after"].isdigit()
             assert refused.json()["type"].endswith(":store-unavailable")
@@ -100,7 +92,7 @@ async def test_redis_is_away(redis_server: RedisServer, start_broker: Start, how
                 redis_server.resume()
             everybody = [one, other, late]
             await eventually(lambda: all(notices(who) == ["store-away", "store-back"] for who in everybody))
-            last = int((await post(http, nodes[1], "after")).json()["seqs"][0])
+            last = int((await publish(http, nodes[1], "after")).json()["seqs"][0])
             await eventually(lambda: all(follower.client.last == last for follower in [*followers, late]))
         await eventually(lambda: [note["code"] for note in streamed] == ["store-away", "store-back"])
         assert not any(note["has_id"] for note in streamed)
@@ -119,7 +111,7 @@ async def test_a_short_outage_is_no_news(redis_server: RedisServer, start_broker
         for n in range(10):
             with redis_server.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
-            answer = await post(http, node, str(n))
+            answer = await publish(http, node, str(n))
             assert answer.status_code == 200, answer.text
         await eventually(lambda: len(follower.client.events) == 10)
         assert not notices(follower)
@@ -133,11 +125,11 @@ async def test_publishers_are_refused_at_once_where_that_is_the_policy(
     node = start_broker("--redis-url", redis_server.url, "--store-away", "refuse", "--redis-patience-s", "60")
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http, Follower(node, "c1") as follower:
         await eventually(lambda: follower.live)
-        first = int((await post(http, node, "before")).json()["seqs"][0])
+        first = int((await publish(http, node, "before")).json()["seqs"][0])
         redis_server.kill()
         await eventually(lambda: notices(follower) == ["store-away"], timeout_s=TOLD_WITHIN_S)
         answers = [
-            await post(http, node, "amid"),
+            await publish(http, node, "amid"),
             await http.post(f"{node.url}chat", json={"prompt": "hello", "conv_id": "c1"}),
         ]
         for answer in answers:
@@ -146,7 +138,7 @@ async def test_publishers_are_refused_at_once_where_that_is_the_policy(
             assert "nothing was written; try again" in answer.json()["detail"]
         await asyncio.to_thread(redis_server.start)
         await eventually(lambda: notices(follower) == ["store-away", "store-back"])
-        last = int((await post(http, node, "after")).json()["seqs"][0])
+        last = int((await publish(http, node, "after")).json()["seqs"][0])
         await eventually(lambda: follower.client.seqs() == [first, last])
 
 
@@ -180,9 +172,9 @@ async def test_a_node_ends_in_time_while_redis_is_away(redis_server: RedisServer
     node = start_broker("--redis-url", redis_server.url, "--redis-patience-s", "60")
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http, Follower(node, "c1") as follower:
         await eventually(lambda: follower.live)
-        assert (await post(http, node, "before")).status_code == 200
+        assert (await publish(http, node, "before")).status_code == 200
         redis_server.kill()
-        amid = asyncio.create_task(post(http, node, "amid"))
+        amid = asyncio.create_task(publish(http, node, "amid"))
         await eventually(lambda: notices(follower) == ["store-away"], timeout_s=TOLD_WITHIN_S)
         await asyncio.to_thread(node.stop)  # fails after 30 s
         assert follower.client.controls("ws.bye")[-1]["reason"] == "drain"
@@ -195,7 +187,7 @@ async def test_a_locked_file_is_told_the_same_way(start_broker: Start) -> None:
     node = start_broker()
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http, Follower(node, "c1") as follower:
         await eventually(lambda: follower.live)
-        first = int((await post(http, node, "before")).json()["seqs"][0])
+        first = int((await publish(http, node, "before")).json()["seqs"][0])
         foreign = sqlite3.connect(node.folder / "broker.db", isolation_level=None)
         foreign.execute("BEGIN IMMEDIATE")
         try:
@@ -213,6 +205,6 @@ async def test_a_locked_file_is_told_the_same_way(start_broker: Start) -> None:
             foreign.execute("ROLLBACK")
             foreign.close()
         await eventually(lambda: notices(follower) == ["store-away", "store-back"])
-        last = int((await post(http, node, "after")).json()["seqs"][0])
+        last = int((await publish(http, node, "after")).json()["seqs"][0])
         await eventually(lambda: follower.client.seqs() == [first, last])
         assert follower.connections == 1

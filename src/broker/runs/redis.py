@@ -17,7 +17,7 @@ from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases
 from broker.runs.redis_scripts import COMMIT, LOAD, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
 from broker.runs.state import Run, RunStatus, Verdict
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, state_from_json
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class _Model(MemoryRunStore):
         self._runs = by_id
         self._by_conv = {conv_id: list(by_id)}
         if state:
-            self._conversations[conv_id] = state_from_json(orjson.loads(state))
+            self._conversations[conv_id] = ConversationState(**orjson.loads(state))
         self._before = (dict(by_id), self._conversations.get(conv_id))
 
     def changes(self) -> tuple[list[Run], list[str], ConversationState | None]:
@@ -244,7 +244,7 @@ class RedisRunStore(RedisLeases):
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
         value = await self._connection.one(("HGET", run_keys(conv_id)[3], "state"))
-        return state_from_json(orjson.loads(value)) if value else None
+        return ConversationState(**orjson.loads(value)) if value else None
 
     async def save_conversation(self, state: ConversationState) -> None:
         await self._change(state.conv_id, lambda model: model.save_conversation(state))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import orjson
 
 from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, run_from_json
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full, state_from_json
+from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.sqlite.database import Database
 
 RUN_TABLES = (
@@ -320,7 +320,7 @@ def count(connection: sqlite3.Connection, conv_id: str, status: str) -> int:
 def conversation(connection: sqlite3.Connection, conv_id: str) -> ConversationState | None:
     """Return what is kept of the conversation."""
     row = connection.execute("SELECT body FROM run_conversation WHERE conv_id = ?", (conv_id,)).fetchone()
-    return state_from_json(orjson.loads(row[0])) if row else None
+    return ConversationState(**orjson.loads(row[0])) if row else None
 
 
 def read_key(connection: sqlite3.Connection, scope: str, key: str) -> KeyRecord | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from broker.errors import LimitExceeded
@@ -23,14 +23,6 @@ class ConversationState:
     engine_profile: str | None = None
     signature: str | None = None
     plan: Mapping[str, Any] | None = None
-
-
-_STATE_FIELDS = frozenset(f.name for f in fields(ConversationState))
-
-
-def state_from_json(raw: Mapping[str, Any]) -> ConversationState:
-    """Return the state that was stored as a JSON object; fields this version does not know are dropped."""
-    return ConversationState(**{key: value for key, value in raw.items() if key in _STATE_FIELDS})
 
 
 @dataclass(frozen=True, slots=True)

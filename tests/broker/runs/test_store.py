@@ -9,7 +9,7 @@ import pytest
 
 from broker.errors import InvalidInput, LimitExceeded
 from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run, Verdict
-from broker.runs.store import ConversationState, KeyRecord, RunStore, state_from_json
+from broker.runs.store import ConversationState, KeyRecord, RunStore
 from broker.runs.turns import Turn, TurnStore
 
 QUEUED = frozenset({"queued"})
@@ -80,10 +80,6 @@ async def test_calls_that_may_have_been_carried_out_are_given_up(store: RunStore
     await store.update("r1", ACTIVE, {"status": "cancelled"}, 6)
     assert await store.give_up_calls("r1", frozenset({"b"}), 7) is None
     assert await store.give_up_calls("unknown", frozenset(), 8) is None
-
-
-def test_a_field_that_was_stored_by_another_version_is_dropped() -> None:
-    assert state_from_json({"conv_id": "c", "session_id": "s", "title": None}) == ConversationState("c", "s")
 
 
 async def test_claim_gives_one_run_at_a_time(store: RunStore) -> None:
