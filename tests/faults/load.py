@@ -126,4 +126,6 @@ class Publisher:
         status = answer.status_code
         self._ledger.refused[status] = self._ledger.refused.get(status, 0) + 1
         if len(self._ledger.problems) < 100:
-            self._ledger.problems.append(answer.json())
+            # A plain text is no problem of the broker's, and that is what should be seen then.
+            is_json = "json" in answer.headers.get("content-type", "")
+            self._ledger.problems.append(answer.json() if is_json else {"status": status, "text": answer.text})

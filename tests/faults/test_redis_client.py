@@ -129,3 +129,23 @@ async def test_what_is_no_redis_is_an_error_in_bounded_time() -> None:
                 await asyncio.wait_for(connection.one(("PING",)), 5)
         finally:
             await connection.close()
+
+
+async def test_callers_that_meet_the_end_of_the_connection_are_answered(redis_server: RedisServer) -> None:
+    """Whoever asks in the very turn in which it is closed, before anything was sent, is told like everybody else."""
+    connection = RedisConnection(redis_server.url)
+    await connection.one(("PING",))
+    before = connected(redis_server)
+
+    async def go_on() -> None:
+        while True:
+            await connection.one(("PING",))
+
+    callers = [asyncio.create_task(go_on()) for _ in range(3)]
+    await asyncio.sleep(0)  # they have asked; nothing was sent yet
+    async with asyncio.timeout(5):
+        await connection.close()
+    for result in await asyncio.wait_for(asyncio.gather(*callers, return_exceptions=True), 5):
+        assert isinstance(result, StoreUnavailable)
+        assert "closed" in str(result)
+    assert connected(redis_server) < before  # and nobody opened a connection anew

@@ -81,7 +81,9 @@ class RedisConnection:
 
     def open(self) -> None:
         """Allow commands (again). Connections are made when they are needed."""
-        self._closed = False
+        if self._closed:
+            self._closed = False
+            self._servers = RedisServers(self.topology, self._timeout_s)
 
     def register(self, *scripts: Script) -> None:
         """Make scripts known, so that they can be loaded into a server that does not have them (any more)."""
@@ -90,8 +92,7 @@ class RedisConnection:
     async def close(self) -> None:
         """Close all connections. Commands that wait fail."""
         self._closed = True
-        servers, self._servers = self._servers, RedisServers(self.topology, self._timeout_s)
-        await servers.close()
+        await self._servers.close()
 
     async def one(self, command: Command, *, lane: str = "read") -> Any:
         """Execute one command and return its reply. Raises StoreUnavailable, StoreError."""
@@ -121,8 +122,6 @@ class RedisConnection:
         replies. Raises StoreUnavailable when Redis could not be reached for `patience_s` seconds: then some commands
         may have been carried out.
         """
-        if self._closed:
-            raise StoreUnavailable(_CLOSED)
         if not commands:
             return []
         replies: list[Any] = [None] * len(commands)
@@ -132,7 +131,10 @@ class RedisConnection:
         deadline_s = loop.time() + (self.patience_s if patience_s is None else patience_s)
         delay_s = RETRY_S
         at_once = 5
+        problem: Exception | None = None
         while True:
+            if self._closed:
+                raise StoreUnavailable(_CLOSED) from problem
             pending, problem = await self._attempt(commands, pending, replies, lane, asked)
             if not pending:
                 if self._away:
@@ -150,8 +152,6 @@ class RedisConnection:
                 raise StoreUnavailable(f"{problem}; check that it runs and that --redis-url is right") from problem
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
-            if self._closed:
-                raise StoreUnavailable(_CLOSED) from problem
 
     def _note_away(self, problem: Exception | None) -> None:
         """Tell once per outage, before any caller is: none may be left to find out, or its patience may be short."""

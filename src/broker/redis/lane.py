@@ -63,6 +63,7 @@ class RedisLane:
         self._waiting: deque[_Call] = deque()
         self._task: asyncio.Task[None] | None = None
         self._worked = False
+        self._closed = False
         self.breaks = 0
         """How often a connection that worked was lost."""
 
@@ -74,15 +75,19 @@ class RedisLane:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Any]] = loop.create_future()
         self._waiting.append((commands, future))
-        if self._task is None:
+        if self._closed:
+            self._broke([], self._closing())
+        elif self._task is None:
             self._task = loop.create_task(self._work())
         return future
 
     async def close(self) -> None:
-        """Give up what is under way; callers that wait get RedisUnreachable."""
+        """Give up what is under way; callers that wait, and those that come later, get RedisUnreachable."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._broke([], self._closing())  # a task that had not begun yet tells nobody
 
     async def _work(self) -> None:
         round_: list[_Call] = []
@@ -94,10 +99,13 @@ class RedisLane:
                 await self._run(round_)
                 check_cancelled()
         except asyncio.CancelledError:
-            self._broke(round_, RedisUnreachable(f"the connection to Redis at {self._name} is closed"))
+            self._broke(round_, self._closing())
             raise
         finally:
             self._task = None
+
+    def _closing(self) -> RedisUnreachable:
+        return RedisUnreachable(f"the connection to Redis at {self._name} is closed")
 
     async def _run(self, round_: list[_Call]) -> None:
         try:

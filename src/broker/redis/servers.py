@@ -40,6 +40,7 @@ class RedisServers:
         self._finding: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_s = 0.0
+        self._closed = False
         self._watchers: list[Callable[[], None]] = []
         self.found = False
         self.sharded = False
@@ -64,7 +65,7 @@ class RedisServers:
         task = self._finding
         await asyncio.wait({task})
         if task.cancelled():
-            raise RedisUnreachable(f"the connection to Redis at {self._topology.name} is closed")
+            raise self._closing()
         task.result()
 
     def _has_tried(self, task: asyncio.Task[None]) -> None:
@@ -72,7 +73,12 @@ class RedisServers:
         if not task.cancelled():
             task.exception()  # whoever waits gets it; nobody waiting is no error of its own
 
+    def _closing(self) -> RedisUnreachable:
+        return RedisUnreachable(f"the connection to Redis at {self._topology.name} is closed")
+
     async def _find(self) -> None:
+        if self._closed:
+            raise self._closing()
         if self._one is None:
             self._one = self._topology.client(self._timeout_s)
             self._one.response_callbacks.clear()  # replies as they are
@@ -106,14 +112,13 @@ class RedisServers:
         return not isinstance(published, RedisReplyError) and listening != [None]
 
     async def close(self) -> None:
-        """Close every connection; what waits fails. Not to be used any more."""
+        """Close every connection; what waits fails, and so does what comes later."""
+        self._closed = True
         tasks = [task for task in (self._finding, self._refreshing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        lanes, self._lanes = list(self._lanes.values()), {}
-        for lane in lanes:
-            await lane.close()
+        await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
         listening, self._listening = list(self._listening.values()), {}
         cluster, self._cluster = self._cluster, None
         one, self._one = self._one, None
@@ -188,7 +193,9 @@ class RedisServers:
     # -- lanes ------------------------------------------------------------------------------------------------------
 
     def lane(self, server: str, name: str) -> RedisLane:
-        """Return a lane to a server."""
+        """Return a lane to a server. Raises RedisUnreachable after `close`."""
+        if self._closed:  # a caller that was on its way: nobody would close what it opens
+            raise self._closing()
         lane = self._lanes.get((server, name))
         if lane is None:
             pipeline = self._at_one if not server else lambda commands: self._at_node(server, commands)
@@ -223,6 +230,8 @@ class RedisServers:
 
     async def subscriber(self, server: str) -> PubSub:
         """Return an open connection for subscriptions at a server; the caller closes it. Raises RedisUnreachable."""
+        if self._closed:
+            raise self._closing()
         client = self._one
         if server:
             client = self._listening.get(server)
