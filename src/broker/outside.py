@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from broker.dispatch import event_messages, reset_message, through_message
 from broker.envelope import TIMELINE, Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft, Unavailable
 from broker.security import Principal
 from broker.subscription import decide_start
 from broker.timeline.reader import TimelinePage
@@ -71,7 +71,7 @@ class Outside:
         """Return the frames after `since` as the view shows them; wait up to `wait_s` seconds if there are none yet.
 
         Hidden envelopes move the position by a closing `ws.through` frame. With a view that has state, the entities
-        that changed up to the page's end follow the events. Raises what `subscribe` raises.
+        that changed up to the page's end follow the events. Raises what `subscribe` raises; Unavailable ends the waiting.
         """
         broker = self._broker
         view = broker.views.compile(principal, profile, channels)
@@ -86,6 +86,8 @@ class Outside:
                 if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):
                     page.frames += broker.subscriptions.notices.page(view)
                     return page
+                if broker.lifecycle.draining:
+                    raise Unavailable("this process is shutting down: ask again, another one has what comes next")
                 # Asleep only if nothing came, and nobody erased the conversation, while the page was read.
                 if page.head_seq >= conversation.position and broker.conversations.get(conv_id) is conversation:
                     await conversation.next_dispatch(left_s)

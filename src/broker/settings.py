@@ -153,6 +153,9 @@ class Settings(BaseSettings):
     """Seconds between WebSocket pings of the server; 0 = none."""
     ping_timeout_s: float = Field(20.0, gt=0)
     """Seconds that a client may take to answer a ping."""
+    keep_alive_s: int = Field(75, ge=1)
+    """Seconds for which an HTTP connection stays open after an answer. Longer than the load balancer in front keeps
+    its idle ones (60 s is usual): else requests meet a connection that is just being closed, and fail."""
     sse_heartbeat_s: float = Field(15.0, gt=0)
     """Seconds between comments on a silent event stream."""
     upsert_interval_s: float = Field(0.25, ge=0)

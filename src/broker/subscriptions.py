@@ -345,9 +345,11 @@ class Subscriptions:
         )
 
     def announce_drain(self) -> None:
-        """Tell every client that this process goes away, and when to come back."""
+        """Tell every client that this process goes away, and when to come back; those that poll wait no longer."""
         for subscription in self.all():
             self._bye(subscription, "drain", reconnect=True)
+        for conversation in self._broker.conversations.all():
+            conversation.wake()
 
     async def close_conversation(self, conv_id: str, code: int, reason: str) -> None:
         """End every subscription of a conversation, for good."""

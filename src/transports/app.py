@@ -35,6 +35,7 @@ from transports.http.caller import Api
 from transports.http.catalog import catalog_router
 from transports.http.chat import chat_router
 from transports.http.conversations import conversations_router
+from transports.http.cut_short import CutShort
 from transports.http.debug import debug_router
 from transports.http.gate import Gate
 from transports.http.health import health_router
@@ -129,6 +130,7 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     broker.plugins.call_collect("register_transports", app=app, broker=broker)
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
+    app.add_middleware(CutShort)
     if broker.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -13,12 +14,28 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.support.broker_process import BrokerProcess, broker_command, clean_environment
+from tests.support.follower import eventually
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from broker.client import BrokerClient
 
 Start = Callable[..., BrokerProcess]
+
+SLOW_ROUTE = """
+import asyncio
+import logging
+
+from broker.hookspecs import hookimpl
+
+
+@hookimpl
+def register_routes(router):
+    @router.get("/slow")
+    async def slow():
+        logging.getLogger("slow").warning("slow has begun")
+        await asyncio.sleep(3600)
+"""
 
 
 def serve(*flags: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +92,60 @@ async def test_an_open_event_stream_does_not_hold_up_the_end(running_broker: Bro
         async for _ in lines:
             pass
     assert running_broker.process.wait(8) == 0
+
+
+async def test_long_polls_do_not_hold_up_the_end(start_broker: Start) -> None:
+    """They are answered at once: there is nothing to wait for here any more."""
+    process = start_broker("--max-long-polls", "2")
+    async with httpx.AsyncClient(base_url=process.url, trust_env=False, timeout=30) as client:
+        said = await client.post("api/publish", json={"conv_id": "c1", "type": "user.message", "data": {"text": "x"}})
+        since = said.json()["seqs"][0]
+
+        async def poll(conv_id: str, since: str, wait_s: float) -> httpx.Response:
+            return await client.get("api/messages", params={"conv_id": conv_id, "since": since, "wait": wait_s})
+
+        async def long_poll(conv_id: str, since: str) -> httpx.Response:
+            while (answer := await poll(conv_id, since, 30)).status_code == 429:
+                pass  # the short one below was there
+            return answer
+
+        polls = [asyncio.create_task(long_poll("c1", since)), asyncio.create_task(long_poll("nobody-was-here", "0"))]
+        while (await poll("c1", since, 0.01)).status_code != 429:
+            await asyncio.sleep(0.01)  # those two do not wait yet
+        process.process.terminate()
+        for answer in await asyncio.gather(*polls):
+            assert answer.status_code == 503
+            assert answer.json()["type"].endswith(":unavailable")
+            assert answer.headers["retry-after"]
+    assert process.process.wait(8) == 0
+    assert process.stderr == ""
+
+
+async def test_what_takes_longer_than_the_drain_is_answered_with_503(start_broker: Start, tmp_path: Path) -> None:
+    """Not with the 500 of a program that failed: the client comes again, and another process answers."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "slow.py").write_text(SLOW_ROUTE)
+    process = start_broker("--plugins-dir", str(plugins), "--drain-timeout-s", "0.2")
+    async with httpx.AsyncClient(base_url=process.url, trust_env=False, timeout=30) as client:
+        slow = asyncio.create_task(client.get("slow"))
+        await eventually(lambda: "slow has begun" in process.stderr)
+        process.process.terminate()
+        answer = await slow
+    assert answer.status_code == 503
+    assert answer.json()["type"].endswith(":unavailable")
+    assert answer.headers["retry-after"]
+    assert process.process.wait(8) == 0
+
+
+async def test_a_connection_stays_open_between_requests_for_as_long_as_is_set(start_broker: Start) -> None:
+    process = start_broker("--keep-alive-s", "1")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(process.url.rstrip("/").rpartition(":")[2]))
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    async with asyncio.timeout(10):
+        everything = await reader.read()
+    assert everything.startswith(b"HTTP/1.1 200")
+    writer.close()
 
 
 async def test_what_was_acknowledged_survives_being_killed(running_broker: BrokerProcess) -> None:
