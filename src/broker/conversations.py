@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from broker.clock import Clock
 from broker.envelope import check_conv_id
-from broker.errors import BrokerError
+from broker.errors import BrokerError, StoreUnavailable
 from broker.eventlog.base import Committed, EventLog, Interest
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from broker.recent import RecentEvents
 
 logger = logging.getLogger(__name__)
+
+CURRENT_S = 10.0
+"""How long somebody who needs all that the log has waits for it to be folded. What is missed is found within 2 s."""
 
 
 class Conversation:
@@ -155,6 +158,27 @@ class ConversationManager:
             await self._load(conversation)
         conversation.last_active_s = self._clock.monotonic_s()
         return conversation
+
+    async def current(self, conv_id: str) -> Conversation:
+        """Return the conversation, opened, with everything folded that the log has now.
+
+        What was published is durable before it is folded: a conversation may wait for something that has to be read, or
+        not know yet what another process wrote. Raises InvalidConversationId, StoreError; StoreUnavailable when it takes
+        more than CURRENT_S seconds.
+        """
+        while True:
+            conversation = await self.open(conv_id)
+            head = (await self._log.state(conv_id)).head_seq
+            try:
+                async with asyncio.timeout(CURRENT_S):
+                    while self._open.get(conv_id) is conversation:
+                        if conversation.position >= head:
+                            return conversation
+                        await conversation.next_dispatch()
+            except TimeoutError:
+                raise StoreUnavailable(
+                    f"conversation {conv_id} is behind its log: folded up to {conversation.position} of {head}"
+                ) from None
 
     def _begin(self, conv_id: str) -> Conversation:
         timeline = ConversationTimeline(conv_id, self._handlers)

@@ -92,7 +92,8 @@ class TimelineReader:
         )
 
     async def entities(self, conv_id: str) -> list[Entity]:
-        """Return all entities of a conversation by position."""
+        """Return all entities of a conversation by position, with all that the log has now. Raises StoreError."""
+        await self._conversations.current(conv_id)
         found: list[Entity] = []
         after = 0
         while True:
@@ -103,8 +104,8 @@ class TimelineReader:
             after = page.entities[-1].position
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
-        """Return those of the entities `ids` that exist, in their newest state."""
-        conversation = await self._conversations.open(conv_id)
+        """Return those of the entities `ids` that exist, as they are with all that the log has now. Raises StoreError."""
+        conversation = await self._conversations.current(conv_id)
         live = conversation.timeline.live()
         found = {id: live[id] for id in ids if id in live}
         rest = [id for id in ids if id not in live]

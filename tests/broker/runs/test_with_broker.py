@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
+from broker.envelope import Draft
+from broker.eventlog.base import Page
 from broker.runs.tools import Tool
+from broker.timeline.entity import Entity
+from broker.timeline.projector import CACHED_ENTITIES
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
@@ -84,6 +90,58 @@ async def test_a_repeated_key_gets_the_first_answer_after_a_restart(lasting_db: 
         assert again.replayed
         assert (again.run_id, again.conv_id, again.status) == (first.run_id, first.conv_id, first.status)
         assert len(await core.broker.runs.store.runs(first.conv_id, limit=9)) == 1
+
+
+async def test_an_engine_is_told_what_another_node_wrote_however_late_it_is_read(redis_url: str) -> None:
+    """A node that missed the announcements of an answer finds it before it has the next prompt answered."""
+    first, second = ScriptedEngine(text("forty-two")), ScriptedEngine(text("as I said"))
+    async with (
+        Core(redis_url, plugins=[EnginePlugin(first)]) as one,
+        Core(redis_url, plugins=[EnginePlugin(second)]) as two,
+    ):
+        log: Any = two.broker.log
+        log.following.wakeups.listen = lambda channel, on: None  # deaf
+        read, may_read = log.read, asyncio.Event()
+
+        async def late(*args: Any, **kwargs: Any) -> Page:
+            await may_read.wait()
+            page: Page = await read(*args, **kwargs)
+            return page
+
+        log.read = late
+        await two.connect("conv", since=0)
+        await one.broker.runs.send(CALLER, "conv", "what is it?")
+        await until(lambda: one.broker.runs.active == 0)
+        await two.broker.runs.send(CALLER, "conv", "again?")
+        await asyncio.sleep(0.3)
+        may_read.set()
+        await until(lambda: second.requests)
+        said = [(message.role, message.content) for message in second.requests[0].messages]
+        assert said == [("user", "what is it?"), ("assistant", "forty-two"), ("user", "again?")]
+
+
+async def test_an_engine_is_told_the_prompt_of_a_conversation_too_long_for_memory(lasting_db: str) -> None:
+    """There, whether an entity is new has to be looked up: a prompt is durable before it is part of the timeline."""
+    engine = ScriptedEngine(text("fine"))
+    async with Core(lasting_db) as core:
+        drafts = [Draft("user.message", {"text": f"message {n}"}, f"m{n}") for n in range(CACHED_ENTITIES + 50)]
+        await core.broker.publish("conv", drafts)
+    async with Core(lasting_db, plugins=[EnginePlugin(engine)]) as core:
+        store: Any = core.broker.stores.timeline
+        look_up = store.get
+
+        async def slowly(*args: Any) -> dict[str, Entity]:
+            await asyncio.sleep(0.05)
+            found: dict[str, Entity] = await look_up(*args)
+            return found
+
+        store.get = slowly
+        for n in range(3):
+            await core.broker.runs.send(CALLER, "conv", f"prompt {n}")
+            await until(lambda: core.broker.runs.active == 0)
+        for n, request in enumerate(engine.requests):
+            assert len(request.messages) == CACHED_ENTITIES + 50 + 2 * n + 1
+            assert request.messages[-1].content == f"prompt {n}"
 
 
 async def test_erase_leaves_nothing_of_a_running_conversation(db: str) -> None:
