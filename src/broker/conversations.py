@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CURRENT_S = 10.0
-"""How long somebody who needs all that the log has waits for it to be folded. What is missed is found within 2 s."""
+"""How long somebody who needs all that the log has waits for it to be folded."""
 
 
 class Conversation:
@@ -169,6 +169,8 @@ class ConversationManager:
         while True:
             conversation = await self.open(conv_id)
             head = (await self._log.state(conv_id)).head_seq
+            if conversation.position < head and self._interest is not None:
+                self._interest.grew(conv_id, head)
             try:
                 async with asyncio.timeout(CURRENT_S):
                     while self._open.get(conv_id) is conversation:

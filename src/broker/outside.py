@@ -175,9 +175,11 @@ class Outside:
         after_position: int = 0,
         limit: int = 1000,
         profile: str = "default",
+        newest: bool = False,
     ) -> TimelinePage:
         """Return a page of a conversation's entities; one that does not exist is empty and stays so.
 
+        newest: with everything that the log has now, also where this process still has to read it.
         The profile's filters and transforms apply to it as to `timeline.upsert` frames (I14).
         """
         broker = self._broker
@@ -189,6 +191,8 @@ class Outside:
             state = await broker.log.state(conv_id)
             if not state.exists:
                 return TimelinePage(conv_id, 0, state.epoch, [])
+        if newest:
+            await broker.conversations.current(conv_id)
         while True:
             page = await broker.timeline.page(
                 conv_id, since_version=since_version, after_position=after_position, limit=limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import redis
@@ -13,7 +14,7 @@ from broker.envelope import Draft
 from broker.errors import Conflict, NotFound
 from broker.library import library as library_module
 from broker.library.redis import RedisLibraryStore
-from broker.library.store import Change, LibraryEntry
+from broker.library.store import Change, ForkedFrom, LibraryEntry
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -68,6 +69,18 @@ async def test_every_node_lists_finds_and_describes_the_same(url: str) -> None:
             assert (await core.broker.library.get(CALLER, "copy")).entry.forked_from is None
             with pytest.raises(NotFound):
                 await core.broker.library.get(CALLER, "weather")
+
+
+async def test_a_message_can_be_forked_from_on_a_node_that_has_not_heard_of_it(url: str) -> None:
+    """A client sees it through one node, and its next request goes to another one."""
+    async with Core(url) as one, Core(url) as two:
+        log: Any = two.broker.log
+        log.following.wakeups.listen = lambda channel, on: None  # deaf, so that it finds it late
+        await two.connect("c")
+        for n in range(3):
+            await say(one, "c", f"message {n}", f"u{n}")
+            fork = await two.broker.library.fork(CALLER, "c", f"u{n}", new_id=f"copy-{n}")
+            assert fork.entry.forked_from == ForkedFrom("c", f"u{n}")
 
 
 async def test_titles_and_search_outlive_all_nodes(url: str) -> None:

@@ -101,6 +101,10 @@ class Interest(Protocol):
         """Take note that a conversation of interest is open now: its position is known."""
         ...
 
+    def grew(self, conv_id: str, head_seq: int) -> None:
+        """Take note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Backlog:

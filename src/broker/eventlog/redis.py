@@ -93,6 +93,9 @@ class RedisEventLog:
     def opened(self, conv_id: str) -> None:
         self.following.opened(conv_id)
 
+    def grew(self, conv_id: str, head_seq: int) -> None:
+        self.following.grew(conv_id, head_seq)
+
     def on_trouble(self, listener: Callable[[Exception], None]) -> None:
         self._connection.on_away = listener
 

@@ -110,6 +110,13 @@ class Following:
     def opened(self, conv_id: str) -> None:
         self._look(conv_id)
 
+    def grew(self, conv_id: str, head_seq: int) -> None:
+        followed = self._followed.get(conv_id)
+        if followed is not None:
+            followed.head = max(followed.head, head_seq)
+            if not self._own_under_way(conv_id):
+                self._look(conv_id)
+
     # -- hints ------------------------------------------------------------------------------------------------------
 
     def _on_message(self, channel: str, payload: str) -> None:

@@ -79,7 +79,7 @@ class Copier:
         found: list[Entity] = []
         after = 0
         while True:
-            page = await self._broker.outside.timeline_page(principal, conv_id, after_position=after)
+            page = await self._broker.outside.timeline_page(principal, conv_id, after_position=after, newest=True)
             found += page.entities
             if not page.more or not page.entities:
                 break
