@@ -34,7 +34,7 @@ async def nodes(url: str) -> AsyncIterator[list[RedisRunStore]]:
         for lease_s in (LEASE_S, LEASE_S, 0.05):
             connection = RedisConnection(url)
             stack.push_async_callback(connection.close)
-            found.append(RedisRunStore(connection, lease_s=lease_s, dangling_s=0.2))
+            found.append(RedisRunStore(connection, lease_s=lease_s, dangling_s=3))
             stack.push_async_callback(found[-1].close)
         yield found
 
@@ -142,7 +142,7 @@ async def test_the_key_of_a_node_that_died_before_its_run_becomes_free(nodes: li
     one, other, _ = nodes
     run, name = a_run("dead"), key_name("alice", "k")
     answer = {"run_id": "dead", "conv_id": "c"}
-    keys = RedisKeys(one._connection, dangling_s=0.2)
+    keys = RedisKeys(one._connection, dangling_s=3)
     await keys.put(name, a_key(conv_id="c", answer=answer), run, first=True)  # and there it died
     with pytest.raises(IdempotencyPending):
         await other.key("alice", "k")
