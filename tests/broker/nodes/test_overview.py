@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.support.core import Core
+from tests.support.core import CALLER, Core, until_async
+from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, text
+
+from broker.nodes.base import Answer, Question
 
 CHANNEL = "debug.trace"
 
@@ -59,3 +64,72 @@ async def test_connections_that_are_behind_come_first_and_then_the_oldest(core: 
     assert first["total"] == 4
     of_one = await core.broker.overview.connections(conv_id="c1", status="live")
     assert ([row["connectionId"] for row in of_one["connections"]], of_one["total"]) == ([quick[1].id], 1)
+
+
+async def test_connections_of_all_nodes_are_one_list_with_the_worst_first(redis_url: str) -> None:
+    """Whichever node is asked, and also where each of them could fill the list by itself."""
+    async with Core(redis_url) as one, Core(redis_url) as two:
+        quick = [(await core.connect("c"))[0].id for core in (one, two, one, two)]
+        slow, subscription = await two.connect("c", buffer_bytes=200)
+        slow.stall()
+        for n in range(30):
+            await two.say("c", str(n))
+        assert subscription.status == "parked"
+        for core in (one, two):
+            told = await core.broker.overview.connections()
+            assert told["complete"]
+            assert told["connections"][0]["connectionId"] == slow.id
+            assert {row["connectionId"] for row in told["connections"][1:]} == set(quick)
+            opened = [row["openedAtMs"] for row in told["connections"][1:]]
+            assert opened == sorted(opened)
+            assert sorted(told["totalByNode"].values()) == [2, 3]
+            shortened = await core.broker.overview.connections(limit=2)
+            ids = [row["connectionId"] for row in told["connections"]]
+            assert [row["connectionId"] for row in shortened["connections"]] == ids[:2]
+            assert shortened["total"] == 5
+
+
+async def test_runs_that_have_stood_still_longest_come_first() -> None:
+    gates = [Gate() for _ in range(3)]
+    engine = ScriptedEngine(*([*text("x")[:1], gate] for gate in gates))
+    async with Core(":memory:", plugins=[EnginePlugin(engine)]) as core:
+        for conv_id, gate in zip(("m", "z", "a"), gates, strict=True):
+            await core.broker.runs.send(CALLER, conv_id, "go on")
+            await gate.reached.wait()
+            await asyncio.sleep(0.002)  # that no two begin in one millisecond
+        told = await core.broker.overview.runs()
+        assert [row["convId"] for row in told["runs"]] == ["m", "z", "a"]
+        assert [row["convId"] for row in (await core.broker.overview.runs(limit=1))["runs"]] == ["m"]
+
+
+async def test_a_node_that_is_silent_is_named_and_not_asked(redis_url: str) -> None:
+    """Every look would take as long as a node may take to answer."""
+    async with Core(redis_url, node_heartbeat_s=0.1) as one:
+        two = Core(redis_url, node_heartbeat_s=0.1)
+        await two.broker.start()
+        nodes: Any = one.broker.stores.nodes
+        ask, asked = nodes.ask, list[str]()
+
+        async def noted(others: Sequence[str], question: Question) -> dict[str, Answer]:
+            asked.extend(others)
+            answers: dict[str, Answer] = await ask(others, question)
+            return answers
+
+        nodes.ask = noted
+        gone: str = two.broker.stores.nodes.node
+        assert (await one.broker.overview.nodes())["complete"]
+        assert asked == [gone]
+        assert two.broker.stores.redis is not None
+        await two.broker.stores.redis.close()  # as good as dead: it says nothing any more
+
+        async def is_silent() -> bool:
+            asked.clear()
+            rows = (await one.broker.overview.nodes())["nodes"]
+            return [row["state"] for row in rows if row["node"] == gone] == ["silent"]
+
+        await until_async(is_silent)
+        told = await one.broker.overview.nodes()
+        assert asked == []
+        assert not told["complete"]
+        assert [row["node"] for row in told["notAnswering"]] == [gone]
+        await two.broker.stop(drain_s=0)
