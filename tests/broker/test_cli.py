@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,12 @@ def test_doctor_finds_nothing_wrong_in_an_empty_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "problem" not in done.stdout
     assert list(tmp_path.iterdir()) == [], "a check must leave nothing behind"
+
+
+def test_doctor_names_valkey_by_its_own_version(valkey_cluster_url: str, tmp_path: Path) -> None:
+    done = broker("doctor", "--port", "0", "--redis-url", valkey_cluster_url, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"store +Valkey [89]\.\d+\.\d+ at 127\.0\.0\.1:", done.stdout)
 
 
 def test_doctor_names_a_file_that_is_no_database(tmp_path: Path) -> None:

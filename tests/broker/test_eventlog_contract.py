@@ -60,11 +60,11 @@ def sink() -> RecordingSink:
     return RecordingSink()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
 async def log(
     request: pytest.FixtureRequest, clock: ManualClock, sink: RecordingSink, tmp_path: Path
 ) -> AsyncIterator[EventLog]:
-    if request.param.startswith("redis"):
+    if request.param not in ("memory", "sqlite"):
         connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         shared_log = RedisEventLog(connection, clock)
         await shared_log.open(sink)

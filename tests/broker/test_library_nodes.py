@@ -19,7 +19,7 @@ from broker.library.store import Change, ForkedFrom, LibraryEntry
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["redis", "redis_cluster"])
+@pytest.fixture(params=["redis", "redis_cluster", "valkey_cluster"])
 def url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"{request.param}_url"))
 

@@ -21,12 +21,12 @@ from broker.redis.connection import RedisConnection
 from broker.sqlite.database import Database
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LibraryStore]:
     if request.param == "memory":
         yield MemoryLibraryStore()
         return
-    if request.param.startswith("redis"):
+    if request.param not in ("memory", "sqlite"):
         connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         shared = RedisLibraryStore(connection)
         yield shared

@@ -31,9 +31,9 @@ def ids(entities: list[Entity]) -> list[str]:
     return [one.id for one in entities]
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TimelineStore]:
-    if request.param.startswith("redis"):
+    if request.param not in ("memory", "sqlite"):
         connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         yield RedisTimelineStore(connection)
         await connection.close()

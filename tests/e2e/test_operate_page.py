@@ -132,7 +132,7 @@ def test_the_commands_for_redis(start_broker: Start, redis_server: RedisServer, 
     before = texts(node.url)
     printed = run_blocks("redis", tmp_path, BROKER_URL=node.url, BROKER_REDIS_URL=redis_server.url)
     assert re.search(r"^c1: .*: ok$", printed, re.M)
-    assert re.search(r"^ok +store +Redis ", printed, re.M)
+    assert re.search(r"^ok +store +(Redis|Valkey) ", printed, re.M)
     assert "PONG" in printed
     assert "aof_enabled:1" in printed
 

@@ -15,7 +15,7 @@ from broker.redis.connection import RedisConnection
 pytestmark = pytest.mark.needs_redis
 
 
-@pytest.fixture(params=["redis_url", "redis_cluster_url"])
+@pytest.fixture(params=["redis_url", "redis_cluster_url", "valkey_cluster_url"])
 async def connection(request: pytest.FixtureRequest) -> AsyncIterator[RedisConnection]:
     connection = RedisConnection(request.getfixturevalue(request.param))
     yield connection

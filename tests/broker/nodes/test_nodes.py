@@ -89,9 +89,9 @@ class World:
             await close()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    url = request.getfixturevalue(f"{request.param}_url") if request.param.startswith("redis") else None
+    url = request.getfixturevalue(f"{request.param}_url") if request.param not in ("memory", "sqlite") else None
     world = World(request.param, url, tmp_path)
     yield world
     await world.close()

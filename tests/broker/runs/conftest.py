@@ -21,13 +21,13 @@ from broker.runs.turns import TurnStore
 from broker.sqlite.database import Database
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[RunStore, TurnStore]]:
     """An open run store and turn store."""
     if request.param == "memory":
         yield MemoryRunStore(), MemoryTurnStore()
         return
-    if request.param.startswith("redis"):
+    if request.param not in ("memory", "sqlite"):
         connection = RedisConnection(request.getfixturevalue(f"{request.param}_url"))
         yield RedisRunStore(connection), RedisTurnStore(connection)
         await connection.close()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs_redis
 LEASE_S = 60.0
 
 
-@pytest.fixture(params=["redis_url", "redis_cluster_url"])
+@pytest.fixture(params=["redis_url", "redis_cluster_url", "valkey_cluster_url"])
 def url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
