@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 from redis.exceptions import AskError, RedisError
 
 Command = Sequence[bytes | str | int]
+
+_WITHIN_SCRIPT = re.compile(r"(?:ERR )?Error running script \(call to \w+\): .*?: -([A-Z]+ .*)", re.DOTALL)
+"""How Redis before 7 wraps the refusal of a command that a script called."""
 
 
 class RedisUnreachable(Exception):
@@ -27,6 +31,9 @@ class RedisReplyError(Exception):
     def of(cls, error: RedisError) -> RedisReplyError:
         """Return the error reply that the client library raises as `error`: it takes known first words away."""
         text = str(error) if error.status_code is None else f"{error.status_code} {error}"
+        within = _WITHIN_SCRIPT.match(text)
+        if within is not None:
+            text = within[1]
         return cls(text, error if isinstance(error, AskError) else None)
 
 

@@ -21,6 +21,10 @@ def test_error_replies_keep_their_first_word() -> None:
     assert (known.code, str(known)) == ("OOM", "OOM no memory")
     other = RedisReplyError.of(ResponseError("NOREPLICAS Not enough good replicas to write."))
     assert other.code == "NOREPLICAS"
+    wrapped = "Error running script (call to f_8c): @user_script:46: @user_script: 46: -READONLY You can't write here."
+    for status in ("ERR", None):  # Redis 6.2
+        within = RedisReplyError.of(ResponseError(wrapped, status_code=status))
+        assert (within.code, str(within)) == ("READONLY", "READONLY You can't write here.")
     moved = RedisReplyError.of(MovedError("3999 127.0.0.1:6381", status_code="MOVED"))
     assert moved.code == "MOVED"
     assert moved.redirect is not None
