@@ -103,7 +103,7 @@ class ConversationWSBroker:
         self.this_node = ThisNode(self)
         self.overview = Overview(self, self.stores.nodes, self.this_node)
         self.emitters = EmitterSupervisor(self.plugins, self.clock)
-        self.coordinator.on_lost = self._log_was_reset
+        self.coordinator.on_lost = self.conversations.on_lost = self._log_was_reset
         if isinstance(self.log, Interest):
             self.log.follow(HandOver(self.conversations, self._log_was_reset))
         self.conversations.on_opened = self._conversation_opened
@@ -267,7 +267,8 @@ class ConversationWSBroker:
 
     async def _head_seq(self, conv_id: str) -> int:
         conversation = self.conversations.get(conv_id)
-        if conversation is not None and not conversation.busy:
+        # Where others write too, this process may not have read it yet, and all have to say the same.
+        if conversation is not None and not conversation.busy and not isinstance(self.log, Interest):
             return conversation.position
         return (await self.log.state(conv_id)).head_seq
 

@@ -127,13 +127,22 @@ class ConversationManager:
         self._erasing: dict[str, asyncio.Future[None]] = {}
         self._touched: dict[str, Conversation] = {}
         self._written: dict[str, Conversation] = {}
+        self._closed = False
         self.advance: Callable[[Conversation], None] = lambda conversation: None
         self.on_opened: Callable[[Conversation], None] = lambda conversation: None
+        self.on_lost: Callable[[Conversation], None] = self.forget
+        """Called when the log is not the one that an open conversation was folded from. It has to be dropped."""
         self.on_closed: Callable[[Conversation, str], None] = lambda conversation, reason: None
         self.evicted = 0
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def close(self) -> None:
+        """Take note that nothing is folded any more: whoever waits for that is told."""
+        self._closed = True
+        for conversation in self.all():
+            conversation.wake()
 
     def all(self) -> list[Conversation]:
         """Return the open conversations."""
@@ -168,7 +177,14 @@ class ConversationManager:
         """
         while True:
             conversation = await self.open(conv_id)
-            head = (await self._log.state(conv_id)).head_seq
+            before = conversation.position
+            state = await self._log.state(conv_id)
+            head = state.head_seq
+            if before and (head < before or state.epoch != conversation.epoch):
+                # Another life of the log, or one that lost its end: what is folded here is not what it has.
+                if self._open.get(conv_id) is conversation and conversation.opened is None:
+                    self.on_lost(conversation)
+                continue
             if conversation.position < head and self._interest is not None:
                 self._interest.grew(conv_id, head)
             try:
@@ -176,6 +192,8 @@ class ConversationManager:
                     while self._open.get(conv_id) is conversation:
                         if conversation.position >= head:
                             return conversation
+                        if self._closed:
+                            raise StoreUnavailable(f"conversation {conv_id} is behind its log, and this process ends")
                         await conversation.next_dispatch()
             except TimeoutError:
                 raise StoreUnavailable(

@@ -40,6 +40,7 @@ class StreamCoordinator:
         self._conversations = conversations
         self._dispatcher = dispatcher
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         self.gaps_filled = 0
         self.on_lost: Callable[[Conversation], None] = lambda conversation: None
         conversations.advance = self._advance
@@ -92,6 +93,8 @@ class StreamCoordinator:
         except Exception:
             logger.exception("conversation %s cannot be advanced; tried again", conversation.conv_id)
         conversation.busy = True
+        if self._closed:  # nobody would end it any more
+            return
         task = asyncio.get_running_loop().create_task(self._catch_up(conversation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -166,6 +169,7 @@ class StreamCoordinator:
 
     async def close(self) -> None:
         """End the reading tasks. What they did not get to is folded at the next opening."""
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

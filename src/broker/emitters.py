@@ -73,11 +73,12 @@ class EmitterSupervisor:
         self._random = random_0_to_1
         self._open: dict[str, _Open] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._closed = False
         plugins.subscribe_changes(self._follow_plugins)
 
     async def start(self, conversation: Conversation, publisher: Publisher) -> None:
         """Start what the plugins have for a conversation that was opened. Does not wait for anything."""
-        if conversation.conv_id in self._open:
+        if self._closed or conversation.conv_id in self._open:
             return
         opened = self._open[conversation.conv_id] = _Open(conversation, publisher)
         self._start_missing(opened)
@@ -89,7 +90,8 @@ class EmitterSupervisor:
             await self._cancel([task for tasks in opened.tasks.values() for task in tasks], conv_id)
 
     async def close(self) -> None:
-        """Stop the emitters of all conversations, at the same time."""
+        """Stop the emitters of all conversations, at the same time; no others are started."""
+        self._closed = True
         await asyncio.gather(*(self.stop(conv_id) for conv_id in list(self._open)))
 
     def holds(self, conv_id: str) -> bool:

@@ -35,6 +35,9 @@ class Lifecycle:
         self._opened = False
         self._ready = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
+        self._starting: asyncio.Task[Any] | None = None
+        self._greeted = False
+        """Whether plugins were told of a start; else they are not told of the end."""
 
     async def start(self) -> None:
         """Open the stores, start the timers, settle runs that a former process left behind. Raises StoreError."""
@@ -52,6 +55,7 @@ class Lifecycle:
             broker.observers.start()
         await broker.stores.nodes.open(broker.this_node)
         await broker.runs.start()
+        self._greeted = True
         await broker.plugins.acall_all("on_startup", broker=broker)
         await broker.library.start()
         if isinstance(broker.log, Watchful):
@@ -63,7 +67,8 @@ class Lifecycle:
     async def start_when_possible(self) -> None:
         """As `start`, again and again until the store can be reached. Raises what is no matter of waiting."""
         delay_s = START_RETRY_S
-        while True:
+        self._starting = asyncio.current_task()
+        while not self.draining:
             try:
                 await self.start()
                 return
@@ -88,12 +93,17 @@ class Lifecycle:
         self.draining = True
         broker = self._broker
         broker.stores.hurry()
-        if self.started:
+        starting = self._starting
+        if starting is not None and not starting.done() and starting is not asyncio.current_task():
+            starting.cancel()  # else it would go on, and take runs over, beside what follows
+            await asyncio.wait({starting})
+        if self._opened:  # also where the start has not come to its end: runs may have been taken over by then
             broker.subscriptions.announce_drain()
             self.in_background(broker.stores.nodes.changed())
             await broker.library.stop()
             await broker.runs.stop(drain_s=drain_s)
-            await broker.plugins.acall_all("on_shutdown", broker=broker)
+            if self._greeted:
+                await broker.plugins.acall_all("on_shutdown", broker=broker)
             await broker.emitters.close()
         await broker.availability.close()
         await broker.subscriptions.close()
@@ -101,6 +111,7 @@ class Lifecycle:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await broker.coordinator.close()
+        broker.conversations.close()
         if self._opened:
             await broker.housekeeping.stop()
         await broker.observers.stop()

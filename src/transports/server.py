@@ -11,6 +11,7 @@ import math
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
@@ -171,7 +172,6 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=settings.access_log,
         server_header=False,
         timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=max(1, math.ceil(settings.drain_timeout_s)),
     )
 
 
@@ -210,11 +210,19 @@ class BrokerServer(uvicorn.Server):
         if self._announcing is not None:
             self._announcing.cancel()
         # Before uvicorn's part: that one waits for event streams to end, which only the broker can bring about.
+        began_s = time.monotonic()
         draining = asyncio.ensure_future(self._app.state.broker.stop(drain_s=self._settings.drain_timeout_s))
         while not draining.done() and not self.force_exit:
             await asyncio.wait({draining}, timeout=_POLL_S)
+        if self.force_exit:
+            draining.cancel()
+        # The drain time is for both together: whoever waits for the end of this process counts on it.
+        left_s = self._settings.drain_timeout_s - (time.monotonic() - began_s)
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
         await super().shutdown(sockets=sockets)
-        await draining
+        await asyncio.wait({draining})
+        if not draining.cancelled():
+            draining.result()
 
     def capture_signals(self) -> Any:
         """Do nothing: uvicorn would raise the signal again at the end, and a drained server exits with 0."""

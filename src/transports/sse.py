@@ -7,6 +7,7 @@ see phantom events or fail (docs/reference/protocol.md).
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from broker.broker import ConversationWSBroker
-from broker.errors import LimitExceeded, Unavailable
+from broker.errors import BrokerError, LimitExceeded, Unavailable
 from broker.sequence import parse_seq
 from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import EVENT_STREAM
@@ -25,6 +26,8 @@ from transports.http.caller import credentials_of
 from transports.pool import ConnectionPool
 from transports.takeover import abort_of
 from transports.websocket import parse_subscribe_request
+
+logger = logging.getLogger(__name__)
 
 RETRY_MS = 2000
 
@@ -127,6 +130,10 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
                 await broker.subscribe(connection.id, wanted, principal)
                 async for event in stream.events():
                     yield event
+            except BrokerError as exc:
+                # Since it was allowed above: the store went away, or this process is going down. The answer has begun, so
+                # its end is all that can be said; the client comes back and is told.
+                logger.info("event stream of conversation %s ended before it began: %s", wanted.conv_id, exc)
             finally:
                 pool.remove(connection.id)
                 await in_any_case(leave())

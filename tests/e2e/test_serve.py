@@ -22,6 +22,7 @@ from broker.client import BrokerClient
 
 Start = Callable[..., BrokerProcess]
 
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 SLOW_ROUTE = """
 import asyncio
 import logging
@@ -136,6 +137,43 @@ async def test_what_takes_longer_than_the_drain_is_answered_with_503(start_broke
     assert answer.json()["type"].endswith(":unavailable")
     assert answer.headers["retry-after"]
     assert process.process.wait(8) == 0
+
+
+async def start_a_run(process: BrokerProcess, client: httpx.AsyncClient) -> None:
+    """Start one that takes minutes."""
+    answer = await client.post("chat", json={"prompt": "tell me a long story", "conv_id": "c1"})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_a_second_interrupt_ends_at_once(start_broker: Start) -> None:
+    process = start_broker("--drain-timeout-s", "60", BROKER_PLUGIN_REPLAY_ENGINE_SPEED="0.01")
+    async with httpx.AsyncClient(base_url=process.url, trust_env=False, timeout=30) as client:
+        await start_a_run(process, client)
+        process.process.send_signal(signal.SIGINT)
+        while (await client.get("readyz")).status_code == 200:
+            pass
+        assert process.process.poll() is None
+        process.process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(process.process.wait, 20) == 0
+
+
+async def test_runs_and_requests_share_the_drain_time(start_broker: Start, tmp_path: Path) -> None:
+    """Service managers are told how long the end takes at most: it is not one drain time after the other."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "slow.py").write_text(SLOW_ROUTE)
+    for name in ("replay_engine", "basic_tools"):
+        (plugins / name).symlink_to(PLUGINS / name)
+    process = start_broker(
+        "--plugins-dir", str(plugins), "--drain-timeout-s", "8", BROKER_PLUGIN_REPLAY_ENGINE_SPEED="0.01"
+    )
+    async with httpx.AsyncClient(base_url=process.url, trust_env=False, timeout=30) as client:
+        slow = asyncio.create_task(client.get("slow"))
+        await eventually(lambda: "slow has begun" in process.stderr)
+        await start_a_run(process, client)
+        process.process.terminate()
+        assert await asyncio.to_thread(process.process.wait, 14) == 0
+        assert (await slow).status_code == 503
 
 
 async def test_a_connection_stays_open_between_requests_for_as_long_as_is_set(start_broker: Start) -> None:

@@ -13,6 +13,7 @@ from tests.support.core import until
 from tests.support.wire import Client
 
 from broker.broker import ConversationWSBroker
+from broker.errors import StoreUnavailable
 from broker.settings import Settings
 from transports.app import create_api, create_broker
 
@@ -246,6 +247,22 @@ async def test_a_drain_says_so_and_ends_the_response() -> None:
         await stream.ended()
         assert stream.complete
         assert stream.taken().controls("ws.bye")[0]["reconnect"] is True
+
+
+async def test_a_subscription_that_is_refused_late_ends_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """The answer has begun by then, and an exception of ours would be one of the server's."""
+    async with serving() as served:
+        subscriptions: Any = served.broker.subscriptions
+
+        async def too_late(*asked: object) -> None:
+            raise StoreUnavailable("the store went away in this very moment")
+
+        subscriptions.open = too_late
+        stream = served.stream()
+        await stream.ended()
+        assert (stream.status, stream.complete) == (200, True)
+        assert not [record for record in caplog.records if record.exc_info]
+        await served.nothing_left()
 
 
 @pytest.mark.parametrize("spec_version", ["2.1", "2.4"])

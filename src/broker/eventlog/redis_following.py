@@ -114,6 +114,7 @@ class Following:
         followed = self._followed.get(conv_id)
         if followed is not None:
             followed.head = max(followed.head, head_seq)
+            followed.hot_until_s = asyncio.get_running_loop().time() + HOT_S  # a read that fails is repeated
             if not self._own_under_way(conv_id):
                 self._look(conv_id)
 

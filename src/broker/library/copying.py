@@ -146,7 +146,9 @@ class Copier:
         older: set[str] = set()
         after = 0
         while trimmed:
-            page = await broker.outside.timeline_page(principal, conv_id, after_position=after, profile=profile)
+            page = await broker.outside.timeline_page(
+                principal, conv_id, after_position=after, profile=profile, newest=True
+            )
             past = [entity for entity in page.entities if entity.position <= trimmed]
             for entity in past:
                 older.add(entity.id)

@@ -86,8 +86,8 @@ class RedisLane:
         self._closed = True
         if self._task is not None:
             self._task.cancel()
+            self._broke([], self._closing())  # a task that has not begun yet tells nobody
             await asyncio.gather(self._task, return_exceptions=True)
-            self._broke([], self._closing())  # a task that had not begun yet tells nobody
 
     async def _work(self) -> None:
         round_: list[_Call] = []

@@ -174,7 +174,7 @@ class RedisServers:
 
     async def refresh(self, lost: str | None = None) -> None:
         """Ask the servers who has which slot. lost: the one that does not answer, asked last."""
-        if self._cluster is None:
+        if self._cluster is None or self._closed:
             return
         loop = asyncio.get_running_loop()
         if self._refreshing is None and loop.time() - self._refreshed_s > REFRESH_S:  # one for all whose commands fail

@@ -66,8 +66,10 @@ class LeaseKeeper:
         await asyncio.gather(*watches, return_exceptions=True)
         if self._tasks:  # what is being taken at this moment would else be nobody's until its lease ends
             await asyncio.wait(self._tasks, timeout=STOP_S)
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # until they are out of their lines nothing there is idle
         await self.leave()
 
     async def leave(self) -> None:

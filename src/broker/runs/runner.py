@@ -17,7 +17,7 @@ from broker.envelope import SEM, Draft
 from broker.errors import BrokerError, EngineError, LimitExceeded, RunEnded
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
-from broker.runs.engine import ChatMessage, EngineProfile, EngineRequest
+from broker.runs.engine import ChatMessage, EnginePlan, EngineProfile, EngineRequest
 from broker.runs.engines import EngineLease
 from broker.runs.history import messages_for
 from broker.runs.plan import make_plan, masked, plan_changes
@@ -171,7 +171,7 @@ class RunTask:
             await self._published.put([started])
         self._profile = self._runtime.profiles.get(run.engine_profile)
         plan = make_plan(run.conv_id, self._profile, run.overrides)
-        self._lease = await self._until_stopped(self._runtime.engines.acquire(plan))
+        await self._until_stopped(self._acquire(plan))
         store = self._runtime.store
         known = await store.conversation(run.conv_id)
         if known is not None and known.signature != plan.signature:
@@ -186,6 +186,10 @@ class RunTask:
             # Read again: a prompt that was accepted meanwhile may have chosen another profile for the next runs.
             newest = await store.conversation(run.conv_id) or known
             await store.save_conversation(replace(newest, signature=plan.signature, plan=shown))
+
+    async def _acquire(self, plan: EnginePlan) -> None:
+        # Kept here and not by whoever waits: a stop in the same turn takes the result, but `_release` has to find it.
+        self._lease = await self._runtime.engines.acquire(plan)
 
     async def _read_history(self) -> None:
         """Read from the timeline what the engine is told."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, store_setting, until
+from tests.support.core import CALLER, Core, store_setting, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.envelope import Draft
 from broker.eventlog.base import Page
+from broker.runs import lease_keeper
 from broker.runs.tools import Tool
 from broker.timeline.entity import Entity
 from broker.timeline.projector import CACHED_ENTITIES
@@ -155,3 +156,68 @@ async def test_erase_leaves_nothing_of_a_running_conversation(db: str) -> None:
         assert await core.broker.runs.turns.turns("conv") == []
         assert (await core.broker.head("conv")).head_seq == 0
         assert core.broker.runs.active == 0
+
+
+ASK = Tool("ask", "asks first", {"type": "object"}, lambda given, _context: 1, requires_approval=True)
+
+
+async def awaiting_approval(core: Core, conv_id: str) -> str:
+    """Have a run wait for a person; return its id."""
+    sent = await core.broker.runs.send(CALLER, conv_id, "go")
+
+    async def waits() -> bool:
+        run = await core.broker.runs.store.get(sent.run_id)
+        return run is not None and run.status == "awaiting_tool_approval"
+
+    await until_async(waits)
+    return sent.run_id
+
+
+def asking() -> EnginePlugin:
+    return EnginePlugin(ScriptedEngine(call("ask", {}, "c1") + text(reason="tool_calls")), tools=[ASK])
+
+
+async def test_a_run_that_is_stopped_before_its_first_step_lets_go_of_its_engine(redis_url: str) -> None:
+    """One node left it awaiting approval, a second one holds it, from a third one it is cancelled."""
+    second = asking()
+    first = Core(redis_url, plugins=[asking()])
+    await first.broker.start()
+    async with Core(redis_url, plugins=[second]) as holder:
+        run_id = await awaiting_approval(first, "conv")
+        await first.broker.stop(drain_s=0)
+
+        async def held() -> bool:
+            return (await holder.broker.runs.unsettled())[1] == {"conv": holder.broker.stores.nodes.node}
+
+        await until_async(held)
+        async with Core(redis_url, plugins=[asking()]) as third:
+            assert (await third.broker.runs.cancel("conv", run_id)).status == "cancelled"
+        await until(lambda: holder.broker.runs.active == 0)
+    engine = second.engine
+    assert isinstance(engine, ScriptedEngine)
+    assert engine.closed == len(second.built)
+
+
+async def test_what_is_being_taken_over_when_a_node_stops_is_given_back(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_keeper, "STOP_S", 0.1)
+    first, second = Core(redis_url, plugins=[asking()]), Core(redis_url, plugins=[asking()])
+    await first.broker.start()
+    await awaiting_approval(first, "conv")
+    await second.broker.start()
+    keeper: Any = second.broker.runs._leases  # type: ignore[attr-defined]
+    began = asyncio.Event()
+
+    async def for_ever(line: object, taken: object) -> None:
+        began.set()
+        await asyncio.sleep(3600)
+
+    keeper._settle = for_ever
+    await first.broker.stop(drain_s=0)
+    await began.wait()
+    store: Any = second.broker.runs.store
+    assert list(store.held()) == ["conv"]
+    await second.broker.runs.stop(drain_s=0)
+    assert list(store.held()) == []
+    await second.broker.stop(drain_s=0)
