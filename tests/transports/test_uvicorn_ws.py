@@ -526,8 +526,8 @@ class TestClosing:
     def test_without_an_answer_cuts_the_connection(
         self, server: LiveServer, app: App, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_SERVERS[server.server.server_state], "close_timeout_s", 0.05)
         with server.client() as client:
+            monkeypatch.setattr(_SERVERS[server.server.server_state], "close_timeout_s", 0.05)
             server.on_loop(app.last.connection.close)
             assert client.frames() == [(CLOSE, close_payload(1000))]
 
@@ -555,8 +555,8 @@ class TestClosing:
     def test_by_a_peer_that_does_not_read_the_rest_is_cut(
         self, server: LiveServer, app: App, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_SERVERS[server.server.server_state], "close_timeout_s", 0.05)
         with server.client(receive_bytes=8192) as client:
+            monkeypatch.setattr(_SERVERS[server.server.server_state], "close_timeout_s", 0.05)
             server.on_loop(TestFlow._fill, app.last.connection, encode_binary_frame(bytes(60_000)))
             client.send(client_frame(CLOSE, close_payload(1000)))
             wait_until(lambda: not server.connections)
