@@ -91,8 +91,9 @@ class Settings(BaseSettings):
     redis_patience_s: float = Field(5.0, gt=0)
     """Seconds for which a publisher waits for a Redis that is away, before it gets an error."""
     store_away: Literal["wait", "refuse"] = "wait"
-    """What producers get while the store is away: wait = for redis_patience_s (5 s for a locked file), then an error;
-    refuse = an error at once. A run in the middle of its answer always waits."""
+    """What producers get while the store is away: wait = for redis_patience_s (for a locked file 5 s, or
+    10 s behind a write that waits for it already), then an error; refuse = an error at once. A run in the middle of its
+    answer always waits."""
     run_lease_s: float = Field(10.0, ge=1)
     """With Redis: seconds after which the runs of a node that says nothing are taken over by another."""
     node_heartbeat_s: float = Field(1.0, ge=0.1, le=10)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from tests.support.core import CALLER, Core
+from tests.support.core import CALLER, Core, deafen
 
 from broker.envelope import Draft
 from broker.errors import NotFound, StoreUnavailable
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.timeout(60)
 
 async def say(core: Core, conv_id: str, text: str, id: str = "u1") -> None:
     await core.broker.publish(conv_id, [Draft("user.message", {"text": text}, id)])
-
-
-def deafen(core: Core) -> None:
-    """Have a node hear nothing of what others write: it finds that by looking, or when it is asked."""
-    log: Any = core.broker.log
-    log.following.wakeups.listen = lambda channel, on: None
 
 
 async def long_conversation(core: Core, conv_id: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 import redis
-from tests.support.core import CALLER, Core, until_async
+from tests.support.core import CALLER, Core, deafen, until_async
 from tests.support.redis_server import RedisServer
 
 from broker.envelope import Draft
@@ -74,8 +73,7 @@ async def test_every_node_lists_finds_and_describes_the_same(url: str) -> None:
 async def test_a_message_can_be_forked_from_on_a_node_that_has_not_heard_of_it(url: str) -> None:
     """A client sees it through one node, and its next request goes to another one."""
     async with Core(url) as one, Core(url) as two:
-        log: Any = two.broker.log
-        log.following.wakeups.listen = lambda channel, on: None  # deaf, so that it finds it late
+        deafen(two)
         await two.connect("c")
         for n in range(3):
             await say(one, "c", f"message {n}", f"u{n}")

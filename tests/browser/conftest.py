@@ -51,7 +51,7 @@ class RunningBroker:
             command, stdout=subprocess.PIPE, stderr=self._errors, text=True, env={**clean, **environment}
         )
         self.url = self._ready_url()
-        self.http = httpx.Client(base_url=self.url, timeout=10)
+        self.http = httpx.Client(base_url=self.url, timeout=30)  # a locked file is waited for
 
     def _ready_url(self) -> str:
         assert self._process.stdout is not None

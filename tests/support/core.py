@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.wire import Client, Peer
@@ -67,6 +68,12 @@ class Core:
     async def say(self, conv_id: str, text: str, *, type: str = "note.said", **extra: object) -> int:
         """Publish one event and return its seq."""
         return await self.broker.publisher(conv_id).publish(type, {"text": text, **extra})
+
+
+def deafen(core: Core) -> None:
+    """Have a node hear nothing of what others write: it finds that by looking, or when it is asked."""
+    log: Any = core.broker.log
+    log.following.wakeups.listen = lambda channel, on: None
 
 
 async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> None:

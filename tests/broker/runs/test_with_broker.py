@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, store_setting, until, until_async
+from tests.support.core import CALLER, Core, deafen, store_setting, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.envelope import Draft
@@ -100,8 +100,8 @@ async def test_an_engine_is_told_what_another_node_wrote_however_late_it_is_read
         Core(redis_url, plugins=[EnginePlugin(first)]) as one,
         Core(redis_url, plugins=[EnginePlugin(second)]) as two,
     ):
+        deafen(two)
         log: Any = two.broker.log
-        log.following.wakeups.listen = lambda channel, on: None  # deaf
         read, may_read = log.read, asyncio.Event()
 
         async def late(*args: Any, **kwargs: Any) -> Page:
