@@ -131,7 +131,7 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
                 async for event in stream.events():
                     yield event
             except BrokerError as exc:
-                # Since it was allowed above: the store went away, or this process is going down. The answer has begun, so
+                # It was allowed above; since then the store went away, or this process is going down. The answer has begun, so
                 # its end is all that can be said; the client comes back and is told.
                 logger.info("event stream of conversation %s ended before it began: %s", wanted.conv_id, exc)
             finally:
