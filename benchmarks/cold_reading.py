@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from broker.broker import ConversationWSBroker
+from broker.delivery.subscription import SubscribeRequest
 from broker.envelope import Draft
 from broker.security import Principal
 from broker.settings import Settings
-from broker.subscription import SubscribeRequest
 from transports import garbage_collector
 from transports.framing import RAW_WEBSOCKET
 from transports.pool import ConnectionPool

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from broker.envelope import Envelope
-from broker.views import event_frame
+from broker.views.frames import event_frame
 from transports.deflate import MessageDeflater
 
 TEXT = (

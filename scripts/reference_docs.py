@@ -11,7 +11,7 @@ from typing import Any, get_args
 import typer
 from typer.main import get_command
 
-from broker.cli import app
+from broker.cli.main import app
 from broker.settings import GROUPS, Settings, describe, variable
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"

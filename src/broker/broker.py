@@ -6,37 +6,39 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from broker.access import Access
-from broker.availability import Availability
-from broker.catalog import Catalog
+from broker.api.reading import Outside
+from broker.assembly.housekeeping import Housekeeping
+from broker.assembly.lifecycle import Lifecycle
+from broker.assembly.stores import Stores, choose_stores
 from broker.clock import Clock, SystemClock
-from broker.conversations import Conversation, ConversationManager
-from broker.coordinator import StreamCoordinator
-from broker.dispatch import Dispatcher, Pool
-from broker.emitters import EmitterSupervisor
+from broker.conversations.conversation import Conversation
+from broker.conversations.follower import HandOver
+from broker.conversations.manager import ConversationManager
+from broker.conversations.reader import TimelineReader
+from broker.delivery.coordinator import StreamCoordinator
+from broker.delivery.dispatch import Dispatcher
+from broker.delivery.pool import Pool
+from broker.delivery.recent_keeper import RecentKeeper
+from broker.delivery.recovery import Recovery
+from broker.delivery.subscription import SubscribeRequest, Subscription
+from broker.delivery.subscriptions import Subscriptions
 from broker.envelope import Draft, Envelope, check_conv_id, seal
 from broker.errors import InvalidDraft, NotFound, PermissionDenied, StoreUnavailable, Unavailable
+from broker.eventlog.availability import Availability
 from broker.eventlog.base import Committed, Fenced, Interest, LogState
-from broker.hand_over import HandOver
-from broker.housekeeping import Housekeeping
 from broker.library import Library
-from broker.lifecycle import Lifecycle
 from broker.nodes import Overview
 from broker.nodes.this_node import ThisNode
-from broker.observers import Observers
-from broker.outside import Outside
 from broker.plugins import PluginHost
+from broker.plugins.access import Access
+from broker.plugins.emitters import EmitterSupervisor
+from broker.plugins.observers import Observers
 from broker.publisher import Publisher
-from broker.recent import RecentKeeper
-from broker.recovery import Recovery
 from broker.runs.service import RunService
 from broker.security import Action, Credentials, Principal
 from broker.settings import Settings
-from broker.stores import Stores, choose_stores
-from broker.subscription import SubscribeRequest, Subscription
-from broker.subscriptions import Subscriptions
-from broker.timeline.reader import TimelineReader
-from broker.views import ViewCompiler
+from broker.views.catalog import Catalog
+from broker.views.compiler import ViewCompiler
 
 
 class ConversationWSBroker:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
     from broker.broker import ConversationWSBroker
     from broker.channels import Channel, EventType
-    from broker.conversations import Conversation
+    from broker.conversations.conversation import Conversation
+    from broker.delivery.subscription import Subscription
     from broker.envelope import Draft, Envelope
     from broker.eventlog.base import EventLog
     from broker.profiles import Profile
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from broker.runs.turns import Turn
     from broker.security import Action, Credentials, Principal
     from broker.settings import Settings
-    from broker.subscription import Subscription
     from broker.timeline.handlers import TimelineHandler
     from broker.timeline.store import TimelineStore
 
@@ -769,7 +769,7 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
 async def on_published(envelopes: Sequence[Envelope]) -> None:
     """Observe what was published: bridges, metrics, audit.
 
-    Called by: `broker.observers`, after the envelopes are durable.
+    Called by: `broker.plugins.observers`, after the envelopes are durable.
     When: once per batch of up to 1000, in `seq` order within a conversation; live only, not for recovery.
     Blocking: wait with `await`, up to the time limit; the next batch waits for this one, delivery to clients does not.
         An observer that falls 50,000 envelopes behind misses the oldest of them; the log still has them.

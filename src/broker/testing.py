@@ -24,12 +24,12 @@ import orjson
 
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock, SystemClock
+from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.envelope import SEM, Envelope, encode_json
 from broker.plugins import PluginHost
 from broker.security import SYSTEM, Principal
 from broker.sequence import PER_MS
 from broker.settings import Settings, load_settings
-from broker.subscription import SubscribeRequest, Subscription
 
 __all__ = ["CapturingConnection", "CapturingPool", "EnvelopeFactory", "MemoryBroker", "memory_broker"]
 

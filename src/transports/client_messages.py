@@ -10,9 +10,9 @@ from typing import Any
 import orjson
 
 from broker.broker import ConversationWSBroker
+from broker.delivery.subscription import Subscription
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.sequence import parse_seq
-from broker.subscription import Subscription
 
 MESSAGES_PER_S = 20.0
 BURST_MESSAGES = 60.0

@@ -16,6 +16,7 @@ from starlette.datastructures import QueryParams
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from broker.broker import ConversationWSBroker
+from broker.delivery.subscription import SubscribeRequest
 from broker.envelope import check_conv_id
 from broker.errors import (
     AuthenticationFailed,
@@ -30,7 +31,6 @@ from broker.errors import (
 )
 from broker.security import Principal
 from broker.sequence import parse_seq
-from broker.subscription import SubscribeRequest
 from transports.asgi_delivery import QueuedConnection, ended, in_any_case
 from transports.client_messages import ClientMessages
 from transports.fast_connection import FastConnection

@@ -9,8 +9,8 @@ from suite import large_file
 from suite.tools import CannotMeasure
 from tests.support.core import CALLER, Core
 
+from broker.cli.verify import verify_conversation
 from broker.errors import NotFound
-from broker.verify import verify_conversation
 
 
 async def test_copies_are_conversations_like_any_other(tmp_path: Path) -> None:

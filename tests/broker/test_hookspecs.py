@@ -15,8 +15,8 @@ import pluggy
 import pytest
 
 from broker import hookspecs
-from broker.plugin_isolation import FAIL_CLOSED
 from broker.plugins import PluginHost
+from broker.plugins.rules import FAIL_CLOSED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,9 +23,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from broker.broker import ConversationWSBroker
+from broker.delivery.subscription import Subscription
 from broker.envelope import Draft
 from broker.settings import Settings
-from broker.subscription import Subscription
 from transports.admission import limited_http_protocol
 from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX

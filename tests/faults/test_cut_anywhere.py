@@ -10,9 +10,9 @@ from tests.support.core import CALLER, Core, store_setting, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
-from broker import subscriptions
+from broker.delivery import subscriptions
+from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.envelope import Draft
-from broker.subscription import SubscribeRequest, Subscription
 from transports.pool import ConnectionPool, Message
 
 

@@ -28,7 +28,7 @@ from tests.support.redis_pair import RedisPair
 from tests.support.redis_server import RedisServer
 from tests.support.wire import Client
 
-from broker.verify import ConversationReport, verify_conversation
+from broker.cli.verify import ConversationReport, verify_conversation
 
 SEED = int(os.environ.get("BROKER_FAULT_SEED", "1"))
 ROUNDS = int(os.environ.get("BROKER_FAULT_ROUNDS", "1"))

@@ -17,7 +17,7 @@ from tests.support.redis_pair import RedisPair
 from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
-from broker.verify import verify_conversation
+from broker.cli.verify import verify_conversation
 
 pytestmark = pytest.mark.needs_redis
 

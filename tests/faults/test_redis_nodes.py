@@ -17,11 +17,11 @@ from tests.support.tcp_proxy import TcpProxy
 from tests.support.wire import Client, Peer
 
 from broker.broker import ConversationWSBroker
+from broker.cli.verify import verify_conversation
 from broker.envelope import Draft
 from broker.eventlog.redis import RedisEventLog
 from broker.timeline.entity import Entity
 from broker.timeline.store import TimelineSave
-from broker.verify import verify_conversation
 
 pytestmark = pytest.mark.needs_redis
 

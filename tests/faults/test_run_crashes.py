@@ -20,8 +20,8 @@ from tests.support.http_client import TERMINAL, HttpClient
 from tests.support.live_server import wait_until
 from tests.support.redis_server import RedisServer
 
+from broker.cli.verify import verify_store
 from broker.settings import Settings
-from broker.verify import verify_store
 
 PLUGINS = Path(__file__).resolve().parent.parent / "support" / "crash_plugins"
 LEASE_S = 1.5

@@ -22,10 +22,10 @@ from tests.support.core import Core, until
 from tests.support.redis_server import lasting_server, redis_executable
 from tests.support.wire import Client, Peer
 
+from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
+from broker.delivery.subscription import Subscription
 from broker.envelope import Draft
-from broker.subscription import Subscription
-from broker.verify import verify_conversation
 
 CONV = "c1"
 DRAFTS = {

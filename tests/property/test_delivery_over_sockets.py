@@ -38,11 +38,11 @@ from tests.support.core import until
 from tests.support.redis_server import lasting_server, redis_executable
 from tests.support.socket_clients import EventStreamPeer, Peer, PollPeer, SocketServer, WebSocketPeer
 
-from broker import recovery
+from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
+from broker.delivery import recovery
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
-from broker.verify import verify_conversation
 
 FOLLOWERS_MAX = 5
 STEP_S = 10.0

@@ -13,9 +13,9 @@ from tests.support.wire import Client, Peer
 
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
+from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.security import Principal
 from broker.settings import Settings
-from broker.subscription import SubscribeRequest, Subscription
 from transports.pool import ConnectionPool
 
 CALLER = Principal("tester", frozenset({"debug"}))

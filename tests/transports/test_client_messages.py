@@ -14,7 +14,7 @@ import pytest
 from tests.support.core import Core, until
 from tests.support.wire import Client, Peer
 
-from broker.subscription import Subscription
+from broker.delivery.subscription import Subscription
 from transports.client_messages import BURST_MESSAGES, EARLY_MESSAGES_MAX, STRIKES_MAX, ClientMessages
 
 

@@ -13,7 +13,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, LogState, Page, Sink
-from broker.eventlog.life import Promises, epoch_of
+from broker.eventlog.epochs import Promises, epoch_of
 from broker.sequence import next_seq
 
 logger = logging.getLogger(__name__)

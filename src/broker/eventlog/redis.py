@@ -12,7 +12,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, Sink
-from broker.eventlog.life import epoch_of
+from broker.eventlog.epochs import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys

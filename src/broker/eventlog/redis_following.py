@@ -16,7 +16,7 @@ from broker.errors import BrokerError
 from broker.eventlog.base import Committed, Follower
 from broker.eventlog.redis_keys import Stretch, live_channel, log_keys
 from broker.eventlog.redis_scripts import READ
-from broker.eventlog.redis_wakeups import Wakeups
+from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
 from broker.redis.script import RedisReplyError
 from broker.sequence import seq_from_stream_id, stream_id_from_seq

@@ -15,7 +15,7 @@ import orjson
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
-from broker.eventlog.life import Promises, epoch_of
+from broker.eventlog.epochs import Promises, epoch_of
 from broker.eventlog.sqlite_append import Append, Appends, Heads
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database

@@ -14,7 +14,7 @@ import orjson
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, Sink
-from broker.eventlog.life import Promises
+from broker.eventlog.epochs import Promises
 from broker.sequence import next_seq
 from broker.sqlite.group_commit import Job
 

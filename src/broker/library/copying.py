@@ -17,7 +17,7 @@ from broker.runs.store import ConversationState
 from broker.security import Principal
 from broker.timeline.entity import Entity
 from broker.timeline.projector import ConversationTimeline
-from broker.views import View
+from broker.views.view import View
 
 if TYPE_CHECKING:
     from broker.broker import ConversationWSBroker

@@ -17,7 +17,6 @@ from typing import Any
 import orjson
 
 from broker.errors import BrokerError, Unavailable
-from broker.eventlog.redis_wakeups import Wakeups
 from broker.nodes.base import Answer, NodeRecord, NodeSelf, Question, Switch
 from broker.nodes.redis_scripts import (
     ABOUT,
@@ -32,6 +31,7 @@ from broker.nodes.redis_scripts import (
     answers,
     inbox,
 )
+from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
 
 logger = logging.getLogger(__name__)

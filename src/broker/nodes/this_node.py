@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from broker.conversations import Conversation
+from broker.conversations.conversation import Conversation
+from broker.delivery.subscription import Subscription
 from broker.errors import BrokerError, StoreError, shown
 from broker.eventlog.base import Backlog, Backlogs
 from broker.nodes.base import Answer, NodeNumbers, NodeRecord, NodeState, Question, Switch
 from broker.sequence import PER_MS
-from broker.subscription import Subscription
 
 if TYPE_CHECKING:
     from broker.broker import ConversationWSBroker

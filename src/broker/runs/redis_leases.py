@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from broker.eventlog.redis_wakeups import Wakeups
+from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
 from broker.runs.leases import Renewed, TakenOver
 from broker.runs.redis_scripts import FORGET_LEFT, LEASE_SCRIPTS, RELEASE, RENEW, TAKE_OVER, run_keys, runs_of

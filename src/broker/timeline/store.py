@@ -69,3 +69,18 @@ class TimelineStore(Protocol):
     async def erase(self, conv_id: str) -> None:
         """Remove everything of a conversation."""
         ...
+
+
+async def stored_page(
+    store: TimelineStore, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+) -> tuple[list[Entity], int | None]:
+    """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
+    while True:
+        stored = await store.page(conv_id, after_position=after_position, since_version=since_version, limit=limit + 1)
+        if len(stored) <= limit:
+            return stored, None
+        cut = stored[-1].position  # of which there may be more
+        whole = [entity for entity in stored if entity.position < cut]
+        if whole:
+            return whole, whole[-1].position
+        limit *= 2

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import TypeAdapter
 from starlette.responses import Response
 
-from broker.conversations import Conversation
+from broker.conversations.conversation import Conversation
 from broker.envelope import check_conv_id
 from broker.errors import NotFound, shown
 from transports.http.answers import json_response

@@ -1,0 +1,1 @@
+"""The one door: what callers from outside may ask, with their permissions checked."""

@@ -1,0 +1,1 @@
+"""How a broker is put together, started, kept tidy and stopped."""

@@ -1,0 +1,1 @@
+"""Delivery: from what the log committed to what each connection is sent."""

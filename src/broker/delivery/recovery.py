@@ -1,0 +1,277 @@
+"""Recovery: brings one connection from its cursor to live. First join, resume and catching up after being slow are this.
+
+The connection gets state, then pages of the log through its view, at the pace at which it reads; when nothing is left
+it joins its audience in the same turn of the event loop, so that no envelope can fall between the two. While it is
+behind it has a task; that task ends with the join.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from broker.conversations.reader import TimelineReader
+from broker.delivery.dispatch import Dispatcher
+from broker.delivery.pool import Pool
+from broker.delivery.recent_keeper import RecentKeeper
+from broker.delivery.subscription import Subscription
+from broker.envelope import Envelope
+from broker.eventlog.base import EventLog
+from broker.views.frames import Message, control_message, event_messages, reset_message, through_message
+
+STATE_PAGE_ENTITIES = 256
+CHUNK_BYTES = 65_536
+"""What is handed to a connection at once before its buffer is looked at again."""
+
+
+class Recovery:
+    """Catches connections up. page_events, page_bytes bound what one of them holds in memory meanwhile."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        reader: TimelineReader,
+        dispatcher: Dispatcher,
+        pool: Pool,
+        recent: RecentKeeper,
+        *,
+        page_events: int,
+        page_bytes: int,
+    ) -> None:
+        self._log = log
+        self._reader = reader
+        self._dispatcher = dispatcher
+        self._pool = pool
+        self._recent = recent
+        self._page_events = page_events
+        self._page_bytes = page_bytes
+        self.resets_late = 0
+
+    def at_once(self, subscription: Subscription, state_after: int | None) -> list[Message] | None:
+        """Return all frames that bring a new subscription up to date, if they are few and memory has them.
+
+        The caller sends them and joins it to its audience in the same turn of the event loop. state_after: entities with a
+        higher version are among them, None: no state. None: it has to `run`.
+        """
+        conversation, view = subscription.conversation, subscription.view
+        messages: list[Message] = []
+        recent = self._recent.at(conversation, subscription.cursor)
+        if recent is None and subscription.cursor != conversation.position:
+            return None
+        if state_after is not None and view.state:
+            entities = conversation.timeline.changed_since(state_after)
+            if entities is None or len(entities) > STATE_PAGE_ENTITIES:
+                return None
+            if recent is not None:
+                messages.extend(recent.state_messages(conversation.conv_id, view, entities))
+            else:
+                messages.extend(self._dispatcher.state_messages(conversation, view, entities))
+        events = recent.messages(view, subscription.cursor, subscription.told) if recent is not None else []
+        messages.extend(events)
+        if sum([len(message.text) for message in messages]) > CHUNK_BYTES:
+            return None
+        subscription.cursor = conversation.position
+        if events:
+            subscription.told = events[-1].position or subscription.told
+        messages.extend(self.closing_messages(subscription))
+        return messages
+
+    async def run(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
+        """Bring `subscription` up to date and make it live.
+
+        state_first: send entities newer than its state cursor before anything else. lag: it is behind because it is
+        slow: merge neighbours.
+        Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
+        """
+        if state_first and subscription.view.state and not await self._send_state(subscription):
+            return
+        if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
+            return
+        while subscription.status != "closed":
+            if subscription.cursor < subscription.conversation.position:
+                # State before the events that made it, as in dispatch.
+                behind = subscription.view.state and subscription.state_cursor <= subscription.cursor
+                if behind and not await self._send_state(subscription):
+                    return
+                if not await self._send_page(subscription, lag):
+                    return
+            elif subscription.cursor > subscription.conversation.position:
+                # Resumed at a position that this process has not dispatched yet (it came from another one).
+                await subscription.conversation.next_dispatch()
+            elif await self._go_live(subscription, lag):
+                return
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    async def _send_state(self, subscription: Subscription) -> bool:
+        """Send every entity newer than the state cursor, page by page. False: the connection is gone."""
+        conversation = subscription.conversation
+        since_version, after_position, version = subscription.state_cursor, 0, None
+        while True:
+            page = await self._reader.page_of(
+                conversation, since_version=since_version, after_position=after_position, limit=STATE_PAGE_ENTITIES
+            )
+            # The first page's version is what all pages have at least; what changed later is sent before going live.
+            version = page.version if version is None else version
+            if not await self._send(
+                subscription, self._dispatcher.state_messages(conversation, subscription.view, page.entities)
+            ):
+                return False
+            if not page.more:
+                subscription.state_cursor = version
+                return True
+            after_position = page.entities[-1].position
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    async def _send_page(self, subscription: Subscription, lag: bool) -> bool:
+        upto = subscription.conversation.position
+        if subscription.view.state:
+            upto = min(upto, subscription.state_cursor)
+        recent = self._recent.at(subscription.conversation, subscription.cursor)
+        if recent is not None and upto == recent.through and not lag and not subscription.history:
+            frames = recent.messages(subscription.view, subscription.cursor, subscription.told)
+            if not await self._send(subscription, frames):
+                return False
+            subscription.cursor = max(upto, subscription.cursor)
+            return True
+        if recent is not None:
+            page = recent.page(subscription.cursor, upto, self._page_events)
+        else:
+            page = await self._log.read(
+                subscription.conv_id,
+                after=subscription.cursor,
+                upto=upto,
+                limit=self._page_events,
+                max_bytes=self._page_bytes,
+            )
+        if page.trimmed_seq > subscription.cursor:
+            return await self._reset(subscription, page.trimmed_seq)
+        view = subscription.view
+        if lag:
+            shown = view.show_merged(page.envelopes)
+        else:
+            shown = [seen for envelope in page.envelopes if (seen := view.show(envelope)) is not None]
+        shown = self._not_seen_before(subscription, shown)
+        if not await self._send(subscription, event_messages(shown, subscription.told)):
+            return False
+        subscription.cursor = max(page.through, subscription.cursor)
+        return True
+
+    def _not_seen_before(self, subscription: Subscription, shown: list[Envelope]) -> list[Envelope]:
+        """After a change of view in place: leave out what former views of this connection had already shown."""
+        history = subscription.history
+        if not history or not shown or shown[0].seq > max(viewed.through for viewed in history):
+            return shown
+        return [
+            envelope
+            for envelope in shown
+            if not any(
+                viewed.after < envelope.seq <= viewed.through and viewed.view.admits(envelope) for viewed in history
+            )
+        ]
+
+    async def _reset(self, subscription: Subscription, trimmed_seq: int) -> bool:
+        """Retention overtook a connection that was behind: say so, and give it the state instead."""
+        self.resets_late += 1
+        conversation = subscription.conversation
+        # The cursor moves when this is sent, not before: a change of view may end the wait for it.
+        after = conversation.position if subscription.view.state else trimmed_seq
+        subscription.end_view(subscription.cursor, after)
+        reset = reset_message(
+            "expired",
+            epoch=conversation.epoch,
+            oldest_seq=trimmed_seq,
+            start=after,
+            connection_id=subscription.connection_id,
+        )
+        if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
+            return False
+        subscription.state_cursor = 0
+        return not subscription.view.state or await self._send_state(subscription)
+
+    async def _skip_ahead(self, subscription: Subscription) -> bool:
+        """Policy `drop_oldest`: of what was missed keep the newest page, tell how many events were skipped."""
+        view, conversation = subscription.view, subscription.conversation
+        kept: deque[Envelope] = deque()
+        kept_bytes = dropped = 0
+        cursor, dropped_through = subscription.cursor, subscription.cursor
+        while cursor < conversation.position:
+            page = await self._log.read(subscription.conv_id, after=cursor, upto=conversation.position)
+            if page.trimmed_seq > cursor:
+                return True  # nobody knows how many are gone: what follows finds the same, and resets
+            for envelope in page.envelopes:
+                if view.admits(envelope):
+                    kept.append(envelope)
+                    kept_bytes += envelope.size_bytes
+                while kept_bytes > self._page_bytes and len(kept) > 1:
+                    oldest = kept.popleft()
+                    kept_bytes -= oldest.size_bytes
+                    dropped += 1
+                    dropped_through = oldest.seq
+            cursor = max(page.through, cursor)
+            if not page.more:
+                break
+        if dropped:
+            subscription.end_view(subscription.cursor, dropped_through)
+            notice = control_message(
+                "ws.dropped",
+                {"count": dropped, "seq": str(dropped_through)},
+                subscription.connection_id,
+                dropped_through,
+            )
+            if not await self._send(subscription, [notice]):
+                return False
+            subscription.skipped += dropped
+        return True
+
+    # -- the switch to live ---------------------------------------------------------------------------------------
+
+    async def _go_live(self, subscription: Subscription, lag: bool) -> bool:
+        """Join the audience if nothing is left to send. True: it is live or gone. From here to the join nothing awaits."""
+        conversation = subscription.conversation
+        view = subscription.view
+        messages: list[Message] = []
+        if view.state:
+            entities = conversation.timeline.changed_since(subscription.state_cursor)
+            if entities is None or len(entities) > STATE_PAGE_ENTITIES:
+                await self._send_state(subscription)
+                return subscription.status == "closed"
+            messages.extend(self._dispatcher.state_messages(conversation, view, entities))
+        if not self._pool.writable(subscription.connection_id):
+            return not await self._pool.wait_writable(subscription.connection_id)
+        messages.extend(self.closing_messages(subscription, lag=lag))
+        if self._dispatcher.deliver(subscription.connection_id, messages) and self._dispatcher.join(
+            subscription.connection_id, conversation, view
+        ):
+            subscription.status = "live"
+        return True
+
+    def closing_messages(self, subscription: Subscription, *, lag: bool = False) -> list[Message]:
+        """Return the frames that end a catch-up: `ws.through` where hidden events came last, then `ws.caught_up`.
+
+        lag: it was live before, so it was told so, and is not told again: that it was slow is nothing it has to know.
+        """
+        messages = []
+        if subscription.told < subscription.cursor:
+            messages.append(through_message(subscription.conv_id, subscription.cursor))
+            subscription.told = subscription.cursor
+        if not lag:
+            caught_up = {"seq": str(subscription.cursor)}
+            messages.append(control_message("ws.caught_up", caught_up, subscription.connection_id))
+        return messages
+
+    async def _send(self, subscription: Subscription, messages: list[Message]) -> bool:
+        """Send in chunks, each when the connection has taken enough of what came before. False: it is gone."""
+        start = size = 0
+        for index, message in enumerate(messages):
+            size += len(message.text)
+            if size >= CHUNK_BYTES or index == len(messages) - 1:
+                if not await self._pool.wait_writable(subscription.connection_id):
+                    return False
+                if not self._dispatcher.deliver(subscription.connection_id, messages[start : index + 1]):
+                    return False
+                if message.position is not None:
+                    # Whoever ends this task in the middle of a page (a change of view) goes on after what was sent.
+                    subscription.cursor = subscription.told = message.position
+                start, size = index + 1, 0
+        return subscription.status != "closed"

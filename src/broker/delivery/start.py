@@ -1,0 +1,72 @@
+"""Starts: decides after which position, and with which state, a client begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.eventlog.base import EventLog, LogState
+from broker.sequence import PER_MS
+
+ResetReason = Literal["expired", "epoch", "ahead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a subscription really starts.
+
+    after: events with a higher seq follow. state_after: entities with a higher version follow first, None: no state
+    is sent. reset: why what was asked for is not to be had. recovered: the resume that was asked for is complete.
+    oldest_seq: with a reset, the position after which everything is retained.
+    """
+
+    after: int
+    state_after: int | None
+    reset: ResetReason | None
+    recovered: bool
+    oldest_seq: int = 0
+
+
+async def decide_start(
+    log: EventLog,
+    conv_id: str,
+    state: LogState,
+    *,
+    head: int,
+    since: int | None,
+    epoch: str | None,
+    hydrate: bool,
+    has_state: bool,
+    overlap_s: float = 0.0,
+) -> Start:
+    """Decide where a client that asks for `since` of `epoch` starts (the rules of docs/explanation/delivery.md).
+
+    head: the position up to which this process has dispatched. With `epoch` given, `since` must be a position of this
+    very log: a restored older database keeps its epoch but does not know positions that were given after the backup.
+    overlap_s: how much older than `since` the state may be that the client lacks, because its upsert was held back.
+    """
+    if since is None:
+        return Start(after=head, state_after=0 if hydrate else None, reset=None, recovered=False)
+    reset: ResetReason | None = None
+    if epoch is not None and epoch != state.epoch:
+        reset = "epoch"
+    elif since > max(head, state.head_seq):
+        reset = "ahead"
+    elif since < state.trimmed_seq and (since or epoch is not None):
+        # 0 of a known life is a position as well: who was there before the first event has lost the trimmed ones.
+        reset = "expired"
+    elif epoch is not None and since not in (0, state.trimmed_seq) and not await log.contains(conv_id, since):
+        reset = "epoch"
+    if reset is not None:
+        # The state holds all that the lost events would have told; a view without state gets every event there still is.
+        after = head if has_state else state.trimmed_seq
+        return Start(after=after, state_after=0, reset=reset, recovered=False, oldest_seq=state.trimmed_seq)
+    return resumed(max(since, state.trimmed_seq), since=since, hydrate=hydrate, overlap_s=overlap_s)
+
+
+def resumed(after: int, *, since: int, hydrate: bool, overlap_s: float) -> Start:
+    """Return the start of a client that gets what it asks for: every event after `after`, and the state it may lack."""
+    # With `hydrate` all of the state, and every event after `since` all the same: a client whose connection broke before
+    # its state was complete asks for both.
+    state_after = 0 if hydrate else max(since - int(overlap_s * 1000) * PER_MS, 0)  # a seq is a time
+    return Start(after=after, state_after=state_after, reset=None, recovered=True)

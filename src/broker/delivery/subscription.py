@@ -1,0 +1,119 @@
+"""Subscriptions: what one connection asked for, where it stands, and the frames that open it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from broker.conversations.conversation import Conversation
+from broker.security import Principal
+from broker.views.view import View
+
+Status = Literal["starting", "behind", "live", "parked", "closed"]
+
+
+VIEWS_REMEMBERED = 32
+"""How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubscribeRequest:
+    """What a client asks for when it connects.
+
+    since: position to resume after, None for live only, 0 for everything retained. epoch: the life of the log that
+    `since` belongs to, as `ws.hello` gave it. hydrate: state first. view: digest of the view the client had.
+    """
+
+    conv_id: str
+    profile: str = "default"
+    channels: str | None = None
+    since: int | None = None
+    epoch: str | None = None
+    hydrate: bool = False
+    view: str | None = None
+
+
+class Viewed(NamedTuple):
+    """A stretch of the log, after < seq <= through, that a connection was shown through `view`."""
+
+    view: View
+    after: int
+    through: int
+
+
+class Subscription:
+    """One connection's interest in one conversation. No task while it is live.
+
+    cursor: every event up to here is decided for it (while live, the audience's position counts instead).
+    told: the position that the client knows of: seq of the last event frame or `ws.through`. told_outage: number of the
+    outage that it knows of, 0: it believes that all is well.
+    state_cursor: it has every entity up to this version. viewed_after: the present view has shown everything between
+    this and the cursor. history: the same for views it had before a change in place, so that a replay leaves out what
+    it has already got.
+    """
+
+    __slots__ = (
+        "changing",
+        "connection_id",
+        "conversation",
+        "cursor",
+        "history",
+        "opened_at_ms",
+        "parked",
+        "principal",
+        "request",
+        "skipped",
+        "state_cursor",
+        "status",
+        "task",
+        "told",
+        "told_outage",
+        "view",
+        "viewed_after",
+    )
+
+    def __init__(
+        self,
+        connection_id: str,
+        conversation: Conversation,
+        request: SubscribeRequest,
+        view: View,
+        principal: Principal,
+    ) -> None:
+        self.connection_id = connection_id
+        self.conversation = conversation
+        self.request = request
+        self.view = view
+        self.principal = principal
+        self.status: Status = "starting"
+        self.cursor = 0
+        self.told = 0
+        self.told_outage = 0
+        self.state_cursor = 0
+        self.parked = 0
+        self.skipped = 0
+        self.opened_at_ms = 0
+        self.viewed_after = 0
+        self.history: list[Viewed] = []
+        self.task: asyncio.Task[None] | None = None
+        self.changing: asyncio.Lock | None = None  # made by the first change of view: most connections have none
+
+    @property
+    def conv_id(self) -> str:
+        return self.conversation.conv_id
+
+    def end_view(self, through: int, next_after: int) -> None:
+        """Remember that the present view has shown what there was up to `through`; what follows begins after `next_after`."""
+        self.history.append(Viewed(self.view, self.viewed_after, through))
+        del self.history[:-VIEWS_REMEMBERED]
+        self.viewed_after = next_after
+
+    @property
+    def profile(self) -> str:
+        return self.view.profile.name
+
+    @property
+    def position(self) -> int:
+        """Everything up to here is decided for this connection: delivered, or hidden by its view."""
+        return self.conversation.position if self.status == "live" else self.cursor

@@ -1,0 +1,61 @@
+"""Access: asks the `authenticate` and `authorize` hooks, and knows what holds where none is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.errors import AuthenticationFailed, PermissionDenied, PluginError, shown
+from broker.plugins.host import PluginHost
+from broker.security import Action, Credentials, Principal
+from broker.settings import Settings
+
+
+class Access:
+    """Who is calling, and may they.
+
+    Without `auth` configured the server listens on loopback only and its callers are one principal, `local`. It has the
+    `debug` permission only where debug channels were switched on: `debug.*` is denied by default (I14).
+    """
+
+    def __init__(self, settings: Settings, plugins: PluginHost) -> None:
+        self._settings = settings
+        self._plugins = plugins
+        self._local = Principal("local", frozenset({"debug"}) if settings.debug_channels else frozenset())
+
+    async def authenticate(self, credentials: Credentials) -> Principal:
+        """Return the caller. Raises AuthenticationFailed when no plugin knows the credentials."""
+        principal: Principal | None = await self._plugins.acall_first("authenticate", credentials=credentials)
+        if principal is not None:
+            return principal
+        if self._settings.auth is None:
+            return self._local
+        raise AuthenticationFailed(
+            "credentials are missing or nobody here knows them: send 'Authorization: Bearer <token>'"
+        )
+
+    async def authorize(
+        self, principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str] = ()
+    ) -> None:
+        """Return if every `authorize` hook agrees. Raises PermissionDenied; a hook that raises denies."""
+        if action == "debug" and not principal.may("debug"):
+            raise PermissionDenied(
+                f"{principal.subject!r} does not have the permission 'debug'; on a server without auth it comes with "
+                "--debug-channels",
+                permission="debug",
+            )
+        try:
+            answers = await self._plugins.acall_collect(
+                "authorize", principal=principal, action=action, conv_id=conv_id, channels=list(channels)
+            )
+        except PluginError as exc:  # fails closed: who cannot decide does not allow
+            raise PermissionDenied(f"nobody could decide whether {action!r} is allowed; denied") from exc
+        for plugin, allowed in answers:
+            if allowed is not True:
+                if allowed is not False:  # neither yes nor no, such as an empty list of what may be read: fails closed
+                    misfit = PluginError(f"returned {shown(allowed)}: True, False or None is required")
+                    self._plugins.report(plugin, "authorize", misfit)
+                raise PermissionDenied(
+                    f"{principal.subject!r} may not {action} conversation {conv_id!r} (plugin {plugin!r})",
+                    action=action,
+                    conv_id=conv_id,
+                )

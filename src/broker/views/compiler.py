@@ -1,0 +1,128 @@
+"""The view compiler: makes views of profiles and channel choices, and keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import orjson
+
+from broker.errors import InvalidInput, PermissionDenied, shown
+from broker.plugins import PluginHost
+from broker.profiles import Profile
+from broker.security import Principal
+from broker.views.catalog import Catalog
+from broker.views.view import View
+
+VIEWS_KEPT_MAX = 1024
+
+
+CHANNELS_REMEMBERED_CHARS = 256
+"""Longer lists of channels are worked out each time: what is remembered of what clients ask for is bounded."""
+
+
+class ViewCompiler:
+    """Makes views and keeps them: one per distinct profile, channel choice and set of plugins."""
+
+    def __init__(self, catalog: Catalog, plugins: PluginHost) -> None:
+        self._catalog = catalog
+        self._plugins = plugins
+        self._views: dict[tuple[str, frozenset[str], bool], View] = {}
+        self._asked: dict[tuple[frozenset[str], str, str | None], View] = {}  # whoever may the same gets the same
+
+    def forget(self) -> None:
+        """Drop every compiled view: plugins changed."""
+        self._views.clear()
+        self._asked.clear()
+
+    def compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
+        """Return the view of a profile, with `channels` as given on the wire.
+
+        channels: None for the profile's own, a comma list to replace them, or `+name`/`-name` entries to add and take
+        away. Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; nothing is silently narrowed.
+        """
+        if channels is not None and len(channels) > CHANNELS_REMEMBERED_CHARS:
+            return self._compile(principal, profile_name, channels)
+        asked = (frozenset(principal.permissions), profile_name, channels)
+        view = self._asked.get(asked)
+        if view is None:
+            view = self._compile(principal, profile_name, channels)
+            if len(self._asked) >= VIEWS_KEPT_MAX:
+                self._asked.clear()
+            self._asked[asked] = view
+        return view
+
+    def _compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
+        profile = self._catalog.profile(profile_name)
+        if not principal.may(profile.permission):
+            raise PermissionDenied(
+                f"profile {profile.name!r} needs the permission {profile.permission!r}, "
+                f"which {principal.subject!r} does not have",
+                permission=profile.permission,
+            )
+        names = self._choose(principal, profile, channels)
+        for name in names:
+            permission = self._catalog.channel(name).permission
+            if not principal.may(permission):
+                raise PermissionDenied(
+                    f"channel {name!r} needs the permission {permission!r}, which {principal.subject!r} does not have",
+                    permission=permission,
+                )
+        state = any(self._catalog.channel(name).kind == "state" for name in names)
+        events = frozenset(name for name in names if self._catalog.channel(name).kind == "event")
+        cached = self._views.get((profile.name, events, state))
+        if cached is None:
+            if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
+                self.forget()
+            cached = self._views[(profile.name, events, state)] = self._build(profile, events, state)
+        return cached
+
+    def _choose(self, principal: Principal, profile: Profile, channels: str | None) -> set[str]:
+        own = set(profile.channels)
+        if "*" in own:  # everything the caller may see
+            own = {name for name, channel in self._catalog.channels.items() if principal.may(channel.permission)}
+        if channels is None or not channels.strip():
+            return own
+        if channels[0] == " ":  # a "+" in a query string that was not percent-encoded arrives as a blank
+            channels = ",".join("+" + entry[1:] if entry[:1] == " " else entry for entry in channels.split(","))
+        entries = [entry.strip() for entry in channels.split(",")]
+        signed = [entry for entry in entries if entry.startswith(("+", "-"))]
+        if signed and len(signed) != len(entries):
+            raise InvalidInput(
+                f"channels={shown(channels)} mixes names with +name/-name: give either a list or only changes",
+                parameter="channels",
+            )
+        for entry in entries:
+            self._catalog.channel(entry[1:] if signed else entry)
+        if not signed:
+            return set(entries)
+        chosen = own | {entry[1:] for entry in signed if entry[0] == "+"}
+        return chosen - {entry[1:] for entry in signed if entry[0] == "-"}
+
+    def _build(self, profile: Profile, events: frozenset[str], state: bool) -> View:
+        filters = self._plugins.call_collect("build_filter", profile=profile)
+        transforms = self._plugins.call_collect("build_transform", profile=profile)
+        digest = hashlib.sha256(
+            orjson.dumps(
+                [
+                    profile.name,
+                    profile.event_types,
+                    profile.slow,
+                    profile.options,
+                    sorted(events),
+                    state,
+                    [self._plugins.identity(name) for name, _ in filters],
+                    [self._plugins.identity(name) for name, _ in transforms],
+                ]
+            )
+        ).hexdigest()[:16]
+        return View(
+            key=digest,
+            profile=profile,
+            channels=events,
+            state=state,
+            slow=profile.slow,
+            filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
+            transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),
+            merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
+            _types={},
+        )

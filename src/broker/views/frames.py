@@ -1,0 +1,81 @@
+"""Frames: the shape of everything that goes over the wire, and the messages that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import orjson
+
+from broker.envelope import TIMELINE, Envelope, encode_json
+from broker.timeline.entity import Entity
+
+
+def event_frame(envelope: Envelope, prev: int) -> bytes:
+    """Return the frame of an event: one JSON text, `data` as it was encoded when it was published."""
+    stream_id = b'"stream_id":"%b",' % envelope.stream_id.encode() if envelope.stream_id else b""
+    return b'{"sem":true,"event":{"type":"%b","id":%b,"seq":"%d","prev":"%d",%b"channel":"%b","data":%b}}' % (
+        envelope.type.encode(),
+        orjson.dumps(envelope.id),
+        envelope.seq,
+        prev,
+        stream_id,
+        envelope.channel.encode(),
+        envelope.data_json,
+    )
+
+
+def state_frame(envelope: Envelope) -> bytes:
+    """Return the frame of a timeline upsert: seq, no prev."""
+    return b'{"sem":true,"event":{"type":"%b","id":%b,"seq":"%d","channel":"%b","data":%b}}' % (
+        envelope.type.encode(),
+        orjson.dumps(envelope.id),
+        envelope.seq,
+        envelope.channel.encode(),
+        envelope.data_json,
+    )
+
+
+def control_frame(type: str, data: Mapping[str, object], connection_id: str) -> bytes:
+    """Return a control frame (`ws.…`): neither seq nor prev of its own."""
+    return orjson.dumps({"sem": True, "event": {"type": type, "id": connection_id, "channel": "control", "data": data}})
+
+
+def upsert_envelope(conv_id: str, entity: Entity) -> Envelope:
+    """Return the `timeline.upsert` of an entity. It has the entity's version as seq and is never in the log."""
+    data = {"convId": conv_id, "version": str(entity.version), "entity": orjson.Fragment(entity.wire_json())}
+    return Envelope(
+        conv_id, "timeline.upsert", entity.id, TIMELINE, encode_json(data), entity.updated_at_ms, entity.version
+    )
+
+
+class Message(NamedTuple):
+    """One frame's text and the position a client may resume from after it. The shape that the pool moves."""
+
+    text: bytes
+    position: int | None = None
+
+
+def event_messages(shown: Sequence[Envelope], prev: int) -> list[Message]:
+    """Return the frames of envelopes as a view showed them, chained after `prev`."""
+    messages = []
+    for envelope in shown:
+        messages.append(Message(event_frame(envelope, prev), envelope.seq))
+        prev = envelope.seq
+    return messages
+
+
+def control_message(type: str, data: Mapping[str, object], connection_id: str, position: int | None = None) -> Message:
+    """Return a control frame for one connection."""
+    return Message(control_frame(type, data, connection_id), position)
+
+
+def through_message(conv_id: str, seq: int) -> Message:
+    """Return the frame that moves a client's resume position without showing it anything."""
+    return Message(control_frame("ws.through", {"seq": str(seq)}, conv_id), seq)
+
+
+def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, connection_id: str) -> Message:
+    """Return the frame that voids a client's position: it counts again from `start`; `oldest_seq` is still to be had."""
+    data = {"reason": reason, "epoch": epoch, "oldestSeq": str(oldest_seq), "from": str(start)}
+    return control_message("ws.reset", data, connection_id)
