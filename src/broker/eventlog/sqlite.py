@@ -19,6 +19,7 @@ from broker.eventlog.epochs import Promises, epoch_of
 from broker.eventlog.sqlite_append import Append, Appends, Heads
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
+from broker.sqlite.lists import parts_of
 
 _TABLES = (
     """CREATE TABLE conversation (
@@ -182,12 +183,15 @@ class SqliteEventLog:
         return await self._database.read(candidate)
 
     async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
-        limits = {"count": max_count or MAX_SEQ, "bytes": max_bytes or MAX_SEQ, "time": min_time_ms}
-        parameters = {"conv_ids": orjson.dumps(list(conv_ids)).decode(), **limits}
-        due: list[str] = orjson.loads(
-            await self._database.read(lambda connection: connection.execute(_TRIM_DUE, parameters).fetchone()[0])
-        )
-        return due
+        limits = (max_count or MAX_SEQ, max_bytes or MAX_SEQ, min_time_ms)
+
+        def due(connection: sqlite3.Connection) -> list[str]:
+            return [
+                connection.execute(_TRIM_DUE.format(conv_ids=places), (*limits, *part)).fetchone()[0]
+                for places, part in parts_of(conv_ids)
+            ]
+
+        return [conv_id for found in await self._database.read(due) for conv_id in orjson.loads(found)]
 
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """As in EventLog. Conversations that share their head_seq stay on one page, which may then exceed `limit`."""
@@ -244,8 +248,8 @@ SELECT json_group_array(json_array(head_seq, conv_id)) FROM (
 # By age the oldest envelope decides: the rule stops at the first young one.
 _TRIM_DUE = """
 SELECT json_group_array(conv_id) FROM conversation AS known
-WHERE conv_id IN (SELECT value FROM json_each(:conv_ids)) AND count > 1 AND (count > :count OR bytes > :bytes OR
-    :time > (SELECT time_ms FROM envelope WHERE conv = known.conv ORDER BY seq LIMIT 1))
+WHERE count > 1 AND (count > ?1 OR bytes > ?2 OR
+    ?3 > (SELECT time_ms FROM envelope WHERE conv = known.conv ORDER BY seq LIMIT 1)) AND conv_id IN {conv_ids}
 """
 _NTH = "SELECT seq FROM envelope WHERE conv = ? ORDER BY seq LIMIT 1 OFFSET ?"
 _FIRST_BYTES = """

@@ -17,6 +17,7 @@ from broker.eventlog.base import Committed, Sink
 from broker.eventlog.epochs import Promises
 from broker.sequence import next_seq
 from broker.sqlite.group_commit import Job
+from broker.sqlite.lists import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,12 @@ _UPSERT_HEADS = (
     7,
     " ON CONFLICT (conv) DO UPDATE SET head_seq = excluded.head_seq, count = excluded.count, bytes = excluded.bytes",
 )
+
+
+_HEADS = """
+SELECT json_group_array(json_array(conv, conv_id, generation, head_seq, trimmed_seq, count, bytes))
+FROM conversation WHERE conv_id IN {conv_ids}
+"""
 
 
 class Append(Job):
@@ -98,13 +105,10 @@ class Heads:
                 self._cached.move_to_end(conv_id)
                 heads[conv_id] = head
         if missing:
-            rows = connection.execute(
-                "SELECT json_group_array(json_array(conv, conv_id, generation, head_seq, trimmed_seq, count, bytes)) "
-                "FROM conversation WHERE conv_id IN (SELECT value FROM json_each(?))",
-                (orjson.dumps(missing).decode(),),
-            ).fetchone()[0]
-            for row in orjson.loads(rows):
-                heads[row[1]] = self._keep(Head(*row))
+            for places, part in parts_of(missing):
+                rows = connection.execute(_HEADS.format(conv_ids=places), part).fetchone()[0]
+                for row in orjson.loads(rows):
+                    heads[row[1]] = self._keep(Head(*row))
         return heads
 
     def create(self, connection: sqlite3.Connection, conv_id: str) -> Head:

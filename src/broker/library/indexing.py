@@ -79,6 +79,9 @@ class IndexingTimelineStore:
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)
 
+    async def dead_letters_forgotten(self, conv_id: str) -> int:
+        return await self._inner.dead_letters_forgotten(conv_id)
+
     async def erase(self, conv_id: str) -> None:
         self._known.pop(conv_id, None)
         # What is being saved right now must not come down on what was just emptied.

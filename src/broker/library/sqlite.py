@@ -17,6 +17,7 @@ from broker.library.store import Change, ForkedFrom, Found, LibraryEntry, Messag
 from broker.library.terms import AFTER_ALL, terms_of
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
+from broker.sqlite.lists import parts_of
 
 _TABLES = (
     """CREATE TABLE library (
@@ -37,7 +38,7 @@ _MESSAGES, _TITLE = 0, 1
 
 _COLUMNS = "conv_id, created_at_ms, title, auto_title, metadata, updated_seq, fork_conv_id, fork_message_id, pending"
 _ENTRIES = f"""
-SELECT json_group_array(json_array({_COLUMNS})) FROM library WHERE conv_id IN (SELECT value FROM json_each(?))
+SELECT json_group_array(json_array({_COLUMNS})) FROM library WHERE conv_id IN {{conv_ids}}
 """
 _ADD = f"INSERT OR IGNORE INTO library ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _NOTE_MESSAGE = """
@@ -47,10 +48,10 @@ UPDATE library SET
     titled_at = CASE WHEN :title IS NOT NULL AND :position <= coalesce(titled_at, :position) THEN :position ELSE titled_at END
 WHERE conv_id = :conv_id RETURNING number
 """
-_ADD_TERMS = "INSERT OR IGNORE INTO library_term (text) SELECT value FROM json_each(?)"
+_ADD_TERMS = "INSERT OR IGNORE INTO library_term (text) VALUES {texts}"
 _ADD_USES = """
 INSERT OR IGNORE INTO library_use (term, conversation, source)
-SELECT number, ?, ? FROM library_term WHERE text IN (SELECT value FROM json_each(?))
+SELECT number, ?, ? FROM library_term WHERE text IN {texts}
 """
 _DROP_TERMS = """
 DELETE FROM library_term WHERE number IN (SELECT term FROM library_use WHERE conversation = ?1 AND source >= ?2)
@@ -197,10 +198,10 @@ def _note_message(connection: sqlite3.Connection, message: Message) -> None:
 
 
 def _add_terms(connection: sqlite3.Connection, number: int, source: int, terms: Sequence[str]) -> None:
-    if terms:
-        terms_json = orjson.dumps(terms).decode()
-        connection.execute(_ADD_TERMS, (terms_json,))
-        connection.execute(_ADD_USES, (number, source, terms_json))
+    for places, part in parts_of(terms):
+        rows = places[1:-1].replace("?", "(?)")
+        connection.execute(_ADD_TERMS.format(texts=rows), part)
+        connection.execute(_ADD_USES.format(texts=places), (number, source, *part))
 
 
 def _set_title_terms(connection: sqlite3.Connection, entry: LibraryEntry) -> None:
@@ -216,8 +217,10 @@ def _drop_uses(connection: sqlite3.Connection, number: int, from_source: int) ->
 
 
 def _read(connection: sqlite3.Connection, conv_ids: Sequence[str]) -> list[LibraryEntry]:
-    rows = connection.execute(_ENTRIES, (orjson.dumps(list(conv_ids)).decode(),)).fetchone()[0]
-    return [_entry(*row) for row in orjson.loads(rows)]
+    rows = [
+        connection.execute(_ENTRIES.format(conv_ids=places), part).fetchone()[0] for places, part in parts_of(conv_ids)
+    ]
+    return [_entry(*row) for text in rows for row in orjson.loads(text)]
 
 
 def _row(entry: LibraryEntry) -> tuple[str | int | None, ...]:

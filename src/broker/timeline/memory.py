@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 
 
 @dataclass(slots=True)
 class _Timeline:
     cursor: int = 0
     entities: dict[str, Entity] = field(default_factory=dict)
-    dead_letters: dict[int, DeadLetter] = field(default_factory=dict)
+    dead_letters: dict[int, DeadLetter] = field(default_factory=dict)  # by seq, the oldest first
+    forgotten: int = 0
+    forgotten_seq: int = 0  # the newest dead letter that went
 
 
 class MemoryTimelineStore:
@@ -38,8 +40,7 @@ class MemoryTimelineStore:
                 known = timeline.entities.get(entity.id)
                 if known is None or entity.version > known.version:
                     timeline.entities[entity.id] = entity
-            for letter in save.dead_letters:
-                timeline.dead_letters.setdefault(letter.seq, letter)
+            _bury(timeline, save)
 
     async def cursor(self, conv_id: str) -> int:
         timeline = self._timelines.get(conv_id)
@@ -69,7 +70,25 @@ class MemoryTimelineStore:
         timeline = self._timelines.get(conv_id)
         if timeline is None:
             return []
-        return [letter for _, letter in sorted(timeline.dead_letters.items())[:limit]]
+        return list(timeline.dead_letters.values())[:limit]
+
+    async def dead_letters_forgotten(self, conv_id: str) -> int:
+        timeline = self._timelines.get(conv_id)
+        return timeline.forgotten if timeline is not None else 0
 
     async def erase(self, conv_id: str) -> None:
         self._timelines.pop(conv_id, None)
+
+
+def _bury(timeline: _Timeline, save: TimelineSave) -> None:
+    timeline.forgotten += save.forgotten
+    letters = timeline.dead_letters
+    new = [letter for letter in save.dead_letters if letter.seq > timeline.forgotten_seq and letter.seq not in letters]
+    if not new:
+        return
+    letters.update((letter.seq, letter) for letter in new)
+    timeline.dead_letters = letters = dict(sorted(letters.items()))
+    for seq in list(letters)[: max(0, len(letters) - DEAD_LETTERS_KEPT)]:
+        del letters[seq]
+        timeline.forgotten += 1
+        timeline.forgotten_seq = seq

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from broker.envelope import Envelope
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import LateEnvelope, TimelineHandler
-from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTER_ERROR_CHARS, DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ REFOLD_MAX = 2000
 to fold again at most."""
 REFOLD_BYTES = 256
 """Unless what waits is larger than so much per envelope: it is saved beyond its budget only as often as bytes stay linear."""
+LOGGED_DEAD_LETTERS = 10
+"""Dead letters that an open conversation logs one by one; after these only each DEAD_LETTERS_KEPT-th, so that no producer
+can fill the log."""
 
 
 class _Budget:
@@ -68,6 +71,7 @@ class ConversationTimeline:
         "_entities",
         "_fed",
         "_folded",
+        "_forgotten",
         "_handlers",
         "_linked_seq",
         "_shown",
@@ -98,7 +102,8 @@ class ConversationTimeline:
         self._unsaved: dict[str, _Unsaved] = {}
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
         self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
-        self._dead: list[DeadLetter] = []
+        self._dead: dict[int, DeadLetter] = {}  # not saved yet, by seq
+        self._forgotten = 0  # not saved and not worth it any more: newer ones follow
         self._cursor = 0  # what the store has
         self._folded = 0  # about how many envelopes since then
         self._cache_floor = 0  # newest version that memory may lack
@@ -226,11 +231,20 @@ class ConversationTimeline:
 
     def _bury(self, envelope: Envelope, error: Exception) -> None:
         self.dead_letters += 1
-        text = f"{type(error).__name__}: {error}"[:500]
-        logger.warning(
-            "conversation %s: %s seq %s cannot be folded: %s", self.conv_id, envelope.type, envelope.seq, text
-        )
-        self._dead.append(DeadLetter(self.conv_id, envelope.seq, envelope.type, text))
+        text = f"{type(error).__name__}: {error}"[:DEAD_LETTER_ERROR_CHARS]
+        if self.dead_letters <= LOGGED_DEAD_LETTERS or self.dead_letters % DEAD_LETTERS_KEPT == 0:
+            logger.warning(
+                "conversation %s: %s seq %s cannot be folded (number %s here): %s",
+                self.conv_id,
+                envelope.type,
+                envelope.seq,
+                self.dead_letters,
+                text,
+            )
+        self._dead[envelope.seq] = DeadLetter(self.conv_id, envelope.seq, envelope.type, text)
+        if len(self._dead) > DEAD_LETTERS_KEPT:  # the store is away, or slower than they come
+            del self._dead[next(iter(self._dead))]
+            self._forgotten += 1
 
     # -- showing --------------------------------------------------------------------------------------------------
 
@@ -324,12 +338,16 @@ class ConversationTimeline:
         if waiting and self._linked_seq > self._cursor:
             # A fold read one entity to change another. Folded again over a newer state of the one, it would change the
             # other to something else: the stored entities have to be of one moment, so all of them wait.
-            return TimelineSave(self.conv_id, [], self._cursor, tuple(self._dead), self.epoch) if self._dead else None
+            return self._save([], self._cursor) if self._dead else None
         cursor = max(min(waiting) - 1 if waiting else self.position, self._cursor)
         overdue = self._folded >= REFOLD_MAX or (everything and self._folded)
         if not entities and not self._dead and not (overdue and cursor > self._cursor):
             return None
-        return TimelineSave(self.conv_id, entities, cursor, tuple(self._dead), self.epoch)
+        return self._save(entities, cursor)
+
+    def _save(self, entities: Sequence[Entity], cursor: int) -> TimelineSave:
+        letters = tuple(self._dead.values())
+        return TimelineSave(self.conv_id, entities, cursor, letters, self.epoch, self._forgotten)
 
     def saved(self, save: TimelineSave) -> None:
         """Take note that `save` is durable, and forget finished entities that are safe in the store."""
@@ -346,8 +364,9 @@ class ConversationTimeline:
                 unsaved.first_seq = 0
             else:
                 del self._unsaved[entity.id]
-        if save.dead_letters:  # not the first so many: another save of them may have been under way too
-            self._dead = [letter for letter in self._dead if letter not in save.dead_letters]
+        for letter in save.dead_letters:  # not the first so many: another save of them may have been under way too
+            self._dead.pop(letter.seq, None)
+        self._forgotten = max(0, self._forgotten - save.forgotten)
         if save.cursor > self._cursor:
             self._cursor = save.cursor
             self._folded = 0

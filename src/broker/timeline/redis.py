@@ -6,7 +6,8 @@ Per conversation, in the slot of its stream:
     chat:{c}:by-position   sorted set by name: position (19 digits), blank, entity id
     chat:{c}:by-version    sorted set by name: version (19 digits), blank, entity id
     chat:{c}:cursor        19 digits
-    chat:{c}:dead          hash: seq -> JSON of a dead letter
+    chat:{c}:dead          hash: seq -> JSON of a dead letter; `forgotten` -> how many are not kept any more,
+                           `forgotten-seq` -> the newest of them
 
 Versions and positions have a fixed width, so that text compares as numbers do: as numbers they would not fit Lua's.
 """
@@ -23,13 +24,14 @@ from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
 
 # KEYS entities, by-position, by-version, cursor, dead, log, stream. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
-# count of dead letters, then (seq, JSON) of each, then per entity: id, version, position, value.
+# count of dead letters, forgotten ones, dead letters kept, then (seq, JSON) of each, then per entity: id, version,
+# position, value.
 # A save is refused whole when the log is not any more the one that was folded: another epoch, one that ends before, or
 # one that lost what was folded (a failover to a replica that lagged) and has gone beyond since.
 SAVE = Script(
@@ -49,10 +51,31 @@ if ARGV[2] ~= '' then
 end
 local cursor = redis.call('GET', KEYS[4])
 if not cursor or cursor < ARGV[1] then redis.call('SET', KEYS[4], ARGV[1]) end
-local at = 5
-for _ = 1, tonumber(ARGV[4]) do
-  redis.call('HSETNX', KEYS[5], ARGV[at], ARGV[at + 1])
-  at = at + 2
+local at = 7
+if ARGV[4] ~= '0' then
+  local function older(a, b)
+    if #a ~= #b then return #a < #b end
+    return a < b
+  end
+  local gone = redis.call('HGET', KEYS[5], 'forgotten-seq') or '0'
+  for _ = 1, tonumber(ARGV[4]) do
+    if older(gone, ARGV[at]) then redis.call('HSETNX', KEYS[5], ARGV[at], ARGV[at + 1]) end
+    at = at + 2
+  end
+  local forgotten = tonumber(ARGV[5])
+  if redis.call('HLEN', KEYS[5]) > tonumber(ARGV[6]) then
+    local seqs = {}
+    for _, field in ipairs(redis.call('HKEYS', KEYS[5])) do
+      if string.find(field, '^%d') then seqs[#seqs + 1] = field end
+    end
+    table.sort(seqs, older)
+    for here = 1, #seqs - tonumber(ARGV[6]) do
+      redis.call('HDEL', KEYS[5], seqs[here])
+      redis.call('HSET', KEYS[5], 'forgotten-seq', seqs[here])
+      forgotten = forgotten + 1
+    end
+  end
+  if forgotten > 0 then redis.call('HINCRBY', KEYS[5], 'forgotten', forgotten) end
 end
 for here = at, #ARGV, 4 do
   local id, version, position = ARGV[here], ARGV[here + 1], ARGV[here + 2]
@@ -150,9 +173,13 @@ class RedisTimelineStore:
         letters = [
             DeadLetter(conv_id, int(seq), *orjson.loads(value))
             for seq, value in zip(found[::2], found[1::2], strict=True)
+            if seq.isdigit()
         ]
         letters.sort(key=lambda letter: letter.seq)
         return letters[:limit]
+
+    async def dead_letters_forgotten(self, conv_id: str) -> int:
+        return int(await self._connection.one(("HGET", _keys(conv_id)[4], "forgotten")) or 0)
 
     async def erase(self, conv_id: str) -> None:
         await self._connection.one(("DEL", *_keys(conv_id)[:5]), lane="append")
@@ -178,7 +205,7 @@ def _save_commands(save: TimelineSave) -> list[Command]:
         last = part is parts[-1]
         arguments: list[bytes | str | int] = [
             _digits(save.cursor if last else 0), save.epoch, stream_id_from_seq(newest),
-            len(save.dead_letters) if last else 0,
+            len(save.dead_letters) if last else 0, save.forgotten, DEAD_LETTERS_KEPT,
         ]  # fmt: skip
         for letter in save.dead_letters if last else ():
             arguments += (letter.seq, orjson.dumps([letter.type, letter.error]))

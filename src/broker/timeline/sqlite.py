@@ -10,8 +10,9 @@ import orjson
 
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
+from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 from broker.timeline.text import Text
 
 _TABLES = (
@@ -27,6 +28,9 @@ _TABLES = (
     """CREATE TABLE dead_letter (
         timeline INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, error TEXT NOT NULL,
         PRIMARY KEY (timeline, seq)) WITHOUT ROWID""",
+    # How many dead letters are not kept any more, and the newest of them.
+    "ALTER TABLE timeline ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE timeline ADD COLUMN forgotten_seq INTEGER NOT NULL DEFAULT 0",
 )
 _RAISE_CURSOR = """
 INSERT INTO timeline (conv_id, cursor) VALUES (?, ?)
@@ -41,11 +45,22 @@ ON CONFLICT (timeline, id) DO UPDATE SET
     texts = excluded.texts, props = excluded.props
 WHERE excluded.version > entity.version
 """
+_ADD_DEAD_LETTER = """
+INSERT OR IGNORE INTO dead_letter
+SELECT ?1, ?2, ?3, ?4 WHERE ?2 > (SELECT forgotten_seq FROM timeline WHERE timeline = ?1)
+"""
+# What is beyond those that are kept, counted from the newest.
+_SURPLUS = """
+SELECT count(*), max(seq) FROM (
+    SELECT seq FROM dead_letter WHERE timeline = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)
+"""
+_FORGET = "UPDATE timeline SET forgotten = forgotten + ?, forgotten_seq = max(forgotten_seq, ?) WHERE timeline = ?"
 _COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, CAST(props AS TEXT)"
-_THIS = "timeline = (SELECT timeline FROM timeline WHERE conv_id = :conv_id)"
+_TIMELINE = "timeline = (SELECT timeline FROM timeline WHERE conv_id = {})"
+_THIS = _TIMELINE.format(":conv_id")
 _GET = f"""
 SELECT json_group_array(json_array({_COLUMNS})) FROM entity
-WHERE {_THIS} AND id IN (SELECT value FROM json_each(:ids))
+WHERE {_TIMELINE.format("?")} AND id IN {{ids}}
 """
 _PAGE = f"""
 SELECT json_group_array(json_array({_COLUMNS})) FROM (
@@ -57,11 +72,11 @@ _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
 _PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
 
 
-_Part = tuple[str, int, list[tuple[Any, ...]], list[tuple[int, str, str]]]
+_Part = tuple[str, int, list[tuple[Any, ...]], list[tuple[int, str, str]], int]
 
 
 class _Save(Job):
-    """One save call: (conv_id, cursor, rows of entities, rows of dead letters) per conversation."""
+    """One save call: (conv_id, cursor, rows of entities, rows of dead letters, forgotten ones) per conversation."""
 
     __slots__ = ("parts",)
 
@@ -77,13 +92,18 @@ class _Saves:
 
     def run_batch(self, connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
         for save in cast(Sequence[_Save], jobs):
-            for conv_id, cursor, entities, letters in save.parts:
+            for conv_id, cursor, entities, letters, forgotten in save.parts:
                 timeline = connection.execute(_RAISE_CURSOR, (conv_id, cursor)).fetchone()[0]
                 connection.executemany(_UPSERT, [(timeline, *row) for row in entities])
                 if letters:
-                    connection.executemany(
-                        "INSERT OR IGNORE INTO dead_letter VALUES (?, ?, ?, ?)", [(timeline, *row) for row in letters]
-                    )
+                    connection.executemany(_ADD_DEAD_LETTER, [(timeline, *row) for row in letters])
+                    surplus, newest = connection.execute(_SURPLUS, (timeline, DEAD_LETTERS_KEPT)).fetchone()
+                    if surplus:
+                        connection.execute(
+                            "DELETE FROM dead_letter WHERE timeline = ? AND seq <= ?", (timeline, newest)
+                        )
+                    if surplus or forgotten:
+                        connection.execute(_FORGET, (surplus + forgotten, newest or 0, timeline))
 
     def committed(self, outcome: Any) -> None:
         pass
@@ -112,7 +132,8 @@ class SqliteTimelineStore:
             rows = [_row(entity) for entity in save.entities]
             size += sum(len(row[-1]) for row in rows)
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
-            parts.append((save.conv_id, save.cursor, rows, letters))
+            size += sum(len(row[-1]) for row in letters)
+            parts.append((save.conv_id, save.cursor, rows, letters, save.forgotten))
         if parts:
             await self._database.submit(_Save(self._saves, parts, size))
 
@@ -126,20 +147,22 @@ class SqliteTimelineStore:
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         if not ids:
             return {}
-        parameters = {"conv_id": conv_id, "ids": orjson.dumps(list(ids)).decode()}
-        return {entity.id: entity for entity in await self._entities(_GET, parameters)}
+
+        def rows(connection: sqlite3.Connection) -> list[str]:
+            return [
+                connection.execute(_GET.format(ids=places), (conv_id, *part)).fetchone()[0]
+                for places, part in parts_of(ids)
+            ]
+
+        return {entity.id: entity for text in await self._database.read(rows) for entity in _entities(text)}
 
     async def page(
         self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
     ) -> list[Entity]:
-        return await self._entities(
-            _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION,
-            {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit},
-        )
-
-    async def _entities(self, statement: str, parameters: dict[str, Any]) -> list[Entity]:
+        statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
+        parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
         rows = await self._database.read(lambda connection: connection.execute(statement, parameters).fetchone()[0])
-        entities = [_entity(*row) for row in orjson.loads(rows)]
+        entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
         return entities
 
@@ -152,6 +175,13 @@ class SqliteTimelineStore:
             return [DeadLetter(conv_id, *row) for row in rows]
 
         return await self._database.read(letters)
+
+    async def dead_letters_forgotten(self, conv_id: str) -> int:
+        def forgotten(connection: sqlite3.Connection) -> int:
+            row = connection.execute("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
+            return row[0] if row is not None else 0
+
+        return await self._database.read(forgotten)
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:
@@ -171,6 +201,10 @@ def _row(entity: Entity) -> tuple[Any, ...]:
         entity.id, entity.version, entity.position, entity.kind, entity.created_at_ms, entity.updated_at_ms,
         int(entity.growing), orjson.dumps(texts).decode() if texts else None, entity.props_json(),
     )  # fmt: skip
+
+
+def _entities(rows: str) -> list[Entity]:
+    return [_entity(*row) for row in orjson.loads(rows)]
 
 
 def _entity(

@@ -8,6 +8,11 @@ from typing import Protocol
 
 from broker.timeline.entity import Entity
 
+DEAD_LETTERS_KEPT = 1000
+"""Newest dead letters kept per conversation; older ones are counted only. About 2 KB each at most."""
+DEAD_LETTER_ERROR_CHARS = 500
+"""Longest error text of a dead letter."""
+
 
 @dataclass(slots=True, frozen=True)
 class DeadLetter:
@@ -26,6 +31,7 @@ class TimelineSave:
     entities: each with its explicit version; the store ignores those not newer than what it has. cursor: every
     envelope with seq <= cursor is contained in the saved entities, so folding may start after it. It never goes back.
     epoch: life of the log that was folded; stores that several nodes share ignore what is of another one. "" = not known.
+    dead_letters: by seq. forgotten: how many more there were that are not worth keeping, since newer ones follow.
     """
 
     conv_id: str
@@ -33,6 +39,7 @@ class TimelineSave:
     cursor: int
     dead_letters: Sequence[DeadLetter] = field(default_factory=tuple)
     epoch: str = ""
+    forgotten: int = 0
 
 
 class TimelineStore(Protocol):
@@ -45,7 +52,10 @@ class TimelineStore(Protocol):
     async def close(self) -> None: ...
 
     async def save(self, saves: Sequence[TimelineSave]) -> None:
-        """Store entities that are newer than the stored ones, raise cursors, add dead letters. Raises StoreError."""
+        """Store entities that are newer than the stored ones, raise cursors, add dead letters. Raises StoreError.
+
+        Of a conversation's dead letters the newest DEAD_LETTERS_KEPT stay; what goes is counted, once, and never comes back.
+        """
         ...
 
     async def cursor(self, conv_id: str) -> int:
@@ -63,7 +73,11 @@ class TimelineStore(Protocol):
         ...
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
-        """Return dead letters by seq."""
+        """Return the oldest `limit` of the dead letters that are kept, by seq."""
+        ...
+
+    async def dead_letters_forgotten(self, conv_id: str) -> int:
+        """Return how many dead letters are not kept any more."""
         ...
 
     async def erase(self, conv_id: str) -> None:

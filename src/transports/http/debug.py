@@ -73,11 +73,17 @@ def debug_router(api: Api) -> APIRouter:
 
     @router.get("/dead-letters")
     async def dead_letters(request: Request, conv_id: str, limit: Limit = 100) -> Response:
-        """Return the envelopes of a conversation that no timeline handler could fold, by seq, with the reason."""
+        """Return the envelopes of a conversation that no timeline handler could fold, by seq, with the reason.
+
+        The newest 1,000 are kept; `forgotten` says how many came before those.
+        """
         await api.permitted(request, "debug", check_conv_id(conv_id))
         letters = await broker.stores.timeline.dead_letters(conv_id, limit=limit)
         return json_response(
-            {"deadLetters": [{"seq": str(one.seq), "type": one.type, "error": one.error} for one in letters]}
+            {
+                "deadLetters": [{"seq": str(one.seq), "type": one.type, "error": one.error} for one in letters],
+                "forgotten": await broker.stores.timeline.dead_letters_forgotten(conv_id),
+            }
         )
 
     @router.get("/plugins")

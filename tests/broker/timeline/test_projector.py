@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,10 +22,11 @@ from broker.timeline.projector import (
     BUDGET_SLACK_BYTES,
     CACHED_ENTITIES,
     ENTITY_OVERHEAD_BYTES,
+    LOGGED_DEAD_LETTERS,
     REFOLD_MAX,
     ConversationTimeline,
 )
-from broker.timeline.store import DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 
 HANDLERS = {handler.event_type: handler for handler in BUILTIN_HANDLERS}
 
@@ -200,6 +203,43 @@ def test_what_cannot_be_folded_is_kept_for_people_to_see() -> None:
     assert str(timeline.live()["m"].props["text"]) == "ok", "the rest goes on"
     flush(timeline, store, everything=True)
     assert len(store.dead) == 1, "and it is kept once"
+
+
+def test_many_dead_letters_cost_each_the_same_and_are_bounded() -> None:
+    """Whoever publishes what cannot be folded must not hold the event loop: calls are counted, not seconds."""
+
+    def calls(count: int) -> int:
+        timeline, envelope = begun(), EnvelopeFactory()
+        bad = [envelope("llm.delta", {"delta": 5}, id="m") for _ in range(count)]
+        called = 0
+
+        def note(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal called
+            called += event == "call"
+
+        sys.setprofile(note)
+        try:
+            timeline.fold(bad)
+            save = timeline.take_save()
+            assert save is not None
+            timeline.saved(save)
+        finally:
+            sys.setprofile(None)
+        assert [letter.seq for letter in save.dead_letters] == [one.seq for one in bad[-DEAD_LETTERS_KEPT:]]
+        assert save.forgotten == max(0, count - DEAD_LETTERS_KEPT)
+        assert timeline.dead_letters == count
+        assert not timeline.dirty
+        return called
+
+    few, many = calls(DEAD_LETTERS_KEPT // 4), calls(4 * DEAD_LETTERS_KEPT)
+    assert many <= 16 * few + 100
+
+
+def test_a_flood_of_dead_letters_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    timeline, envelope = begun(), EnvelopeFactory()
+    timeline.fold([envelope("llm.delta", {"delta": 5}, id="m") for _ in range(2 * DEAD_LETTERS_KEPT)])
+    assert len(caplog.records) == LOGGED_DEAD_LETTERS + 2
+    assert "number 2000 here" in caplog.text
 
 
 def test_a_handler_whose_keys_raise_is_buried_too() -> None:

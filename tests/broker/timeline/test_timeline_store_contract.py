@@ -15,7 +15,7 @@ from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import _PAGE_BY_VERSION, SqliteTimelineStore
-from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave, TimelineStore
 from broker.timeline.text import Text
 
 
@@ -128,6 +128,40 @@ async def test_dead_letters_are_listed_once_by_seq(store: TimelineStore) -> None
         await store.save([TimelineSave("c1", [], 3, letters)])
     assert await store.dead_letters("c1") == sorted(letters, key=lambda letter: letter.seq)
     assert [letter.seq for letter in await store.dead_letters("c1", limit=2)] == [1, 2]
+
+
+async def test_the_newest_dead_letters_stay_and_the_others_are_counted_once(store: TimelineStore) -> None:
+    """Whoever publishes what cannot be folded, again and again, does not fill the store."""
+
+    def letters(first: int, count: int) -> list[DeadLetter]:
+        return [DeadLetter("c1", seq, "x.y", "bad") for seq in range(first, first + count)]
+
+    await store.save([TimelineSave("c1", [], 1, letters(1, DEAD_LETTERS_KEPT))])
+    assert await store.dead_letters_forgotten("c1") == 0
+    await store.save([TimelineSave("c1", [], 1, letters(DEAD_LETTERS_KEPT + 1, 5))])
+    for _ in range(2):  # folding again after a restart finds them again
+        await store.save([TimelineSave("c1", [], 1, letters(1, 10))])
+    kept = await store.dead_letters("c1", limit=2 * DEAD_LETTERS_KEPT)
+    assert [letter.seq for letter in kept] == list(range(6, DEAD_LETTERS_KEPT + 6))
+    assert await store.dead_letters_forgotten("c1") == 5
+    await store.save([TimelineSave("c1", [], 1, letters(10_000, 2 * DEAD_LETTERS_KEPT), forgotten=7)])
+    assert (await store.dead_letters("c1", limit=1))[0].seq == 10_000 + DEAD_LETTERS_KEPT
+    assert await store.dead_letters_forgotten("c1") == 5 + 2 * DEAD_LETTERS_KEPT + 7
+    await store.erase("c1")
+    assert (await store.dead_letters("c1"), await store.dead_letters_forgotten("c1")) == ([], 0)
+
+
+async def test_an_id_with_a_nul_is_found_and_no_other(store: TimelineStore) -> None:
+    """JSON may carry U+0000; SQLite's json_each ends a text there."""
+    nul, plain = entity("a\x00b", 1, text="nul"), entity("a", 2, text="plain")
+    await save(store, "c1", nul, plain)
+    assert await store.get("c1", ["a\x00b"]) == {"a\x00b": nul}
+    assert await store.get("c1", ["a"]) == {"a": plain}
+    assert await store.get("c1", ["a\x00c"]) == {}
+    assert ids(await store.page("c1")) == ["a\x00b", "a"]
+    many = [entity(f"m\x00{number}", 10 + number) for number in range(700)]
+    await save(store, "c1", *many)
+    assert await store.get("c1", [one.id for one in many] + ["none"]) == {one.id: one for one in many}
 
 
 async def test_nothing_saved_is_nothing(store: TimelineStore) -> None:
