@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from broker.cli.main import app
@@ -44,14 +45,32 @@ def settings_page() -> str:
     parts = [SETTINGS_HEAD]
     for name, field in Settings.model_fields.items():
         if name in GROUPS:
-            parts.append(f"\n## {GROUPS[name]}\n\n| variable | flag | default | meaning |\n|---|---|---|---|\n")
+            parts.append(
+                f"\n## {GROUPS[name]}\n\n| variable | flag | default | allowed | meaning |\n|---|---|---|---|---|\n"
+            )
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default in (None, "") else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
         meaning = describe(name) + (f" One of {', '.join(choices)}." if choices else "")
         flag = f"--{name.replace('_', '-')}"
-        parts.append(f"| `{variable(name)}` | `{flag}` | {shown} | {meaning.replace('|', chr(92) + '|')} |\n")
+        parts.append(
+            f"| `{variable(name)}` | `{flag}` | {shown} | {_allowed(field)} | {meaning.replace('|', chr(92) + '|')} |\n"
+        )
     return "".join(parts)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Return the smallest and the largest value of a number, "" for what is none."""
+    bounds = {
+        name: value
+        for one in field.metadata
+        for name in ("ge", "gt", "le")
+        if (value := getattr(one, name, None)) is not None
+    }
+    if "le" not in bounds:
+        return ""
+    least = f"above {bounds['gt']:g}" if "gt" in bounds else f"{bounds['ge']:g}"
+    return f"{least} to {bounds['le']:,.15g}"
 
 
 def cli_page() -> str:

@@ -79,7 +79,7 @@ async def make(path: Path, *, events: int, conversations: int, messages: bool = 
 
 async def _write_template(path: Path, answers: int, messages: bool, turns: bool) -> None:
     """Publish the conversation that is copied, as anybody would."""
-    settings = load_settings(db=str(path), plugins_dir=str(path.parent / "none"), upsert_interval_s=0.0)
+    settings = load_settings(db=str(path), plugins_dir=str(path.parent / "none"), upsert_interval_s=0.01)
     async with ConversationWSBroker(settings, pool=ConnectionPool()) as broker:
         publisher = broker.publisher(TEMPLATE)
         for number in range(answers):

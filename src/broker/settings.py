@@ -25,7 +25,14 @@ COMMAND_PREFIXES = ("BROKER_URL", "BROKER_TOKEN", "BROKER_TAIL_", "BROKER_SEND_"
 
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 DAY_S = 86_400.0
+LONGEST_S = 3650 * DAY_S
+"""Ten years: what is longer overflows a timer or a timestamp somewhere, and nobody can mean it."""
+SHORTEST_S = 0.01
+"""Shortest pause of a timer: a process that does nothing has to rest."""
+MOST = 1_000_000_000
+"""Largest count that every store and every system takes."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 CommaList = Annotated[tuple[str, ...], NoDecode]
@@ -71,7 +78,7 @@ class Settings(BaseSettings):
     """Log a line per HTTP request."""
     fast_path: bool = True
     """Write WebSocket frames straight to the transport (uvicorn only); off: plain ASGI sends."""
-    drain_timeout_s: float = Field(10.0, ge=0)
+    drain_timeout_s: float = Field(10.0, ge=0, le=LONGEST_S)
     """Seconds that open connections and runs get to end at shutdown."""
 
     auth: str | None = None
@@ -88,97 +95,97 @@ class Settings(BaseSettings):
     """SQLite file; ':memory:' keeps nothing."""
     redis_url: str | None = Field(None, repr=False)
     """Redis to use instead of SQLite, for many nodes."""
-    redis_patience_s: float = Field(5.0, gt=0)
+    redis_patience_s: float = Field(5.0, gt=0, le=LONGEST_S)
     """Seconds for which a publisher waits for a Redis that is away, before it gets an error."""
     store_away: Literal["wait", "refuse"] = "wait"
     """What producers get while the store is away: wait = for redis_patience_s (for a locked file 5 s, or
     10 s behind a write that waits for it already), then an error; refuse = an error at once. A run in the middle of its
     answer always waits."""
-    run_lease_s: float = Field(10.0, ge=1)
+    run_lease_s: float = Field(10.0, ge=1, le=LONGEST_S)
     """With Redis: seconds after which the runs of a node that says nothing are taken over by another."""
     node_heartbeat_s: float = Field(1.0, ge=0.1, le=10)
     """With Redis: seconds between two signs of life of a node to the others."""
     durability: Literal["normal", "full"] = "normal"
     """What an acknowledged write survives: normal = the end of the process; full = power loss too (SQLite
     synchronous NORMAL or FULL)."""
-    retention_count: int = Field(100_000, ge=0)
+    retention_count: int = Field(100_000, ge=0, le=MOST)
     """Newest envelopes kept per conversation; 0 = no limit."""
-    retention_bytes: int = Field(64 * MIB, ge=0)
+    retention_bytes: int = Field(64 * MIB, ge=0, le=1024 * GIB)
     """Bytes of envelopes kept per conversation; 0 = no limit."""
-    retention_age_s: float = Field(30 * DAY_S, ge=0)
+    retention_age_s: float = Field(30 * DAY_S, ge=0, le=LONGEST_S)
     """Seconds that an envelope is kept; 0 = no limit."""
-    turn_retention_s: float = Field(7 * DAY_S, ge=0)
+    turn_retention_s: float = Field(7 * DAY_S, ge=0, le=LONGEST_S)
     """Seconds that recorded turns are kept; 0 = no limit."""
-    idempotency_window_s: float = Field(DAY_S, gt=0)
+    idempotency_window_s: float = Field(DAY_S, gt=0, le=LONGEST_S)
     """Seconds for which a repeated idempotency key gets the first answer."""
-    sweep_interval_s: float = Field(5.0, gt=0)
+    sweep_interval_s: float = Field(5.0, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds between two looks for what can be evicted or trimmed."""
 
-    max_envelope_bytes: int = Field(MIB, ge=KIB)
+    max_envelope_bytes: int = Field(MIB, ge=KIB, le=64 * MIB)
     """Largest data of one envelope, in bytes of JSON."""
-    max_body_bytes: int = Field(2 * MIB, ge=KIB)
+    max_body_bytes: int = Field(2 * MIB, ge=KIB, le=GIB)
     """Largest HTTP request body, in bytes; an import may be larger."""
-    max_import_bytes: int = Field(32 * MIB, ge=KIB)
+    max_import_bytes: int = Field(32 * MIB, ge=KIB, le=GIB)
     """Largest file that POST /api/conversations/import takes, in bytes."""
-    max_client_message_bytes: int = Field(64 * KIB, ge=KIB)
+    max_client_message_bytes: int = Field(64 * KIB, ge=KIB, le=64 * MIB)
     """Largest WebSocket message from a client, in bytes."""
-    max_publish_batch: int = Field(1000, ge=1)
+    max_publish_batch: int = Field(1000, ge=1, le=MOST)
     """Most envelopes in one publish request."""
-    max_connections: int = Field(10_000, ge=1)
+    max_connections: int = Field(10_000, ge=1, le=MOST)
     """Most client connections of this process."""
-    max_open_conversations: int = Field(10_000, ge=1)
+    max_open_conversations: int = Field(10_000, ge=1, le=MOST)
     """Most conversations kept in memory; idle ones beyond are evicted."""
-    idle_conversation_s: float = Field(300.0, gt=0)
+    idle_conversation_s: float = Field(300.0, gt=0, le=LONGEST_S)
     """Seconds without use after which a conversation leaves memory."""
-    poll_max_wait_s: float = Field(30.0, ge=0)
+    poll_max_wait_s: float = Field(30.0, ge=0, le=LONGEST_S)
     """Longest wait of one long poll, in seconds."""
-    poll_max_frames: int = Field(1000, ge=1)
+    poll_max_frames: int = Field(1000, ge=1, le=MOST)
     """Most frames in one answer of /api/messages."""
-    max_long_polls: int = Field(1000, ge=1)
+    max_long_polls: int = Field(1000, ge=1, le=MOST)
     """Most long polls that wait at once in this process."""
-    state_poll_interval_s: float = Field(0.1, ge=0)
+    state_poll_interval_s: float = Field(0.1, ge=0, le=LONGEST_S)
     """Shortest average time between two state requests of one caller; sooner gets 429. 0 = no limit."""
 
-    connection_buffer_bytes: int = Field(256 * KIB, ge=KIB)
+    connection_buffer_bytes: int = Field(256 * KIB, ge=KIB, le=GIB)
     """Bytes that may wait for one connection before it is caught up from the log."""
     compression: Literal["off", "per_view"] = "off"
     """Compress WebSocket frames for clients that offer it (permessage-deflate): per_view = each frame once for all
     connections of a view, without context takeover. Needs the fast path."""
-    compression_min_bytes: int = Field(128, ge=0)
+    compression_min_bytes: int = Field(128, ge=0, le=GIB)
     """With compression: shorter frames go out as they are."""
     compression_level: int = Field(1, ge=1, le=9)
     """With compression: zlib's level, 1 = fast to 9 = small."""
-    write_timeout_s: float = Field(30.0, gt=0)
+    write_timeout_s: float = Field(30.0, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds that a connection may take nothing while bytes wait for it."""
-    ping_interval_s: float = Field(20.0, ge=0)
+    ping_interval_s: float = Field(20.0, ge=0, le=LONGEST_S)
     """Seconds between WebSocket pings of the server; 0 = none."""
-    ping_timeout_s: float = Field(20.0, gt=0)
+    ping_timeout_s: float = Field(20.0, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds that a client may take to answer a ping."""
-    keep_alive_s: int = Field(75, ge=1)
+    keep_alive_s: int = Field(75, ge=1, le=int(LONGEST_S))
     """Seconds for which an HTTP connection stays open after an answer. Longer than the load balancer in front keeps
     its idle ones (60 s is usual): else requests meet a connection that is just being closed, and fail."""
-    sse_heartbeat_s: float = Field(15.0, gt=0)
+    sse_heartbeat_s: float = Field(15.0, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds between comments on a silent event stream."""
-    upsert_interval_s: float = Field(0.25, ge=0)
+    upsert_interval_s: float = Field(0.25, ge=SHORTEST_S, le=LONGEST_S)
     """Shortest time between two upserts of one growing entity."""
-    timeline_flush_interval_s: float = Field(0.25, ge=0)
+    timeline_flush_interval_s: float = Field(0.25, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds between two saves of changed timeline entities."""
-    replay_page_events: int = Field(512, ge=1)
+    replay_page_events: int = Field(512, ge=1, le=100_000)
     """Envelopes per page read from the log for a client that catches up."""
-    replay_page_bytes: int = Field(256 * KIB, ge=KIB)
+    replay_page_bytes: int = Field(256 * KIB, ge=KIB, le=64 * MIB)
     """Bytes per page read from the log for a client that catches up."""
-    through_interval_s: float = Field(5.0, gt=0)
+    through_interval_s: float = Field(5.0, gt=0, le=LONGEST_S)
     """Seconds after which a client that sees nothing is told how far it is."""
-    through_events: int = Field(100, ge=1)
+    through_events: int = Field(100, ge=1, le=MOST)
     """Hidden envelopes after which a client is told how far it is."""
 
-    run_timeout_s: float = Field(900.0, gt=0)
+    run_timeout_s: float = Field(900.0, ge=SHORTEST_S, le=LONGEST_S)
     """Longest time of one run, in seconds."""
-    engine_idle_timeout_s: float = Field(150.0, gt=0)
+    engine_idle_timeout_s: float = Field(150.0, ge=SHORTEST_S, le=LONGEST_S)
     """Seconds without a byte from the engine after which a run fails."""
-    queue_depth: int = Field(32, ge=0)
+    queue_depth: int = Field(32, ge=0, le=MOST)
     """Most prompts that wait in one conversation."""
-    max_tool_steps: int = Field(8, ge=0)
+    max_tool_steps: int = Field(8, ge=0, le=MOST)
     """Most rounds of tools in one run."""
 
     @field_validator("debug_channels", "allowed_hosts", "allowed_origins", mode="before")
@@ -193,6 +200,13 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: object) -> object:
         # `BROKER_AUTH= broker serve` is how a shell takes a setting back.
         return None if value == "" else value
+
+    @field_validator("ping_interval_s")
+    @classmethod
+    def _check_interval(cls, value: float) -> float:
+        if 0 < value < SHORTEST_S:
+            raise ValueError(f"0, or at least {SHORTEST_S} is required")
+        return value
 
     @field_validator("prefix")
     @classmethod

@@ -81,7 +81,7 @@ class TestStateAndEventsJoined:
         self, start_broker: Start, http: httpx.AsyncClient, conv_id: str
     ) -> None:
         """Also while idle conversations are evicted all the time."""
-        broker = start_broker(BROKER_IDLE_CONVERSATION_S="0.001", BROKER_SWEEP_INTERVAL_S="0.005")
+        broker = start_broker(BROKER_IDLE_CONVERSATION_S="0.001", BROKER_SWEEP_INTERVAL_S="0.01")
         async with self.publishing(http, broker, conv_id) as seqs:
             followers, starts = [], []
             for wanted in range(20, 420, 20):

@@ -62,7 +62,7 @@ class Housekeeping:
 
     def start(self) -> None:
         """Start the timers."""
-        interval_s = min(self._settings.upsert_interval_s or 0.25, self._settings.timeline_flush_interval_s)
+        interval_s = min(self._settings.upsert_interval_s, self._settings.timeline_flush_interval_s)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._every(interval_s, self.tick)),
