@@ -255,6 +255,25 @@ class TestLocked:
         await ping
         await database.close()
 
+    async def test_what_was_given_up_while_the_file_was_locked_is_not_done_later(self, tmp_path: Path) -> None:
+        """Whoever waited for it may have said already that it failed: a prompt, a switch, an event."""
+        path = tmp_path / "broker.sqlite3"
+        database = Database(path, busy_timeout_s=30)
+        log = SqliteEventLog(database, SystemClock())
+        await log.open(lambda committed: None)
+        (before,) = await log.append("c1", [envelope()])
+        with holding("lock", path):
+            first = [asyncio.ensure_future(log.append("c1", [envelope()])) for _ in range(3)]
+            await asyncio.sleep(0.05)  # the writer has these, and waits for the lock
+            behind = [asyncio.ensure_future(log.append("c1", [envelope()])) for _ in range(3)]
+            for given_up in (first[1], behind[1]):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        await given_up
+        kept = [(await one)[0] for one in (first[0], first[2], behind[0], behind[2])]
+        assert [one.seq for one in await everything(log, "c1")] == [before, *kept]
+        await database.close()
+
     async def test_a_locked_file_cannot_be_opened(self, tmp_path: Path) -> None:
         path = tmp_path / "broker.sqlite3"
         database = Database(path, busy_timeout_s=0.1)

@@ -190,7 +190,8 @@ class Database:
 
         `fn` shares the transaction with whatever is pending and must not begin, commit or roll back. When it raises,
         what it wrote is undone and its exception comes out here; it may then have been called twice. Raises
-        StoreUnavailable when the file cannot be written: nothing was. Cancelling does not undo what is queued.
+        StoreUnavailable when the file cannot be written: nothing was, and nothing will be. Whoever gives up waiting
+        (cancels) takes back what waits for a foreign lock; what is being committed is not undone.
         """
         result: T = await self.submit(Call(self._calls, fn))
         return result

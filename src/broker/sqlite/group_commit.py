@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -26,6 +27,10 @@ _runner_of = attrgetter("runner")
 
 MAX_BATCH_JOBS = 1024
 MAX_BATCH_BYTES = 4 * 1024 * 1024  # a batch is also what an error throws back and what the page cache has to hold
+LATE_S = 0.2
+"""Jobs that may have waited longer than this are looked at again before they run: whoever waited for one may have given up
+and said that it failed, and then it must not be done any more. Shorter than anybody's patience, longer than any commit
+that nothing holds up, so that an ordinary job costs nothing for it."""
 
 
 class Runner(Protocol):
@@ -99,6 +104,8 @@ class GroupCommitWriter:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._backlog: deque[Job] = deque()  # taken from the queue, not yet in a batch; the thread's own
+        self._waited_since_s = 0.0  # since when the oldest job of the present batch may have waited
+        self._next_since_s = 0.0  # since when those may wait that come after it
         # A daemon: a broker that is torn down without close() must not keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._run, name="broker-db-writer", daemon=True)
         self._thread.start()
@@ -126,8 +133,11 @@ class GroupCommitWriter:
 
     def _take_pending(self, *, wait: bool) -> bool:
         """Move what is queued to the backlog, waiting for something if asked to. Return whether to stop after it."""
+        idle = wait and self._queue.empty()
         try:
             jobs = self._queue.get(block=wait)
+            if idle:
+                self._next_since_s = time.monotonic()
             while jobs is not None:
                 self._backlog.extend(jobs)
                 jobs = self._queue.get_nowait()
@@ -152,6 +162,9 @@ class GroupCommitWriter:
                 runner = job.runner
             batch.append(backlog.popleft())
             size += job.size_bytes
+        self._waited_since_s = self._next_since_s
+        if not backlog:
+            self._next_since_s = time.monotonic()
         return batch, size
 
     def _execute(self, batch: list[Job]) -> Outcomes:
@@ -179,6 +192,8 @@ class GroupCommitWriter:
         try:
             if transactional:
                 self._connection.execute("BEGIN IMMEDIATE")
+                if time.monotonic() - self._waited_since_s > LATE_S:
+                    batch = [job for job in batch if not job.future.cancelled()]
             run(batch, outcomes)
             if transactional:
                 self._connection.execute("COMMIT")
