@@ -214,11 +214,13 @@ class SqliteEventLog:
             connection.execute("DELETE FROM envelope WHERE conv = ?", (head.conv,))
             connection.execute("DELETE FROM conversation WHERE conv = ?", (head.conv,))
             connection.execute("UPDATE event_log SET erasures = erasures + 1")
+            self._database.note_erasure(connection)
             self._heads.forget(conv_id)
             self._promises.void(conv_id)
 
         await self._database.write(erase_rest)
-        # Also when nothing was there: an erase that was cut off after its commit is completed by repeating it.
+        # Also when nothing was there: an erase that was cut off after its commit is completed by repeating it. It costs
+        # nothing unless something was erased since the last time.
         await self._database.erase_traces()
 
     async def ping(self) -> None:

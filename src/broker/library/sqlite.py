@@ -178,8 +178,10 @@ class SqliteLibraryStore:
             if row is not None:
                 _drop_uses(connection, row[0], _MESSAGES)
                 connection.execute("DELETE FROM library WHERE number = ?", row)
+                self._database.note_erasure(connection)
             forks = "UPDATE library SET fork_conv_id = NULL, fork_message_id = NULL WHERE fork_conv_id = ?"
-            connection.execute(forks, (conv_id,))
+            if connection.execute(forks, (conv_id,)).rowcount:
+                self._database.note_erasure(connection)
 
         await self._database.write(erase)
         self._making.discard(conv_id)

@@ -253,7 +253,8 @@ class SqliteRunStore:
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:
             for table in ("run", "run_key", "run_conversation", "run_opaque"):
-                connection.execute(f"DELETE FROM {table} WHERE conv_id = ?", (conv_id,))
+                if connection.execute(f"DELETE FROM {table} WHERE conv_id = ?", (conv_id,)).rowcount:
+                    self._database.note_erasure(connection)
 
         await self._database.write(erase)
 

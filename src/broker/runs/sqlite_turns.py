@@ -75,9 +75,11 @@ class SqliteTurnStore:
         return await delete_in_steps(self._database, _PRUNE_TURNS, before_ms)
 
     async def erase(self, conv_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute("DELETE FROM turn WHERE conv_id = ?", (conv_id,)).rowcount
-        )
+        def erase(connection: sqlite3.Connection) -> None:
+            if connection.execute("DELETE FROM turn WHERE conv_id = ?", (conv_id,)).rowcount:
+                self._database.note_erasure(connection)
+
+        await self._database.write(erase)
 
     async def _select(self, where: str, values: tuple[str, ...], limit: int) -> list[Turn]:
         sql = f"SELECT body FROM turn WHERE {where} ORDER BY number DESC LIMIT ?"

@@ -29,8 +29,9 @@ from typing import Any, Literal, TypeVar
 from broker.errors import ForeignDatabase, StoreUnavailable
 from broker.sqlite.file import ProcessLock, check_ours, check_place, connect, store_error
 from broker.sqlite.group_commit import GroupCommitWriter, Job, Outcomes
-from broker.sqlite.jobs import Call, Calls, TraceErasers
+from broker.sqlite.jobs import Call, Calls
 from broker.sqlite.schema import Schema
+from broker.sqlite.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class Database:
         self._rollback_listeners: list[Callable[[], None]] = []
         self._trouble_listeners: list[Callable[[Exception], None]] = []
         self._calls = Calls()
-        self._trace_erasers = TraceErasers(self.path)
+        self._traces = Traces(self.path, wal_pages=_WAL_PAGES)
+        self._traces_pass: asyncio.Task[None] | None = None
         self._lock = ProcessLock(self.path)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,6 +154,7 @@ class Database:
             # What tells a crash of the machine from one of the process must itself survive it.
             connection.execute("PRAGMA synchronous=FULL")
             self.epoch = self._schema.prepare(connection, self._synchronous)
+            self._traces.load(connection)
             connection.execute(f"PRAGMA synchronous={self._synchronous}")
         except BaseException as exc:
             if connection is not None:
@@ -180,7 +183,7 @@ class Database:
                 logger.warning("%s", store_error(exc, self.path))
             finally:
                 connection.close()
-        self._trace_erasers.close()
+        self._traces.close()
         self._lock.release()
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -255,13 +258,27 @@ class Database:
             )
         )
 
-    async def erase_traces(self) -> None:
-        """Make sure that nothing deleted so far is left in the database file or its WAL, as old copies of pages.
+    def note_erasure(self, connection: sqlite3.Connection) -> None:
+        """Note, in the transaction of a write that erases content, that `erase_traces` has something to do."""
+        self._traces.note(connection)
 
-        Reads the whole file while writers wait: about 1 s per GB that the system has in memory. Raises
-        StoreUnavailable when a reader or another process keeps it from happening.
+    async def erase_traces(self) -> None:
+        """Make sure that nothing erased so far is left in the database file or its WAL, as old copies of pages.
+
+        Costs nothing when nothing was erased since the last time. Else it reads the whole file once for all who wait, in
+        steps of STEP_BYTES with other writes in between. Raises StoreUnavailable when a reader or another process keeps
+        it from happening; then it is done by the next call. Whoever is cancelled leaves it going on.
         """
-        await self.submit(Job(self._trace_erasers))
+        # Again where something was erased after the last step of the pass that was under way.
+        while self._traces.owed:
+            if self._traces_pass is None or self._traces_pass.done():
+                self._traces_pass = asyncio.create_task(self._overwrite_traces())
+                self._traces_pass.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(self._traces_pass)
+
+    async def _overwrite_traces(self) -> None:
+        while not await self.submit(Job(self._traces)):
+            pass
 
     @property
     def pending_jobs(self) -> int:

@@ -11,6 +11,7 @@ it is safe whenever nobody writes the file, and safe to be interrupted.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from broker.errors import StoreError
 
@@ -18,33 +19,66 @@ _TREE_PAGE_HEADERS = {0x02: 12, 0x05: 12, 0x0A: 8, 0x0D: 8}  # first byte of a t
 _CHUNK_BYTES = 1024 * 1024
 # Pages that belong to no tree begin with a page number. Below this count its first byte is 0 or 1: no tree's mark.
 _MAX_PAGES = 0x0200_0000
+_WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24  # https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 
 
-def overwrite_unused(fd: int, path: str) -> int:
-    """Overwrite the unused space of every tree page of the file `fd`; return how many pages needed it.
+def overwrite_unused(fd: int, path: str, start: int, end: int, again: Iterable[int] = ()) -> None:
+    """Overwrite the unused space of every tree page of the file `fd` from byte `start` to `end`, both at pages' ends.
 
-    The caller holds SQLite's write lock, and the WAL is empty. path: for error texts. Raises StoreError for a file too
-    large to tell its pages apart, OSError when the file cannot be written.
+    again: further pages, by number (the first is 1). The caller holds SQLite's write lock, and the WAL is empty. path: for
+    error texts. Raises StoreError for a file too large to tell its pages apart, OSError when it cannot be written.
     """
-    changed = 0
-    header = os.pread(fd, 100, 0)
-    page_size = int.from_bytes(header[16:18], "big")
-    page_size = 65_536 if page_size == 1 else page_size
+    page_size = page_size_of(fd)
     size = os.fstat(fd).st_size
     if size // page_size >= _MAX_PAGES:
         raise StoreError(
             f"database {path} is too large ({size} bytes) to overwrite unused space: run VACUUM", path=path
         )
-    for chunk_offset in range(0, size, _CHUNK_BYTES):
-        chunk = os.pread(fd, _CHUNK_BYTES, chunk_offset)
-        for offset in range(0, len(chunk), page_size):
-            start, end = _unused(chunk, offset, page_size, first_page=chunk_offset + offset == 0)
-            if chunk.count(0, start, end) != end - start:
-                os.pwrite(fd, bytes(end - start), chunk_offset + start)
-                changed += 1
+    changed = 0
+    for page in again:
+        changed += _overwrite_in(fd, page_size, (page - 1) * page_size, page_size)
+    for chunk_offset in range(start, min(end, size), _CHUNK_BYTES):
+        changed += _overwrite_in(fd, page_size, chunk_offset, min(_CHUNK_BYTES, end - chunk_offset))
     if changed:
         os.fsync(fd)
+
+
+def _overwrite_in(fd: int, page_size: int, chunk_offset: int, length: int) -> int:
+    chunk = os.pread(fd, length, chunk_offset)
+    changed = 0
+    for offset in range(0, len(chunk), page_size):
+        start, end = _unused(chunk, offset, page_size, first_page=chunk_offset + offset == 0)
+        if chunk.count(0, start, end) != end - start:
+            os.pwrite(fd, bytes(end - start), chunk_offset + start)
+            changed += 1
     return changed
+
+
+def page_size_of(fd: int) -> int:
+    """Return the size of the pages of the SQLite file `fd`, in bytes."""
+    page_size = int.from_bytes(os.pread(fd, 2, 16), "big")
+    return 65_536 if page_size == 1 else page_size
+
+
+def pages_in_wal(path: str) -> tuple[int, set[int]] | None:
+    """Return the number of the WAL at `path` and the pages that it has; None for an empty one.
+
+    SQLite counts its WALs: each time it begins one from the start, the number grows by one.
+    """
+    with open(path, "rb", buffering=0) as file:
+        header = file.read(_WAL_HEADER_BYTES)
+        if len(header) < _WAL_HEADER_BYTES:
+            return None
+        frame_bytes = _FRAME_HEADER_BYTES + int.from_bytes(header[8:12], "big")
+        salts = header[16:24]
+        pages: set[int] = set()
+        at = _WAL_HEADER_BYTES
+        while len(frame := os.pread(file.fileno(), _FRAME_HEADER_BYTES, at)) == _FRAME_HEADER_BYTES:
+            if frame[8:16] != salts:
+                break  # of the WAL before
+            pages.add(int.from_bytes(frame[:4], "big"))
+            at += frame_bytes
+        return int.from_bytes(header[12:16], "big"), pages
 
 
 def _unused(chunk: bytes, offset: int, page_size: int, *, first_page: bool) -> tuple[int, int]:

@@ -189,9 +189,9 @@ class SqliteTimelineStore:
             if row is not None:
                 for table in ("entity", "dead_letter", "timeline"):
                     connection.execute(f"DELETE FROM {table} WHERE timeline = ?", row)
+                self._database.note_erasure(connection)
 
         await self._database.write(erase)
-        await self._database.erase_traces()
 
 
 def _row(entity: Entity) -> tuple[Any, ...]:

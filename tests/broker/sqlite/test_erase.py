@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 
 from broker.clock import ManualClock
 from broker.envelope import Envelope
+from broker.errors import StoreUnavailable
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.sqlite.database import Database
+from broker.sqlite.group_commit import Job
 from broker.timeline.entity import Entity
 from broker.timeline.sqlite import SqliteTimelineStore
 from broker.timeline.store import DeadLetter, TimelineSave
@@ -56,14 +60,28 @@ class Stores:
         await self.log.trim(self.word(number), through=page.through)
 
     async def erase(self, number: int) -> None:
-        await self.log.erase(self.word(number))
         await self.timeline.erase(self.word(number))
+        await self.log.erase(self.word(number))  # the last one overwrites what the others left as well
 
     def found(self, number: int) -> dict[str, int]:
         """Return where the word of a conversation still is: {file name: how often}."""
         word = self.word(number).encode()
         files = self.path.parent.glob(self.path.name + "*")
         return {file.name: count for file in files if (count := file.read_bytes().count(word))}
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of bytes of each read of the database file."""
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, length: int, offset: int) -> bytes:
+        chunk = pread(fd, length, offset)
+        read.append(len(chunk))
+        return chunk
+
+    monkeypatch.setattr("broker.sqlite.scrub.os.pread", counted)
+    return read
 
 
 @pytest.fixture
@@ -75,6 +93,14 @@ async def stores(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
     await stores.database.close()
 
 
+@pytest.fixture(params=[None, 65_536], ids=["one step", "many steps"])
+def step_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass in one step, as with all small files, or in as many as a large file has."""
+    if request.param is not None:
+        monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("step_bytes")
 @pytest.mark.parametrize("stores", range(6), indirect=True)
 async def test_no_byte_stays_and_all_others_stay(stores: Stores) -> None:
     alive = list(range(20))
@@ -104,6 +130,7 @@ async def test_no_byte_stays_and_all_others_stay(stores: Stores) -> None:
         assert all(stores.word(number).encode() in one.data_json for one in page.envelopes)
 
 
+@pytest.mark.usefixtures("step_bytes")
 @pytest.mark.parametrize("stores", [77], indirect=True)
 async def test_erasures_amid_writes_and_reads(stores: Stores) -> None:
     """Erasing many at once, beside publishers and readers, harms none of them."""
@@ -119,3 +146,91 @@ async def test_erasures_amid_writes_and_reads(stores: Stores) -> None:
     assert {number: stores.found(number) for number in range(10, 20)} == {number: {} for number in range(10, 20)}
     check = await stores.database.read(lambda connection: connection.execute("PRAGMA integrity_check").fetchall())
     assert check == [("ok",)]
+
+
+@pytest.mark.parametrize("stores", [5], indirect=True)
+async def test_an_erasure_reads_the_file_once_and_none_for_what_does_not_exist(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.gather(*map(stores.append, range(20)))
+    await stores.save(3)
+    read = count_reads(monkeypatch)
+    await stores.erase(99)
+    assert read == []
+    await stores.erase(3)
+    size = stores.path.stat().st_size
+    assert size <= sum(read) < size * 1.1
+    assert stores.found(3) == {}
+    read.clear()
+    await stores.erase(3)
+    assert read == []
+
+
+@pytest.mark.parametrize("stores", [6], indirect=True)
+async def test_writes_are_committed_between_the_steps_of_an_erasure(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", 65_536)
+    for _ in range(5):
+        await asyncio.gather(*map(stores.append, range(20)))
+    committed: list[int] = []
+    erasing = asyncio.create_task(stores.erase(3))
+    while not erasing.done():
+        await stores.append(4)
+        committed.append(not erasing.done())
+    await erasing
+    assert sum(committed) > 5
+    assert stores.found(3) == {}
+
+
+@pytest.mark.parametrize("stores", [7], indirect=True)
+async def test_an_erasure_that_was_cut_off_is_completed_after_a_restart(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.gather(*map(stores.append, range(20)))
+    reader = sqlite3.connect(stores.path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM meta").fetchall()
+    with pytest.raises(StoreUnavailable, match="repeat the erasure"):
+        await stores.erase(3)
+    reader.close()
+    await stores.database.close()
+    await stores.database.open()
+    read = count_reads(monkeypatch)
+    await stores.erase(3)  # there is no such conversation any more
+    assert sum(read) >= stores.path.stat().st_size
+    assert stores.found(3) == {}
+
+
+@pytest.mark.parametrize("stores", [8], indirect=True)
+async def test_whoever_gives_up_an_erasure_leaves_it_going_on(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", 65_536)
+    for _ in range(5):
+        await asyncio.gather(*map(stores.append, range(20)))
+    await stores.database.write(stores.database.note_erasure)
+    erasing = asyncio.create_task(stores.database.erase_traces())
+    await stores.append(4)
+    erasing.cancel()
+    await stores.database.erase_traces()
+    pages = await stores.database.write(lambda c: c.execute("PRAGMA wal_autocheckpoint").fetchone()[0])
+    assert pages > 0  # or the WAL would grow without an end
+
+
+@pytest.mark.parametrize("stores", [9], indirect=True)
+async def test_a_foreign_checkpoint_makes_an_erasure_begin_anew(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was changed behind the pass cannot be told any more once somebody else emptied the WAL."""
+    monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", 65_536)
+    for _ in range(5):
+        await asyncio.gather(*map(stores.append, range(20)))
+    await stores.database.write(stores.database.note_erasure)
+    traces = stores.database._traces
+    assert not await stores.database.submit(Job(traces))
+    await stores.append(4)
+    foreign = sqlite3.connect(stores.path)
+    foreign.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    foreign.close()
+    read = count_reads(monkeypatch)
+    await stores.database.erase_traces()
+    assert sum(read) >= stores.path.stat().st_size
