@@ -234,3 +234,27 @@ async def test_a_foreign_checkpoint_makes_an_erasure_begin_anew(
     read = count_reads(monkeypatch)
     await stores.database.erase_traces()
     assert sum(read) >= stores.path.stat().st_size
+
+
+@pytest.mark.parametrize("stores", [10], indirect=True)
+async def test_what_is_changed_behind_an_erasure_under_way_is_looked_at_again(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", 65_536)
+    for _ in range(5):
+        await asyncio.gather(*map(stores.append, range(20)))
+    await stores.database.write(stores.database.note_erasure)
+    assert not await stores.database.submit(Job(stores.database._traces))
+    # As SQLite leaves it when it moves a row to a page that the erasure has been at: an old copy in the unused middle.
+    root = await stores.database.read(
+        lambda c: c.execute("SELECT rootpage FROM sqlite_master WHERE name = 'meta'").fetchone()[0]
+    )
+    page = (root - 1) * 4096
+    assert page < 65_536
+    fd = stores.database._traces._fd
+    assert fd is not None
+    os.pwrite(fd, b"OLD COPY", page + 2048)
+    await stores.database.ping()  # changes that page, the old copy in it
+    assert b"OLD COPY" in stores.path.with_name(stores.path.name + "-wal").read_bytes()
+    await stores.database.erase_traces()
+    assert b"OLD COPY" not in stores.path.read_bytes()
