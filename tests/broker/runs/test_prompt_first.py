@@ -44,7 +44,6 @@ def check_prompts_first(bench: Bench, conv_id: str = "c") -> None:
         elif envelope.type == "run.started":
             assert run_id in prompts, f"{run_id} began without its prompt"
             began.add(run_id)
-    bench.check_one_end_each()
 
 
 async def all_settled(bench: Bench) -> None:
@@ -96,6 +95,7 @@ async def test_a_process_that_dies_while_it_accepts_a_prompt_leaves_no_run_witho
             assert accepted is None or accepted.run_id == again.run_id
             await all_settled(bench)
             check_prompts_first(bench)
+            bench.check_one_end_each()
             paid = [e for e in bench.events("c", "user.message") if e.data["text"] == "pay 100"]
             assert len(paid) == 1, f"died at step {die_at}"
 
@@ -156,6 +156,8 @@ async def test_a_node_that_stalls_while_it_accepts_a_prompt_is_not_answered_befo
             await all_settled(two)
             check_prompts_first(two, conv)
             assert len(two.events(conv, "user.message")) == 2
+            # What a node says that has lost its run is refused by the log, which the bench's is too simple for.
+            assert len(two.events(conv, *TERMINAL)) == 2
         step += 1
     assert step > 8
 
