@@ -115,10 +115,17 @@ class ToolDoneData(ToolEventData):
 
 
 class RunData(EventData):
-    """A change of a run's status. position: place in the queue, 1 is next. error: why it ended badly."""
+    """A change of a run's status. position: place in the queue, 1 is next. error: why it ended badly.
+
+    message_id: of its prompt. waited (`run.started`): the prompt had to wait, and its message takes its place in the
+    conversation now. withdrawn (`run.cancelled`): the prompt was taken back before its turn.
+    """
 
     run_id: Name
     idempotency_key: Name | None = None
+    message_id: Name | None = None
+    waited: bool | None = None
+    withdrawn: bool | None = None
     position: Annotated[int, Field(ge=0)] | None = None
     error: str | dict[str, Any] | None = None
     usage: dict[str, Any] | None = None

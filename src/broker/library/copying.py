@@ -48,7 +48,8 @@ class Copier:
     ) -> LibraryEntry:
         """Begin a new conversation with a copy of `conv_id` up to and including a message; return its entry.
 
-        Runs are not copied: they belong to the original. What was not over is so in the copy, as partial. Raises
+        Runs are not copied: they belong to the original, and so do prompts that wait or were taken back before their turn.
+        What was not over is so in the copy, as partial. Raises
         NotFound for an unknown message, Conflict for one that is still being written and for a `new_id` that exists.
         """
         entities = in_talking_order(await self._shown_entities(principal, conv_id))
@@ -61,7 +62,12 @@ class Copier:
             )
         if entities[place].growing or entities[place].props.get("streaming"):
             raise Conflict(f"message {shown(message_id)} is still being written: wait for its end, or stop the run")
-        kept = [entity for entity in entities[: place + 1] if entity.kind != "run"]
+        unheard = {entity.id for entity in entities if entity.kind == "run" and entity.props.get("status") == "queued"}
+        kept = [
+            entity
+            for entity in entities[: place + 1]
+            if entity.kind != "run" and (entity.id == message_id or not _unheard(entity, unheard))
+        ]
         origin = (await self._store.entries([conv_id])).get(conv_id)
         entry = LibraryEntry(
             new_id,
@@ -161,10 +167,25 @@ class Copier:
             if not page.more or len(past) < len(page.entities):
                 break
             after = page.entities[-1].position
+        prompts: set[str] = set()
         async for envelope in self._retained(conv_id, view, after=trimmed):
             keys = self._keys(envelope)
             if keys and older.issuperset(keys):
                 continue
+            if envelope.type == "user.message":
+                prompts.add(envelope.id)
+            elif trimmed and len(keys) > 1 and not prompts.issuperset(keys[1:]) and not older.issuperset(keys[1:]):
+                # A prompt that waited stands where its run began; what it said itself is not retained any more.
+                found = await broker.timeline.get(conv_id, keys[1:])
+                for entity in found.values():
+                    prompts.add(entity.id)
+                    for draft, time_ms in _with_times(
+                        drafts_of(entity, close=False, max_text_bytes=self._text_bytes), entity
+                    ):
+                        shown_one = view.show(self._sealed(conv_id, draft, time_ms))
+                        if shown_one is not None:
+                            count += 1
+                            yield envelope_line(shown_one)
             count += 1
             yield envelope_line(envelope)
         yield end_line(entry, count)
@@ -271,6 +292,13 @@ class Copier:
         return done
 
 
+def _unheard(entity: Entity, waiting: set[str]) -> bool:
+    """Say whether an entity is a prompt that no model was told. waiting: ids of the runs that wait for their turn."""
+    return bool(entity.props.get("withdrawn")) or (
+        entity.kind == "message" and entity.props.get("role") == "user" and entity.props.get("runId") in waiting
+    )
+
+
 def _with_times(drafts: Sequence[Draft], entity: Entity) -> list[Timed]:
     """Return the drafts of an entity with its times: it began with the first, and was changed by the last."""
     timed = [(draft, entity.created_at_ms) for draft in drafts]
@@ -305,6 +333,11 @@ def _endings(timeline: ConversationTimeline) -> list[Draft]:
                 drafts.append(Draft("tool.done", {"id": entity.id, "error": CUT}, entity.id))
         elif entity.kind == "run" and status in _OPEN_RUN:
             error = {"code": "interrupted", "message": CUT}
+            if status == "queued" and isinstance(message_id := entity.props.get("messageId"), str):
+                # Nobody was told the prompt, and nobody will be: it was taken back, as far as this copy goes.
+                data = {"runId": entity.id, "error": error, "messageId": message_id, "withdrawn": True}
+                drafts.append(Draft("run.cancelled", data, entity.id))
+                continue
             drafts.append(Draft("run.interrupted", {"runId": entity.id, "error": error}, entity.id))
     return drafts
 

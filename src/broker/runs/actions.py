@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from broker.envelope import check_conv_id
 from broker.errors import NotFound, shown
-from broker.runs.ending import run_draft
 from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.leases import Leases
 from broker.runs.queue import Ended, Line, Lines
@@ -125,6 +124,7 @@ class Actions:
             if withdrawn is not None:
                 await self._settle(withdrawn)
                 await self._lines.advance(line)
+                await self._lines.tell_places(run.conv_id)
                 return "withdrawn"
             asked = await self._store.update(run.run_id, ACTIVE, {"cancel_requested": True}, now)
             if asked is None:
@@ -209,7 +209,7 @@ class Actions:
         async with self._lines.enter(conv_id):
             moved = await self._store.move_to_front(run_id, self._clock.wall_ms())
             if moved is not None:
-                await self._runtime.publish(conv_id, [run_draft("queued", moved, position=1, messageId=run.message_id)])
+                await self._lines.tell_places(conv_id)
         now = moved or await self._store.get(run_id) or run
         return ActionResult("moved" if moved else f"already_{now.status}", await self._state(conv_id))
 

@@ -34,7 +34,11 @@ def run_draft(event: str, run: Run, *, dedupe: str | None = None, **extra: Any) 
 
 def terminal_draft(run: Run) -> Draft:
     """Return the terminal event of an ended run. However often it is published, the log takes it once."""
-    extra = {key: value for key, value in (("error", run.error), ("usage", run.usage)) if value is not None}
+    extra: dict[str, Any] = {
+        key: value for key, value in (("error", run.error), ("usage", run.usage)) if value is not None
+    }
+    if run.status == "cancelled" and run.started_at_ms is None:
+        extra |= {"messageId": run.message_id, "withdrawn": True}
     return run_draft(run.status, run, dedupe="terminal", **extra)
 
 

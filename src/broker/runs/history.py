@@ -34,7 +34,7 @@ def messages_for(
     messages = [ChatMessage("system", system_prompt)] if system_prompt else []
     pending_tools: list[ChatMessage] = []
     for entity in _in_order(entities, run, others):
-        if entity.id in unheard or CHOICE_MARK in entity.id:
+        if entity.id in unheard or entity.props.get("withdrawn") or CHOICE_MARK in entity.id:
             continue
         if entity.kind == "tool_call":
             _add_call(messages, pending_tools, entity)

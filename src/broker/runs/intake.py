@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from dataclasses import dataclass
 from typing import Literal
 
 from broker.envelope import Draft, check_conv_id
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, shown
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, StoreUnavailable, shown
 from broker.runs.answer import new_message_id
 from broker.runs.ending import run_draft
 from broker.runs.plan import RunRequest, canonical_json, digest
@@ -16,6 +17,11 @@ from broker.runs.queue import Line, Lines
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
 from broker.runs.store import KeyRecord
+
+log = logging.getLogger(__name__)
+
+ACCEPT_TRIES = 8
+TAKE_BACK_RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Intake:
         self._clock = runtime.clock
         self._lines = lines
         self._deciding: dict[tuple[str, str], str] = {}
+        self._removing: set[asyncio.Task[None]] = set()
         self.busy: set[asyncio.Task[SendResult]] = set()
 
     async def send(self, request: RunRequest, idempotency_key: str | None) -> SendResult:
@@ -50,8 +57,8 @@ class Intake:
             expired_before = self._clock.wall_ms() - int(self._limits.idempotency_window_s * 1000)
             if known is not None and known.created_at_ms < expired_before:
                 await self._runtime.store.prune_keys(expired_before)
-            elif known is not None:
-                return _replay(record, known)
+            elif known is not None and (answer := await self._answered(record, known)) is not None:
+                return answer
             pending = self._deciding.get((record.scope, record.key))
             if pending is not None:
                 if pending != record.body_hash:
@@ -143,20 +150,74 @@ class Intake:
         )
 
     async def _prepare(self, line: Line, run: Run, record: KeyRecord | None) -> SendResult:
-        prepared = await self._runtime.store.prepare(run, record=record, max_queued=self._limits.queue_depth)
-        if prepared.run is None:
-            # Another node was faster with the same key.
-            if record is None or prepared.record is None:
-                raise StoreError(f"the run store {self._runtime.store.name!r} gave neither a run nor an earlier answer")
-            return _replay(record, prepared.record)
+        """Store the run, publish its prompt, and only then let it begin.
+
+        Nobody begins a run that is not announced: a process that dies or stalls in between leaves nothing that is worked
+        on, and what was refused is not made later.
+        """
+        for _ in range(ACCEPT_TRIES):
+            prepared = await self._runtime.store.prepare(run, record=record, max_queued=self._limits.queue_depth)
+            if prepared.run is None:
+                # Another node was faster with the same key.
+                if record is None or prepared.record is None:
+                    raise StoreError(
+                        f"the run store {self._runtime.store.name!r} gave neither a run nor an earlier answer"
+                    )
+                return _replay(record, prepared.record)
+            try:
+                await self.announce(prepared.run, prepared.queue_position)
+            except BaseException:
+                if await self._taken_back(prepared.run):
+                    raise
+                # Another node, asked again for the same, has announced it: then it is accepted.
+            self._lines.hold(line)
+            if await self._lines.admit(line, run.run_id):
+                return SendResult(run.conv_id, run.run_id, prepared.status, prepared.queue_position, run.message_id)
+            # The conversation was erased meanwhile, or this took so long that another node gave it up: once more.
+        raise StoreUnavailable(f"conversation {run.conv_id} is being erased again and again: send the prompt once more")
+
+    async def _taken_back(self, run: Run) -> bool:
+        """Take a run back whose prompt could not be published; False: it is accepted, somebody else has published it.
+
+        Where the store cannot be told now, it is told later; until then nobody begins the run.
+        """
         try:
-            await self.announce(prepared.run, prepared.queue_position)
-        except BaseException:
-            await self._runtime.store.discard(run.run_id)
-            raise
-        self._lines.hold(line)
-        await self._lines.advance(line)
-        return SendResult(run.conv_id, run.run_id, prepared.status, prepared.queue_position, run.message_id)
+            return await self._runtime.store.discard(run.run_id) or await self._runtime.store.get(run.run_id) is None
+        except StoreError as exc:
+            log.warning("refused prompt %s of %s is removed later: %s", run.run_id, run.conv_id, exc)
+            task = asyncio.create_task(self._take_back_later(run))
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
+            return True
+
+    async def _take_back_later(self, run: Run) -> None:
+        while not self._runtime.closing:  # the next start drops it, too
+            await asyncio.sleep(TAKE_BACK_RETRY_S)
+            try:
+                await self._runtime.store.discard(run.run_id)
+                return
+            except StoreError:
+                continue
+
+    async def _answered(self, asked: KeyRecord, known: KeyRecord) -> SendResult | None:
+        """Return the answer that a key got before. None: the prompt was refused meanwhile, the key is free.
+
+        A prompt that somebody died over before it was in the log is accepted now.
+        """
+        answer = _replay(asked, known)
+        run = await self._runtime.store.get(answer.run_id)
+        if run is None or run.announced or run.status != "queued":
+            return answer
+        async with self._lines.enter(answer.conv_id) as line:
+            run = await self._runtime.store.get(answer.run_id)
+            if run is None:
+                return None
+            if run.status == "queued" and not run.announced:
+                await self.announce(run, answer.queue_position)
+                self._lines.hold(line)
+                if not await self._lines.admit(line, run.run_id):
+                    return None
+        return answer
 
     async def announce(self, run: Run, queue_position: int) -> None:
         """Publish a queued run's prompt, and its place where it has to wait. Repeating it changes nothing."""

@@ -17,7 +17,8 @@ class RunLimits:
     max_attempts: tries of a step whose engine failed before its first event, the first one included. retry_delay_s:
     pause before the second try, doubled for each further one, up to retry_delay_max_s; a provider's Retry-After goes
     before. parallel_tools: calls of one run that are worked on at once. stop_grace_s: what an engine gets to end after
-    it was cancelled before the run goes on without it. max_text_bytes: longest text, as
+    it was cancelled before the run goes on without it. accept_within_s: a prompt that another node stored so long ago and
+    that is not in the log is dropped: whoever sent it was not told that it is accepted. max_text_bytes: longest text, as
     JSON, that a final event repeats; a longer one stands in its deltas only. turns_per_conversation: newest turns kept.
     """
 
@@ -30,6 +31,7 @@ class RunLimits:
     retry_delay_max_s: float = 30.0
     parallel_tools: int = 8
     stop_grace_s: float = 2.0
+    accept_within_s: float = 30.0
     max_prompt_bytes: int = 262_144
     max_text_bytes: int = 1_000_000
     max_key_chars: int = 256

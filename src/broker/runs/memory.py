@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
+from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up, next_to_begin
+from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.runs.turns import Turn
 
 
@@ -51,7 +51,7 @@ class MemoryRunStore:
 
     async def discard(self, run_id: str) -> bool:
         run = self._runs.get(run_id)
-        if run is None or run.status != "queued":
+        if run is None or run.status != "queued" or run.announced:
             return False
         del self._runs[run_id]
         self._by_conv[run.conv_id].remove(run_id)
@@ -59,12 +59,21 @@ class MemoryRunStore:
         self._saves += 1
         return True
 
+    async def admit(self, run_id: str, now_ms: int) -> Admitted:
+        run = self._runs.get(run_id)
+        if run is None:
+            return Admitted(None, None)
+        first = next_to_begin(self._of(run.conv_id), admitted=run_id)
+        begins = first is not None and first.run_id == run_id
+        changes = {"announced": True, **({"status": "running"} if begins else {})}
+        run = await self.update(run_id, frozenset({"queued"}), changes, now_ms) or run
+        return Admitted(run, run if begins else await self.claim(run.conv_id, now_ms))
+
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
-        mine = self._of(conv_id)
-        waiting = sorted((run for run in mine if run.status == "queued"), key=lambda run: run.order)
-        if not waiting or any(run.before_others for run in mine):
+        first = next_to_begin(self._of(conv_id))
+        if first is None:
             return None
-        return await self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
+        return await self.update(first.run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
     async def update(
         self, run_id: str, expect: frozenset[RunStatus], changes: Mapping[str, Any], now_ms: int

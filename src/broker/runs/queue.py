@@ -11,7 +11,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from broker.errors import StoreError
+from broker.errors import BrokerError, StoreError
+from broker.runs.ending import run_draft
 from broker.runs.ports import Hold
 from broker.runs.runner import RunTask
 from broker.runs.runtime import Runtime
@@ -25,9 +26,12 @@ Ended = Callable[[Run], Awaitable[None]]
 
 
 class Line:
-    """A conversation's line. users: how many are about to change it. task: the run at work. held: holds taken (I11)."""
+    """A conversation's line. users: how many are about to change it. task: the run at work. held: holds taken (I11).
 
-    __slots__ = ("conv_id", "held", "lock", "retry", "task", "users", "work")
+    admitting: runs whose prompt is in the log, which the store could not be told yet.
+    """
+
+    __slots__ = ("admitting", "conv_id", "held", "lock", "retry", "task", "users", "work")
 
     def __init__(self, conv_id: str) -> None:
         self.conv_id = conv_id
@@ -37,6 +41,7 @@ class Line:
         self.work: asyncio.Task[None] | None = None
         self.retry: asyncio.Task[None] | None = None
         self.held = False
+        self.admitting: list[str] = []
 
 
 class Lines:
@@ -87,6 +92,29 @@ class Lines:
             line.held = True
             self._hold(line.conv_id)
 
+    async def admit(self, line: Line, run_id: str) -> bool:
+        """Note that a run's prompt is in the log, and put the next run to work if none is active. Inside `enter`.
+
+        False: the store does not know the run any more. While the store is unavailable this is tried again in the
+        background.
+        """
+        try:
+            return await self._admit(line, run_id)
+        except StoreError as exc:
+            line.admitting.append(run_id)
+            self._try_again(line, exc)
+            return True
+
+    async def _admit(self, line: Line, run_id: str) -> bool:
+        store, now_ms = self._runtime.store, self._runtime.clock.wall_ms()
+        if self._runtime.closing or line.task is not None:
+            noted = await store.update(run_id, frozenset({"queued"}), {"announced": True}, now_ms)
+            return noted is not None or await store.get(run_id) is not None
+        admitted, claimed = await store.admit(run_id, now_ms)
+        if claimed is not None:
+            self.work_on(line, claimed, waited=claimed.run_id != run_id)
+        return admitted is not None
+
     async def advance(self, line: Line) -> None:
         """Claim the next run if none is active, and put it to work. To be called inside `enter`. Never raises.
 
@@ -97,18 +125,40 @@ class Lines:
         try:
             run = await self._runtime.store.claim(line.conv_id, self._runtime.clock.wall_ms())
             if run is not None:
-                self.work_on(line, run)
+                self.work_on(line, run, waited=True)
+                await self.tell_places(line.conv_id)
             elif await self._runtime.store.active(line.conv_id) is None and line.held:
                 line.held = False
                 self._release(line.conv_id)
         except StoreError as exc:
-            log.warning("the next prompt of %s cannot be claimed, trying again: %s", line.conv_id, exc)
-            if line.retry is None:
-                line.retry = asyncio.create_task(self._advance_later(line))
+            self._try_again(line, exc)
 
-    def work_on(self, line: Line, run: Run) -> None:
-        """Put a claimed run to work, or one that awaited approval when the process was started."""
-        line.task = RunTask(run, self._runtime)
+    async def tell_places(self, conv_id: str) -> None:
+        """Publish the place of each prompt that waits where it is not the one that was told last. Never raises."""
+        try:
+            waiting = [run for run in await self._runtime.store.queued(conv_id) if run.announced]
+            told = await self._runtime.timeline.get(conv_id, [run.run_id for run in waiting]) if waiting else {}
+            drafts = [
+                run_draft("queued", run, position=place, messageId=run.message_id)
+                for place, run in enumerate(waiting, 1)
+                if run.run_id not in told or told[run.run_id].props.get("position") != place
+            ]
+            if drafts:
+                await self._runtime.publish(conv_id, drafts)
+        except BrokerError as exc:  # hints for people; the queue itself is in the store
+            log.warning("the places of the prompts that wait in %s could not be told: %s", conv_id, exc)
+
+    def _try_again(self, line: Line, error: StoreError) -> None:
+        log.warning("the next prompt of %s cannot be claimed, trying again: %s", line.conv_id, error)
+        if line.retry is None:
+            line.retry = asyncio.create_task(self._advance_later(line))
+
+    def work_on(self, line: Line, run: Run, *, waited: bool = False) -> None:
+        """Put a claimed run to work, or one that awaited approval when the process was started.
+
+        waited: others may have come between its prompt and its beginning.
+        """
+        line.task = RunTask(run, self._runtime, waited=waited)
         line.work = asyncio.create_task(self._work(line, line.task), name=f"run {run.run_id}")
         self.works.add(line.work)
         line.work.add_done_callback(self.works.discard)
@@ -119,6 +169,7 @@ class Lines:
             ended = await task.work()
         finally:
             line.task = None
+            task.over.set()
             self.refused += task.refused
             if task.left_undone:
                 self.broken.add(line.conv_id)
@@ -133,6 +184,11 @@ class Lines:
         await asyncio.sleep(CLAIM_RETRY_S)
         async with self.enter(line.conv_id) as line:
             line.retry = None
+            while line.admitting:
+                run_id = line.admitting.pop(0)
+                await self.admit(line, run_id)
+                if line.retry is not None:
+                    return
             await self.advance(line)
 
     def _tidy(self, line: Line) -> None:

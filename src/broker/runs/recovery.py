@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from broker.runs.queue import Line, Lines
 from broker.runs.runtime import Runtime
@@ -18,16 +18,15 @@ CONVERSATIONS_AT_ONCE = 64
 
 LOST = {"code": "interrupted", "message": "the server process ended while this run was going on"}
 
-Announce = Callable[[Run, int], Awaitable[None]]
 Ended = Callable[[Run], object]
 
 
-async def recover(runtime: Runtime, lines: Lines, announce: Announce, on_ended: Ended) -> None:
+async def recover(runtime: Runtime, lines: Lines, on_ended: Ended) -> None:
     """Settle what is unsettled in the store, conversation by conversation. Raises StoreError.
 
     A run that was going on is `interrupted` and its answer closed as partial. One that awaits a person's approval goes
-    on awaiting it. One that ended without its terminal event gets it. Prompts that wait are announced again (the log
-    takes that once), and the queue goes on.
+    on awaiting it. One that ended without its terminal event gets it. A prompt that is not in the log was never accepted
+    and is dropped. The queue goes on.
     """
     by_conversation: dict[str, list[Run]] = defaultdict(list)
     for run in await runtime.store.unsettled():
@@ -36,7 +35,7 @@ async def recover(runtime: Runtime, lines: Lines, announce: Announce, on_ended: 
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
         async with at_once, lines.enter(conv_id) as line:
-            await settle_conversation(runtime, lines, line, announce, on_ended, runs)
+            await settle_conversation(runtime, lines, line, on_ended, runs)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
     await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
@@ -46,7 +45,6 @@ async def settle_conversation(
     runtime: Runtime,
     lines: Lines,
     line: Line,
-    announce: Announce,
     on_ended: Ended,
     runs: list[Run],
     *,
@@ -56,7 +54,6 @@ async def settle_conversation(
 
     given_back: whoever worked there before has left in good order: what was approved has not been begun.
     """
-    place = 0
     for run in runs:
         if run.ended or run.status == "running":
             publish = runtime.publish_as_holder(run.conv_id)
@@ -70,11 +67,26 @@ async def settle_conversation(
             if (approved or not waiting.pending_calls) and waiting.status == run.status and not runtime.closing:
                 lines.hold(line)
                 lines.work_on(line, waiting)
-        else:
-            place += 1
-            await announce(run, place)
+        elif await _accepted(runtime, run) is not None:
             lines.hold(line)
     await lines.advance(line)
+    await lines.tell_places(line.conv_id)
+
+
+async def _accepted(runtime: Runtime, run: Run) -> Run | None:
+    """Return a queued run whose prompt is in the log. One whose prompt is not was never accepted, and is dropped.
+
+    Where several nodes share the store another one may be accepting it at this moment: there it gets its time.
+    """
+    if run.announced:
+        return run
+    now_ms = runtime.clock.wall_ms()
+    if run.message_id in await runtime.timeline.get(run.conv_id, [run.message_id]):
+        return await runtime.store.update(run.run_id, frozenset({"queued"}), {"announced": True}, now_ms)
+    if runtime.token_of is None or now_ms - run.created_at_ms > runtime.limits.accept_within_s * 1000:
+        log.info("prompt %s of %s was not accepted before its process ended: dropped", run.run_id, run.conv_id)
+        await runtime.store.discard(run.run_id)
+    return None
 
 
 async def _keep_awaiting(runtime: Runtime, run: Run, *, given_back: bool) -> Run:

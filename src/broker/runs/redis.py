@@ -17,7 +17,7 @@ from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases
 from broker.runs.redis_scripts import COMMIT, LOAD, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
 from broker.runs.state import Run, RunStatus, Verdict
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of
+from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of
 
 T = TypeVar("T")
 
@@ -84,12 +84,12 @@ class RedisRunStore(RedisLeases):
         conv_id: str,
         operation: Callable[[_Model], Awaitable[T]],
         *run_ids: str,
-        lease: bool = False,
+        lease: Callable[[T], bool] = lambda result: False,
         before: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
         """Load, compute, write if nobody was faster, else again. before: done ahead of each try to write.
 
-        lease: with the change, this node takes the lease on the conversation's active run.
+        lease: asked of the result, whether this node takes the lease on the conversation's active run with the change.
         """
         name = topic(conv_id)
         for _ in range(_ATTEMPTS):
@@ -105,7 +105,7 @@ class RedisRunStore(RedisLeases):
             keys = (*run_keys(conv_id), f"{name}:run-change:{secrets.token_hex(8)}", f"{name}:run-keys")
             arguments: list[bytes | str | int] = [
                 model.revision, orjson.dumps(asdict(state)) if state else "",
-                self.lease_ms if lease else "", self._connection.node, len(changed),
+                self.lease_ms if lease(result) else "", self._connection.node, len(changed),
             ]  # fmt: skip
             for run in changed:
                 arguments += (run.run_id, int(run.settled), orjson.dumps(run.to_json()))
@@ -159,8 +159,18 @@ class RedisRunStore(RedisLeases):
             await self._keys.drop({key.decode(): conv_id})
         return discarded
 
+    async def admit(self, run_id: str, now_ms: int) -> Admitted:
+        conv_id = await self._conversation_of(run_id)
+        if conv_id is None:
+            return Admitted(None, None)
+        return await self._change(
+            conv_id, lambda model: model.admit(run_id, now_ms), run_id, lease=lambda done: done.claimed is not None
+        )
+
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
-        return await self._change(conv_id, lambda model: model.claim(conv_id, now_ms), lease=True)
+        return await self._change(
+            conv_id, lambda model: model.claim(conv_id, now_ms), lease=lambda claimed: claimed is not None
+        )
 
     async def update(
         self, run_id: str, expect: frozenset[RunStatus], changes: Mapping[str, Any], now_ms: int

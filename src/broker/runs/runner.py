@@ -46,9 +46,14 @@ class RunStopped(Exception):
 class RunTask:
     """Works on one claimed run. Make one, `await work()` in a task of its own; everything else may be called meanwhile."""
 
-    def __init__(self, run: Run, runtime: Runtime) -> None:
-        """run: as `claim` returned it, or one that awaits approval since before a restart."""
+    def __init__(self, run: Run, runtime: Runtime, *, waited: bool = False) -> None:
+        """run: as `claim` returned it, or one that awaits approval since before a restart. waited: others may have come
+        between its prompt and now, so its message takes its place in the conversation now.
+        """
         self.run = run
+        self.over = asyncio.Event()
+        """Set when nothing is at work any more."""
+        self._waited = waited
         self._runtime = runtime
         self._limits = runtime.limits
         self._resumed = run.status == "awaiting_tool_approval"
@@ -165,9 +170,10 @@ class RunTask:
         """Announce the run, apply its plan, get its engine."""
         run = self.run
         if not self._resumed:
-            started = run_draft(
-                "started", run, dedupe="started", engineProfile=run.engine_profile, messageId=run.message_id
-            )
+            about: dict[str, Any] = {"engineProfile": run.engine_profile, "messageId": run.message_id}
+            if self._waited:
+                about["waited"] = True
+            started = run_draft("started", run, dedupe="started", **about)
             await self._published.put([started])
         self._profile = self._runtime.profiles.get(run.engine_profile)
         plan = make_plan(run.conv_id, self._profile, run.overrides)

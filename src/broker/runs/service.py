@@ -107,7 +107,7 @@ class RunService:
             self._leases.start()
             await self._leases.look(at_start=True)
         else:
-            await recover(self._runtime, self._lines, self._intake.announce, self._tell_ended)
+            await recover(self._runtime, self._lines, self._tell_ended)
         self._accepting = True
 
     async def stop(self, *, drain_s: float = 5.0) -> None:
@@ -226,7 +226,7 @@ class RunService:
 
     async def queue(self, conv_id: str) -> list[Run]:
         """Return the prompts that wait, the next one first."""
-        return await self.store.queued(check_conv_id(conv_id))
+        return [run for run in await self.store.queued(check_conv_id(conv_id)) if run.announced]
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +269,6 @@ class RunService:
             self._runtime,
             self._lines,
             line,
-            self._intake.announce,
             self._tell_ended,
             taken.runs,
             given_back=taken.given_back,

@@ -21,8 +21,10 @@ async def snapshot(
     """
     conversation = await store.conversation(conv_id) or ConversationState(conv_id, "")
     active = await store.active(conv_id)
-    queued = await store.queued(conv_id)
-    recent = await store.runs(conv_id, limit=RECENT_RUNS)
+    # What is not announced is not accepted: whoever sent it may yet be told that it is refused.
+    queued = [run for run in await store.queued(conv_id) if run.announced]
+    runs = await store.runs(conv_id, limit=RECENT_RUNS)
+    recent = [run for run in runs if run.announced or run.status != "queued"]
     return {
         "status": status_of(active, queued, recent),
         "convId": conv_id,

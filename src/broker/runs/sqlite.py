@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import orjson
 
-from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, run_from_json
-from broker.runs.store import ConversationState, KeyRecord, Prepared, answer_of, queue_full
+from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, next_to_begin, run_from_json
+from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.sqlite.database import Database
 
 RUN_TABLES = (
@@ -118,17 +118,29 @@ class _Writer:
         return Prepared(run, status, position, record)
 
     def discard(self, run_id: str) -> bool:
-        found = self._connection.execute("DELETE FROM run WHERE run_id = ? AND status = 'queued'", (run_id,)).rowcount
-        if found:
-            self._connection.execute("DELETE FROM run_key WHERE run_id = ?", (run_id,))
-            self.saves += 1
-        return bool(found)
+        run = self.run(run_id)
+        if run is None or run.status != "queued" or run.announced:
+            return False
+        self._connection.execute("DELETE FROM run WHERE run_id = ?", (run_id,))
+        self._connection.execute("DELETE FROM run_key WHERE run_id = ?", (run_id,))
+        self.saves += 1
+        return True
+
+    def admit(self, run_id: str, now_ms: int) -> Admitted:
+        run = self.run(run_id)
+        if run is None:
+            return Admitted(None, None)
+        first = next_to_begin(unsettled(self._connection, run.conv_id), admitted=run_id)
+        begins = first is not None and first.run_id == run_id
+        changes = {"announced": True, **({"status": "running"} if begins else {})}
+        run = self.update(run_id, frozenset({"queued"}), changes, now_ms) or run
+        return Admitted(run, run if begins else self.claim(run.conv_id, now_ms))
 
     def claim(self, conv_id: str, now_ms: int) -> Run | None:
-        waiting = queued(self._connection, conv_id)
-        if not waiting or any(run.before_others for run in unsettled(self._connection, conv_id)):
+        first = next_to_begin(unsettled(self._connection, conv_id))
+        if first is None:
             return None
-        return self.update(waiting[0].run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
+        return self.update(first.run_id, frozenset({"queued"}), {"status": "running"}, now_ms)
 
     def decide(self, run_id: str, verdict: Verdict, now_ms: int) -> tuple[Run | None, dict[str, str]]:
         run = self.run(run_id)
@@ -187,6 +199,9 @@ class SqliteRunStore:
 
     async def discard(self, run_id: str) -> bool:
         return await self._write(lambda writer: writer.discard(run_id))  # type: ignore[no-any-return]
+
+    async def admit(self, run_id: str, now_ms: int) -> Admitted:
+        return await self._write(lambda writer: writer.admit(run_id, now_ms))  # type: ignore[no-any-return]
 
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
         return await self._write(lambda writer: writer.claim(conv_id, now_ms))  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ queued ──claim──► running ◄──────────► awaitin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -55,7 +55,8 @@ class Verdict:
 class Run:
     """One inference of a conversation, as it is stored. Never changed in place: stores hand out and take in copies.
 
-    order: place among the conversation's queued runs (smaller runs first; any integer). error: `{code, kind?, message}`
+    order: place among the conversation's queued runs (smaller runs first; any integer). announced: its prompt is known to
+    be in the log; before that it is not accepted, and nobody may begin it. error: `{code, kind?, message}`
     of a failed run. usage: the provider's numbers summed over all steps. calls: the round of tool calls that waits for
     a person. terminal_published: the terminal event is known to be in the log. Times are Unix milliseconds.
     """
@@ -72,6 +73,7 @@ class Run:
     updated_at_ms: int
     status: RunStatus = "queued"
     order: int = 0
+    announced: bool = False
     started_at_ms: int | None = None
     ended_at_ms: int | None = None
     error: Mapping[str, Any] | None = None
@@ -139,6 +141,20 @@ def changed(run: Run, expect: frozenset[RunStatus], changes: Mapping[str, Any], 
     if status in TERMINAL and run.ended_at_ms is None:
         times["ended_at_ms"] = now_ms
     return replace(run, **times, **changes)
+
+
+def next_to_begin(runs: Iterable[Run], *, admitted: str | None = None) -> Run | None:
+    """Return the queued run of a conversation that may begin now; None while another one is before all, or none waits.
+
+    runs: the conversation's unsettled ones. admitted: the id of one that counts as announced.
+    """
+    waiting: list[Run] = []
+    for run in runs:
+        if run.before_others:
+            return None
+        if run.status == "queued" and (run.announced or run.run_id == admitted):
+            waiting.append(run)
+    return min(waiting, key=lambda run: run.order, default=None)
 
 
 def decided(run: Run, verdict: Verdict) -> tuple[tuple[PendingCall, ...], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from broker.errors import LimitExceeded
 from broker.runs.state import Run, RunStatus, Verdict
@@ -54,6 +54,13 @@ class Prepared:
     record: KeyRecord | None = None
 
 
+class Admitted(NamedTuple):
+    """What `admit` did. run: the run as it is now, None if it does not exist (any more). claimed: what `claim` gave."""
+
+    run: Run | None
+    claimed: Run | None
+
+
 def answer_of(run: Run, status: str, queue_position: int) -> dict[str, Any]:
     """Return the answer to a prompt as it is kept with its idempotency key."""
     return {
@@ -97,11 +104,15 @@ class RunStore(Protocol):
         ...
 
     async def discard(self, run_id: str) -> bool:
-        """Take back a `prepare`: remove the run and its key, if it is still queued. Says whether it was."""
+        """Take back a `prepare`: remove the run and its key, if it is queued and not announced. Says whether it was."""
+        ...
+
+    async def admit(self, run_id: str, now_ms: int) -> Admitted:
+        """Note that the prompt of a queued run is in the log (`announced`), and claim, as `claim` does, in one write."""
         ...
 
     async def claim(self, conv_id: str, now_ms: int) -> Run | None:
-        """Make the first queued run the active one (`running`) and return it.
+        """Make the first queued run that is announced the active one (`running`) and return it.
 
         None while another run of the conversation is active or its terminal event is not known to be in the log, or when
         nothing waits: of any number of concurrent calls one gets the run.

@@ -169,7 +169,13 @@ def _fold_text_final(kind: str) -> Fold:
 
 def fold_user_message(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
     """A person's message; the same id again changes it."""
-    props = _optional(envelope, ("attachments", list, "a list"), ("idempotencyKey", str, "a string"), RUN_ID)
+    props = _optional(
+        envelope,
+        ("attachments", list, "a list"),
+        ("idempotencyKey", str, "a string"),
+        ("withdrawn", bool, "true or false"),
+        RUN_ID,
+    )
     props["text"] = _text(envelope, "text")
     entity = _existing(entities, envelope, "message")
     if entity is None:
@@ -295,13 +301,31 @@ def fold_tool_done(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
 
 
 def run_keys(envelope: Envelope) -> tuple[str, ...]:
-    """Return the id of the run; the envelope's own where data has none, so that the fold can complain."""
+    """Return the id of the run; the envelope's own where data has none, so that the fold can complain.
+
+    And that of its prompt's message where the event says something of that, too.
+    """
     run_id = envelope.data.get("runId")
-    return (run_id,) if isinstance(run_id, str) and run_id else (envelope.id,)
+    found = run_id if isinstance(run_id, str) and run_id else envelope.id
+    message_id = _prompt_of(envelope)
+    return (found,) if message_id is None else (found, message_id)
+
+
+def _prompt_of(envelope: Envelope) -> str | None:
+    """Return the id of the message that a run's event gives its place, or takes back."""
+    data = envelope.data
+    begins = envelope.type == "run.started" and data.get("waited") is True
+    taken_back = envelope.type == "run.cancelled" and data.get("withdrawn") is True
+    message_id = data.get("messageId")
+    return message_id if (begins or taken_back) and isinstance(message_id, str) and message_id else None
 
 
 def fold_run(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
-    """A run's status. Whatever else the event says of the run is kept as props."""
+    """A run's status. Whatever else the event says of the run is kept as props.
+
+    A prompt that waited takes its place when its run begins, and the run with it: until then other answers were written,
+    in the middle of which it would stand. One that was taken back before its turn is marked so.
+    """
     run_id = _text(envelope, "runId")
     if not run_id:
         raise _wrong(envelope, "runId", run_id, "an id")
@@ -318,7 +342,15 @@ def fold_run(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
     if status != "queued":
         entity = _without(entity, "position")
     said = {key: value for key, value in envelope.data.items() if key != "runId" and value is not None}
-    return (replace(entity, props={**entity.props, **said, "status": status}),)
+    run = replace(entity, props={**entity.props, **said, "status": status})
+    message_id = _prompt_of(envelope)
+    message = entities.get(message_id) if message_id is not None else None
+    if message is not None and (message.kind, message.props.get("role")) != ("message", "user"):
+        message = None
+    if status == "running" and message_id is not None:
+        run = replace(run, position=envelope.seq)
+        return (run,) if message is None else (replace(message, position=envelope.seq), run)
+    return (run,) if message is None else (run, message.changed(withdrawn=True))
 
 
 def _text_handlers(prefix: str, kind: str) -> tuple[TimelineHandler, ...]:
@@ -341,7 +373,7 @@ BUILTIN_HANDLERS: tuple[TimelineHandler, ...] = (
     TimelineHandler("tool.denied", _fold_tool_decision("denied", "deniedBy")),
     TimelineHandler("tool.result", fold_tool_result),
     TimelineHandler("tool.done", fold_tool_done),
-    *(TimelineHandler(event_type, fold_run, run_keys) for event_type in RUN_STATUS),
+    *(TimelineHandler(event_type, fold_run, run_keys, moves=True) for event_type in RUN_STATUS),
     TimelineHandler("log", fold_log),
     TimelineHandler("agent.mode", fold_agent_mode),
 )

@@ -15,7 +15,8 @@ from broker.timeline.text import Text
 class Entity:
     """One thing in a timeline: a message, a tool call, a run.
 
-    version: seq of the envelope that last changed it. position: seq of the one that created it (listing order).
+    version: seq of the envelope that last changed it. position: seq of the one that created it (listing order), or, of a
+    prompt that waited for its turn, and of its run, of the one that began the run.
     growing: more is expected to be appended (a streaming answer); upserts and saves of it are spaced by growth (I16).
     props: JSON object; text that still grows is a `Text`, everything else plain JSON values. Never changed in place.
     """

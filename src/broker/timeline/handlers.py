@@ -25,11 +25,15 @@ def own_entity(envelope: Envelope) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TimelineHandler:
-    """Folds one event type. keys: ids of the entities that the fold reads and changes, computed from the envelope."""
+    """Folds one event type. keys: ids of the entities that the fold reads and changes, computed from the envelope.
+
+    moves: the fold says at which position an entity that exists stands from now on; without, it stays where it is.
+    """
 
     event_type: str
     fold: Fold
     keys: Callable[[Envelope], tuple[str, ...]] = own_entity
+    moves: bool = False
 
 
 def new_entity(

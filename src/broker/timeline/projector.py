@@ -201,7 +201,7 @@ class ConversationTimeline:
                 old.created_at_ms if old else entity.created_at_ms,
                 envelope.time_ms,
                 envelope.seq,
-                old.position if old else entity.position,
+                old.position if old and not handler.moves else entity.position,
                 entity.props,
                 entity.growing,
             )

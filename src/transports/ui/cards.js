@@ -51,7 +51,7 @@ function userCard(actions) {
   const element = h("article", { class: "card message user", "aria-label": "You" }, body, note, buttons);
   const update = ({ text, props, local }) => {
     setText(body, text.toString());
-    const said = local ? deliveryNote(props) : "";
+    const said = local ? deliveryNote(props) : props.withdrawn === true ? "Taken back before its turn" : "";
     note.hidden = said === "";
     setText(note, said);
     note.classList.toggle("bad", props.delivery === "failed");

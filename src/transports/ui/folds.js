@@ -134,6 +134,14 @@ export function entityIdOf(event) {
   return event.type.startsWith("run.") ? (event.data?.runId ?? event.id) : event.id;
 }
 
+/** What an event of a run says of its prompt's message: {id, begins}; undefined where it says nothing. */
+export function promptOf({ type, data }) {
+  if (typeof data?.messageId !== "string") return undefined;
+  if (type === "run.started" && data.waited === true) return { id: data.messageId, begins: true };
+  if (type === "run.cancelled" && data.withdrawn === true) return { id: data.messageId, begins: false };
+  return undefined;
+}
+
 /** By event type: the kind of entity that the event is about, and how it changes it. */
 export const FOLDS = new Map([
   ["user.message", { kind: "message", fold: userMessage }],

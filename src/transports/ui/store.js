@@ -1,7 +1,7 @@
 // The conversation as the page knows it: entities, listed by position, merged by version.
 
 import { parseSeq } from "./cursor.js";
-import { ENDED, entityIdOf, FOLDS } from "./folds.js";
+import { ENDED, entityIdOf, FOLDS, promptOf } from "./folds.js";
 import { GrowingText } from "./growing.js";
 
 // The property that holds an entity's growing text, by kind. It is kept apart from the other properties.
@@ -75,6 +75,7 @@ export class EntityStore {
       this.#insert(entity);
     }
     this.#replaceProps(entity, wire);
+    this.#place(entity, parseSeq(wire.position));
     entity.version = version;
     entity.folded = false;
     entity.updatedAtMs = wire.updatedAtMs;
@@ -97,8 +98,22 @@ export class EntityStore {
     entity.version = seq;
     entity.folded = true;
     entity.updatedAtMs = this.#now();
+    this.#tellPrompt(entity, promptOf(event), seq);
     this.#changed(entity);
     return true;
+  }
+
+  /** A prompt that waited takes its place when its run begins, and the run with it; one that was taken back says so. */
+  #tellPrompt(run, prompt, seq) {
+    if (prompt === undefined) return;
+    if (prompt.begins) this.#place(run, seq);
+    const message = this.#entities.get(prompt.id);
+    if (message === undefined || message.props.role !== "user" || seq <= message.version) return;
+    if (prompt.begins) this.#place(message, seq);
+    else message.props.withdrawn = true;
+    message.version = seq;
+    message.folded = true;
+    this.#changed(message);
   }
 
   // -- what is being sent -------------------------------------------------------------------------------------------
@@ -205,6 +220,13 @@ export class EntityStore {
     let index = this.#order.length;
     while (index > 0 && before(entity, this.#order[index - 1])) index -= 1;
     this.#order.splice(index, 0, entity);
+  }
+
+  #place(entity, position) {
+    if (entity.position === position) return;
+    this.#order.splice(this.#order.indexOf(entity), 1);
+    entity.position = position;
+    this.#insert(entity);
   }
 
   #changed(entity) {

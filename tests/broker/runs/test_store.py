@@ -25,6 +25,7 @@ def a_run(run_id: str = "r1", conv_id: str = "c", **more: Any) -> Run:
         "session_id": "s",
         "created_at_ms": 1,
         "updated_at_ms": 1,
+        "announced": True,
     }
     return Run(run_id, conv_id, **{**fields, **more})
 
@@ -96,6 +97,34 @@ async def test_claim_gives_one_run_at_a_time(store: RunStore) -> None:
     assert (claimed.run_id, claimed.status, claimed.started_at_ms) == ("r2", "running", 8)
 
 
+async def test_a_run_begins_only_when_its_prompt_is_known_to_be_in_the_log(store: RunStore) -> None:
+    await store.prepare(a_run("r1", announced=False), record=None, max_queued=9)
+    assert await store.claim("c", 2) is None
+    await prepare(store, "r2")
+    admitted, claimed = await store.admit("r1", 3)
+    assert admitted == claimed == await store.get("r1")
+    assert claimed is not None
+    assert (claimed.announced, claimed.status, claimed.started_at_ms) == (True, "running", 3)
+    await store.prepare(a_run("r3", announced=False), record=None, max_queued=9)
+    admitted, claimed = await store.admit("r3", 4)
+    assert claimed is None  # r1 is active
+    assert admitted is not None
+    assert (admitted.status, admitted.announced) == ("queued", True)
+    assert not await store.discard("r3")
+    assert await store.admit("r1", 5) == (await store.get("r1"), None)
+    assert await store.admit("gone", 6) == (None, None)
+
+
+async def test_who_stood_in_line_before_begins_before(store: RunStore) -> None:
+    await prepare(store, "r1")
+    await store.prepare(a_run("r2", announced=False), record=None, max_queued=9)
+    admitted, claimed = await store.admit("r2", 3)
+    assert admitted is not None
+    assert (admitted.run_id, admitted.status) == ("r2", "queued")
+    assert claimed is not None
+    assert (claimed.run_id, claimed.status) == ("r1", "running")
+
+
 async def test_a_full_queue_refuses_and_keeps_nothing(store: RunStore) -> None:
     await prepare(store, "r1")
     await store.claim("c", 1)
@@ -135,7 +164,7 @@ async def test_racing_prepares_with_one_key_make_one_run(store: RunStore) -> Non
 
 
 async def test_discard_takes_back_a_waiting_run_with_its_key(store: RunStore) -> None:
-    await store.prepare(a_run("r1"), record=a_key(), max_queued=9)
+    await store.prepare(a_run("r1", announced=False), record=a_key(), max_queued=9)
     assert await store.discard("r1")
     assert await store.get("r1") is None
     assert await store.key("alice", "k") is None

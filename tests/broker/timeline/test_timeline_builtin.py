@@ -363,3 +363,36 @@ def test_growing_shares_what_is_already_there():
     assert len(shared) == 1
     assert versions[-1].grown_bytes == 40_000
     assert str(versions[4_999].props["text"]) == "tok " * 5_000
+
+
+# -- where a prompt stands ---------------------------------------------------------------------------
+
+
+def test_a_prompt_that_waited_stands_where_its_run_begins(timeline: Timeline):
+    """With its run; and a message that did not wait stays where it was said."""
+    timeline.add("user.message", "u1", {"text": "one", "runId": "r1"})
+    timeline.add("run.queued", "r1", {"runId": "r1", "position": 1, "messageId": "u1"})
+    timeline.add("llm.final", "m0", {"text": "an answer before"})
+    timeline.seq += 1
+    data = {"runId": "r1", "messageId": "u1", "waited": True}
+    message, run = timeline.fold(Envelope("c1", "run.started", "r1", "sem", encode_json(data), 1, timeline.seq))
+    assert (message.id, message.position, plain(message)["text"]) == ("u1", 4, "one")
+    assert (run.id, run.position, run.props["status"]) == ("r1", 4, "running")
+    at_once = timeline.fold(
+        Envelope("c1", "run.started", "r1", "sem", encode_json({"runId": "r1", "messageId": "u1"}), 1, timeline.seq)
+    )
+    assert [(entity.id, entity.position) for entity in at_once] == [("r1", 2)]
+
+
+def test_a_prompt_that_was_taken_back_says_so(timeline: Timeline):
+    timeline.add("user.message", "u1", {"text": "one", "runId": "r1"})
+    data = {"runId": "r1", "messageId": "u1", "withdrawn": True}
+    run, message = timeline.fold(Envelope("c1", "run.cancelled", "r1", "sem", encode_json(data), 1, 2))
+    assert (run.props["status"], message.props["withdrawn"], message.position) == ("cancelled", True, 1)
+
+
+@pytest.mark.parametrize("data", [{"waited": 1}, {"waited": True, "messageId": 7}, {"waited": True, "messageId": "m0"}])
+def test_a_run_moves_nothing_but_a_persons_message(timeline: Timeline, data: dict[str, Any]):
+    timeline.add("llm.final", "m0", {"text": "an answer"})
+    changed = timeline.fold(Envelope("c1", "run.started", "r1", "sem", encode_json({"runId": "r1", **data}), 1, 2))
+    assert [entity.id for entity in changed] == ["r1"]

@@ -171,3 +171,30 @@ test("unknown events are not for the store", () => {
   assert.deepEqual(play(store, event(1, "planning.step", "p1", {}), event(2, "turn.snapshot", "t", {})), [false, false]);
   assert.equal(store.size, 0);
 });
+
+test("a prompt that waited takes its place when its run begins, by events and by state frames alike", () => {
+  const store = new EntityStore();
+  play(
+    store,
+    event(1, "user.message", "u1", { text: "one", runId: "r1" }),
+    event(2, "run.started", "r1", { runId: "r1", messageId: "u1" }),
+    event(3, "llm.final", "m1", { text: "first half", runId: "r1" }),
+    event(4, "user.message", "u2", { text: "two", runId: "r2" }),
+    event(5, "run.queued", "r2", { runId: "r2", messageId: "u2", position: 1 }),
+    event(6, "user.message", "u3", { text: "three", runId: "r3" }),
+    event(7, "run.cancelled", "r3", { runId: "r3", messageId: "u3", withdrawn: true }),
+    event(8, "llm.final", "m2", { text: "second half", runId: "r1" }),
+    event(9, "run.finished", "r1", { runId: "r1" }),
+    event(10, "run.started", "r2", { runId: "r2", messageId: "u2", waited: true }),
+    event(11, "llm.final", "m3", { text: "answer", runId: "r2" }),
+  );
+  assert.deepEqual(ids(store), ["u1", "r1", "m1", "u3", "r3", "m2", "r2", "u2", "m3"]);
+  assert.equal(store.get("u3").props.withdrawn, true);
+  const hydrated = new EntityStore();
+  hydrated.mergeState(entity("m1", 3));
+  hydrated.mergeState(entity("u2", 4));
+  hydrated.mergeState(entity("m2", 8));
+  assert.deepEqual(ids(hydrated), ["m1", "u2", "m2"]);
+  hydrated.mergeState(entity("u2", 10));
+  assert.deepEqual(ids(hydrated), ["m1", "m2", "u2"]);
+});
