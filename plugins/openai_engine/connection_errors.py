@@ -47,7 +47,8 @@ def idle_error(url: str) -> EngineError:
     """Return the EngineError for a provider that went silent."""
     return EngineError(
         f"{url} sent nothing for longer than the idle timeout; "
-        "BROKER_PLUGIN_OPENAI_ENGINE_IDLE_TIMEOUT_S sets it (a first token can take more than 100 s)",
+        "raise BROKER_PLUGIN_OPENAI_ENGINE_IDLE_TIMEOUT_S and BROKER_ENGINE_IDLE_TIMEOUT_S, of which the smaller counts "
+        "(a first token can take more than 100 s)",
         kind="timeout",
         retryable=True,
     )

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import httpx
-import orjson
 
 from broker.errors import EngineError, shown
-from broker.runs.chat_completions import DONE, AnswerReader, EventStreamDecoder, EventTooLarge, http_error
-from broker.runs.engine import EngineEvent, EngineRequest
+from broker.runs.chat_completions import (
+    AnswerReader,
+    EventStreamDecoder,
+    EventTooLarge,
+    StreamEvent,
+    http_error,
+    json_texts,
+)
+from broker.runs.engine import Alive, EngineEvent, EngineRequest
+from broker.runs.foreign import clean_text
 
 from .connection_errors import connection_error, idle_error
-from .request import request_body
+from .request import ToolNames, request_body
+from .secrets import Secrets
 from .settings import EngineConfig
 
 _MAX_ERROR_BODY = 64 * 1024
-# Once the answer has its finish_reason only usage and [DONE] are missing: not worth an idle timeout.
-_AFTERMATH_S = 5.0
+# Once the answer has its finish_reason, usually only usage and [DONE] are missing. Not always: some servers send a
+# finish_reason early, or in every chunk, and go on after a pause. Only one that then falls silent without closing the
+# connection is waited for in vain, for this long.
+_AFTERMATH_S = 60.0
+# A sign of life is passed on so often at most while the provider sends nothing but comments.
+_ALIVE_S = 5.0
 # What a new connection costs (TCP and TLS, far away); to wait longer for an old one to end would gain
 # nothing.
 _TAIL_S = 0.25
-_SECRET_CHARS = 12
+_SPACE = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_FIELD = 6
+_FIRST_LINE = re.compile(rb"(data|event|id|retry)?\s*(:|\r|\n|\Z)")
 
 
 @functools.cache
@@ -50,9 +66,6 @@ def _client(config: EngineConfig, headers: Mapping[str, str]) -> httpx.AsyncClie
     )
 
 
-MIN_SECRET_CHARS = 8
-
-
 class OpenAIEngine:
     """Answers through a provider's /chat/completions.
 
@@ -67,10 +80,7 @@ class OpenAIEngine:
         self._config = config
         self._url = f"{config.base_url}/chat/completions"
         self._key = config.api_key.get_secret_value() if config.api_key else ""
-        # Short header values are flags and titles; to mask them would garble the texts.
-        headers = (value for value in config.extra_headers.values() if len(value) >= _SECRET_CHARS)
-        # Shorter ones ("none", "x" for local servers) are no secrets, and masking them would garble every error text.
-        self._secrets = [secret for secret in (self._key, *headers) if secret and len(secret) >= MIN_SECRET_CHARS]
+        self._secrets = Secrets(self._key, config.extra_headers)
         try:
             self._client = _client(config, self._headers())
         except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -87,17 +97,21 @@ class OpenAIEngine:
         Raises EngineError, with the fields that chat_completions/errors.py lists; what was yielded stays valid.
         Cancel the iterating task, or close the iterator, and the request is closed at once.
         """
-        body = request_body(self._config, request)
+        names = ToolNames(tool.name for tool in request.tools)
+        body = request_body(self._config, request, names)
         reader = AnswerReader(
             self._config.model,
             think_tags=self._config.think_tags,
             choices=self._config.extra_body.get("n", 1),
+            tools=names.offered,
+            hide=self._secrets.hide,
         )
         answering = False
         try:
             async with self._client.stream("POST", self._url, content=body) as response:
                 if response.status_code != 200:
-                    raise http_error(response.status_code, response.headers, await _start_of_body(response))
+                    start = await _start_of_body(response)
+                    raise http_error(response.status_code, response.headers, start, self._secrets.hide)
                 answering = True
                 async with aclosing(self._read(response, reader)) as events:
                     async for event in events:
@@ -105,50 +119,66 @@ class OpenAIEngine:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             # A connection that breaks after the last word has broken nothing.
             if not reader.complete:
+                for event in reader.cut():
+                    yield event
                 raise self._masked(connection_error(error, self._url, answering=answering)) from error
         except EngineError as error:
             raise self._masked(error) from error.__cause__
-        for event in reader.end():
-            yield event
+        try:
+            for event in reader.end():
+                yield event
+        except EngineError as error:
+            raise self._masked(error) from error.__cause__
 
     async def aclose(self) -> None:
         """Close the client and its connections."""
         await self._client.aclose()
 
     async def _read(self, response: httpx.Response, reader: AnswerReader) -> AsyncGenerator[EngineEvent, None]:
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in ("text/html", "application/xhtml+xml"):
-            start = (await _start_of_body(response))[:200].decode("utf-8", "replace")
-            raise EngineError(
-                f"{self._url} answered with a web page instead of a stream: {shown(start)}; "
-                "check OPENAI_BASE_URL (it usually ends in /v1)",
-                kind="http",
-                status=200,
-            )
+        loop = asyncio.get_running_loop()
         pieces = response.aiter_bytes()
-        if kind == "application/json":
-            for event in reader.take_chunk(await self._whole_json(pieces)):
+        said = loop.time()
+        start = bytearray()
+        while (kind := _kind_of_body(start, response)) is None:
+            piece = await self._next(pieces, reader, said)
+            if piece is None:
+                break
+            start += piece
+            self._check_size(start)
+        if kind == "html":
+            raise self._web_page(bytes(start) + await _start_of_body(pieces))
+        if kind == "json":
+            for event in reader.take_whole(await self._whole(start, pieces)):
                 yield event
-            reader.done = True
             return
         decoder = EventStreamDecoder(self._config.max_event_bytes)
-        while (piece := await self._next(pieces, reader)) is not None:
+        piece = bytes(start)
+        while piece is not None:
             try:
                 for sent in decoder.feed(piece):
                     for event in reader.take_event(sent):
+                        said = loop.time()
                         yield event
             except EventTooLarge as error:
                 raise EngineError(f"{self._url}: {error}", kind="stream", limit_bytes=error.limit_bytes) from error
             if reader.done:
                 await _read_to_end(pieces)
                 return
-        # A few servers end with [DONE] and no blank line, which by the standard is no event.
-        if decoder.unfinished_data().strip() == DONE:
-            reader.done = True
+            if not reader.finished and loop.time() - said > _ALIVE_S:
+                said = loop.time()
+                yield Alive()
+            piece = await self._next(pieces, reader, said)
+        for event in _last_words(decoder, reader):
+            yield event
+        if not reader.complete and not reader.began and (stray := decoder.stray_text().strip()):
+            text = shown(self._secrets.hide(stray))
+            raise EngineError(f"{self._url} sent neither a stream nor JSON: {text}", kind="stream")
 
-    async def _next(self, pieces: AsyncIterator[bytes], reader: AnswerReader) -> bytes | None:
-        """Return the next bytes, None at the end of the body."""
-        wait_s = min(_AFTERMATH_S, self._config.idle_timeout_s) if reader.finished else self._config.idle_timeout_s
+    async def _next(self, pieces: AsyncIterator[bytes], reader: AnswerReader, said: float) -> bytes | None:
+        """Return the next bytes, None at the end of the body. said: when the last event came, by the loop's clock."""
+        wait_s = self._config.idle_timeout_s
+        if reader.finished:  # comments count no more
+            wait_s = max(0.0, said + min(_AFTERMATH_S, wait_s) - asyncio.get_running_loop().time())
         try:
             async with asyncio.timeout(wait_s):
                 return await anext(pieces, None)
@@ -157,23 +187,29 @@ class OpenAIEngine:
                 return None
             raise idle_error(self._url) from None
 
-    async def _whole_json(self, pieces: AsyncIterator[bytes]) -> Any:
-        """Return the decoded body of a provider that does not stream, or reports an error with status 200."""
-        body = bytearray()
+    async def _whole(self, start: bytearray, pieces: AsyncIterator[bytes]) -> str:
+        """Return the body of a provider that does not stream, or reports an error with status 200."""
+        body = bytearray(start)
         async for piece in pieces:
             body += piece
-            if len(body) > self._config.max_event_bytes:
-                raise EngineError(
-                    f"{self._url}: the answer is larger than {self._config.max_event_bytes} bytes",
-                    kind="stream",
-                )
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            start = bytes(body[:200]).decode("utf-8", "replace")
+            self._check_size(body)
+        return body.removeprefix(_BOM).decode("utf-8", "replace")
+
+    def _check_size(self, body: bytearray) -> None:
+        if len(body) > self._config.max_event_bytes:
             raise EngineError(
-                f"{self._url} sent application/json that is not JSON ({error}): {shown(start)}", kind="stream"
-            ) from error
+                f"{self._url}: the answer is larger than {self._config.max_event_bytes} bytes",
+                kind="stream",
+            )
+
+    def _web_page(self, page: bytes) -> EngineError:
+        start = self._secrets.hide(page[:_MAX_ERROR_BODY].decode("utf-8", "replace"))[:200]
+        return EngineError(
+            f"{self._url} answered with a web page instead of a stream: {shown(start)}; "
+            "check OPENAI_BASE_URL (it usually ends in /v1)",
+            kind="http",
+            status=200,
+        )
 
     def _headers(self) -> dict[str, str]:
         headers = {
@@ -188,20 +224,54 @@ class OpenAIEngine:
         return {**headers, **{name.lower(): value for name, value in self._config.extra_headers.items()}}
 
     def _masked(self, error: EngineError) -> EngineError:
-        """Return `error` without the key: providers quote it, and error texts are shown to clients."""
-        text = f"{error.message}{error.fields}"
-        if not any(secret in text for secret in self._secrets):
-            return error
+        """Return `error` without secrets, and in text that can be written."""
         fields = {name: self._mask(value) for name, value in error.fields.items() if name not in ("kind", "status")}
         return EngineError(
             self._mask(error.message), kind=error.kind, status=error.status, retryable=error.retryable, **fields
         )
 
     def _mask(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, "***")
-        return value
+        return clean_text(self._secrets.hide(value)) if isinstance(value, str) else value
+
+
+def _kind_of_body(start: bytes | bytearray, response: httpx.Response) -> str | None:
+    """Tell what a body is from its first bytes, since content types are wrong often: `json`, `html` or `stream`.
+
+    None: more bytes are needed.
+    """
+    head = bytes(start).removeprefix(_BOM).lstrip(_SPACE)
+    if not head:
+        return None
+    if head[:1] in (b"{", b"["):
+        return "json"
+    if head[:1] == b"<":
+        return "html"
+    declared = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared in ("text/html", "application/xhtml+xml"):
+        return "html"
+    if declared in ("", "text/event-stream", "application/octet-stream"):
+        return "stream"
+    if len(head) < _LONGEST_FIELD and b"\n" not in head and b":" not in head:
+        return None
+    return "stream" if _FIRST_LINE.match(head) else "json"
+
+
+def _last_words(decoder: EventStreamDecoder, reader: AnswerReader) -> Iterator[EngineEvent]:
+    """Yield what the end of a stream adds that by the standard is no event.
+
+    A few servers leave out the last blank line, and send errors as plain JSON into a stream.
+    """
+    for text in (decoder.unfinished_data(), "" if reader.complete else decoder.stray_text()):
+        if _is_complete(text):
+            yield from reader.take_event(StreamEvent("message", text, ""))
+
+
+def _is_complete(text: str) -> bool:
+    """Tell whether `text` is a whole JSON object (or list, or `[DONE]`)."""
+    try:
+        return text.lstrip().startswith(("{", "[")) and bool(list(json_texts(text)))
+    except ValueError:
+        return False
 
 
 async def _read_to_end(pieces: AsyncIterator[bytes]) -> None:
@@ -218,14 +288,15 @@ async def _read_to_end(pieces: AsyncIterator[bytes]) -> None:
         pass
 
 
-async def _start_of_body(response: httpx.Response) -> bytes:
+async def _start_of_body(body: httpx.Response | AsyncIterator[bytes]) -> bytes:
     """Return the first 64 KiB of a body, or what came of it: a broken error page must not hide the error."""
-    body = bytearray()
+    start = bytearray()
+    pieces = body.aiter_bytes() if isinstance(body, httpx.Response) else body
     try:
-        async for piece in response.aiter_bytes():
-            body += piece
-            if len(body) >= _MAX_ERROR_BODY:
+        async for piece in pieces:
+            start += piece
+            if len(start) >= _MAX_ERROR_BODY:
                 break
     except httpx.HTTPError:
         pass
-    return bytes(body[:_MAX_ERROR_BODY])
+    return bytes(start[:_MAX_ERROR_BODY])

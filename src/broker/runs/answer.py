@@ -7,12 +7,14 @@ tool calls  one tool_call entity per call
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from broker.envelope import MAX_ID_CHARS, Draft, encode_json
+from broker.exact_json import MAX_INTEGER, MIN_INTEGER
 from broker.runs.engine import (
     EngineEvent,
     Finish,
@@ -25,14 +27,36 @@ from broker.runs.engine import (
     ToolCallStart,
     Usage,
 )
+from broker.runs.foreign import (
+    MAX_NAME_CHARS,
+    MAX_REASON_CHARS,
+    TextJoiner,
+    clean_json,
+    clean_text,
+    clean_usage,
+    is_number,
+    unusable,
+)
 
-CHOICE_MARK = "-choice"
-"""Stands in the id of every message that is a further answer to the same prompt (`n` > 1)."""
+_FURTHER = re.compile(r"(.+)-choice[0-9]+\Z", re.DOTALL)
+_ENVELOPE_REST = 256
+"""Bytes for what stands beside a text in its envelope, where there is room for them."""
+_BYTES_PER_CHAR = 6
+"""Most that JSON makes of one character: `\\u0000`."""
 
 
 def new_message_id() -> str:
     """Return a fresh message id."""
     return f"msg-{secrets.token_hex(8)}"
+
+
+def main_message_id(message_id: str) -> str | None:
+    """Return the id of the answer to which this id belongs as a further one (`n` > 1), None if it has no such form.
+
+    Others may give ids of that form too: it means something only where the main answer stands beside it.
+    """
+    found = _FURTHER.match(message_id)
+    return found[1] if found else None
 
 
 @dataclass(slots=True)
@@ -45,6 +69,7 @@ class CallDraft:
     input: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
     error: str | None = None
+    joiner: TextJoiner = field(default_factory=TextJoiner)
 
     @property
     def call(self) -> ToolCall:
@@ -64,6 +89,8 @@ class Choice:
     thinking: bool = False
     finish: Finish | None = None
     opaque: list[Mapping[str, Any]] = field(default_factory=list)
+    joiner: TextJoiner = field(default_factory=TextJoiner)
+    thought_joiner: TextJoiner = field(default_factory=TextJoiner)
 
     @property
     def thinking_id(self) -> str:
@@ -76,11 +103,13 @@ class StepAnswer:
 
     taken: ids of entities that exist in the conversation already. Some providers number their calls from 0 in each
     answer, and a replayed recording repeats its ids: such a call gets an id of ours.
+
+    Whatever an engine says leaves here as something that an envelope can carry: see `foreign.py`.
     """
 
     def __init__(self, run_id: str, model: str | None, taken: set[str], max_text_bytes: int = 1_000_000) -> None:
         self._run_id = run_id
-        self._max_bytes = max_text_bytes
+        self._max_bytes = max(max_text_bytes - _ENVELOPE_REST, max_text_bytes // 2)
         self._model = model
         self._taken = taken
         self._message_id = new_message_id()
@@ -118,17 +147,18 @@ class StepAnswer:
             case ToolCallStart():
                 return self._call_start(event)
             case ToolCallDelta(key, arguments):
-                return self._patch(self._call(key), {"inputTextDelta": arguments}) if arguments else []
-            case ToolCallEnd(key, call_input, error):
                 call = self._call(key)
-                call.input, call.error, call.complete = dict(call_input), error, True
-                return self._patch(call, {"input": call.input})
+                pieces = self._pieces(call.joiner.feed(arguments))
+                return [draft for piece in pieces for draft in self._patch(call, {"inputTextDelta": piece})]
+            case ToolCallEnd():
+                return self._call_end(event)
             case Usage(usage):
-                self.usage = dict(usage)
-            case Finish():
-                self._choice(event.choice).finish = event
+                self.usage = clean_usage(usage, self._max_bytes // 32)
+            case Finish(reason, index):
+                clean = None if reason is None else clean_text(str(reason))[:MAX_REASON_CHARS]
+                self._choice(index).finish = Finish(clean, index)
             case Opaque(data, index):
-                self._choice(index).opaque.append(data)
+                self._choice(index).opaque.append(clean_json(data))
         return []
 
     def close(self) -> list[Draft]:
@@ -139,6 +169,7 @@ class StepAnswer:
         """
         drafts: list[Draft] = []
         for choice in self.choices.values():
+            drafts += self._text(choice, choice.joiner.flush(), last=True)
             drafts += self._begin(choice)
             drafts.append(self._final(choice))
         for call in self.calls.values():
@@ -159,15 +190,17 @@ class StepAnswer:
         """Return the text of a choice so far."""
         return "".join(choice.text)
 
-    def _text(self, choice: Choice, text: str) -> list[Draft]:
+    def _text(self, choice: Choice, text: str, *, last: bool = False) -> list[Draft]:
+        text = text if last else choice.joiner.feed(text)
         if not text:
             return []
         choice.text.append(text)
         drafts = self._begin(choice)
-        drafts.append(self._draft("llm.delta", choice.message_id, {"delta": text}))
+        drafts += [self._draft("llm.delta", choice.message_id, {"delta": piece}) for piece in self._pieces(text)]
         return drafts
 
     def _reasoning(self, choice: Choice, text: str) -> list[Draft]:
+        text = choice.thought_joiner.feed(text)
         if not text:
             return []
         drafts = []
@@ -175,16 +208,33 @@ class StepAnswer:
             choice.thinking = True
             choice.thoughts.append([])
             drafts.append(self._start("llm.thinking.start", choice.thinking_id))
+        return drafts + self._thought(choice, text)
+
+    def _thought(self, choice: Choice, text: str) -> list[Draft]:
         choice.thoughts[-1].append(text)
-        drafts.append(self._draft("llm.thinking.delta", choice.thinking_id, {"delta": text}))
-        return drafts
+        return [self._draft("llm.thinking.delta", choice.thinking_id, {"delta": piece}) for piece in self._pieces(text)]
+
+    def _pieces(self, text: str) -> list[str]:
+        """Return `text` in pieces of which each fits into an envelope: all of it, but for a server that sends megabytes."""
+        size = max(1, self._max_bytes // _BYTES_PER_CHAR)
+        return [text[start : start + size] for start in range(0, len(text), size)]
 
     def _call_start(self, event: ToolCallStart) -> list[Draft]:
         choice = self._choice(event.choice)
-        call = self.calls[event.key] = CallDraft(self._call_id(event.call_id), event.name, event.choice)
+        name = clean_text(event.name)[:MAX_NAME_CHARS]
+        call = self.calls[event.key] = CallDraft(self._call_id(event.call_id), name, event.choice)
         drafts = self._begin(choice)
-        drafts.append(self._draft("tool.start", call.id, {"id": call.id, "name": call.name, "input": {}}))
+        drafts.append(self._draft("tool.start", call.id, {"id": call.id, "name": name, "input": {}}))
         return drafts
+
+    def _call_end(self, event: ToolCallEnd) -> list[Draft]:
+        call = self._call(event.key)
+        call.input, call.error, call.complete = dict(event.input), event.error, True
+        if call.error is None and (why := unusable(call.input, self._max_bytes)) is not None:
+            call.error = f"the input of {call.name} {why}"
+        if call.error is not None:
+            call.input, call.error = {}, clean_text(call.error)
+        return self._patch(call, {"input": call.input})
 
     def _begin(self, choice: Choice) -> list[Draft]:
         """Return the start of the choice's message if it has not started; the thinking before it is over then."""
@@ -198,7 +248,12 @@ class StepAnswer:
         if not choice.thinking:
             return []
         choice.thinking = False
-        return [self._draft("llm.thinking.final", choice.thinking_id, self._whole("".join(choice.thoughts[-1])))]
+        rest = choice.thought_joiner.flush()
+        drafts = self._thought(choice, rest) if rest else []
+        return [
+            *drafts,
+            self._draft("llm.thinking.final", choice.thinking_id, self._whole("".join(choice.thoughts[-1]))),
+        ]
 
     def _final(self, choice: Choice) -> Draft:
         data = self._whole(self.text_of(choice))
@@ -228,7 +283,7 @@ class StepAnswer:
 
     def _choice(self, index: int) -> Choice:
         if index not in self.choices:
-            mark = f"{CHOICE_MARK}{index}" if index else ""
+            mark = f"-choice{index}" if index else ""
             self.choices[index] = Choice(index, self._message_id + mark)
         return self.choices[index]
 
@@ -247,7 +302,10 @@ class StepAnswer:
 
 
 def add_usage(total: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the sum of two usage reports: numbers added, objects inside likewise, anything else from the newer one."""
+    """Return the sum of two usage reports: numbers added, objects inside likewise, anything else from the newer one.
+
+    A sum that 64 bit cannot hold stands at the bound.
+    """
     if total is None or more is None:
         return dict(total or more or {}) or None
     result = dict(total)
@@ -255,12 +313,9 @@ def add_usage(total: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -
         have = result.get(key)
         if isinstance(value, Mapping) and isinstance(have, Mapping):
             result[key] = add_usage(have, value)
-        elif _number(value) and _number(have):
-            result[key] = have + value
+        elif is_number(value) and is_number(have):
+            both = have + value
+            result[key] = min(max(both, MIN_INTEGER), MAX_INTEGER) if isinstance(both, int) else both
         elif value is not None or key not in result:
             result[key] = value
     return result
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

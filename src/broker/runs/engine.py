@@ -78,7 +78,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Something to hand back to the same engine in the next request of this run (encrypted reasoning, signatures).
+    """Something to hand back to the same engine in later requests (encrypted reasoning, signatures).
 
     Stored on the assistant message as `opaque`, never shown to clients.
     """
@@ -87,7 +87,12 @@ class Opaque:
     choice: int = 0
 
 
-EngineEvent = TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd | Usage | Finish | Opaque
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The provider says nothing yet but is at work: the run goes on waiting. Nothing of it is published."""
+
+
+EngineEvent = TextDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd | Usage | Finish | Opaque | Alive
 
 
 @dataclass(frozen=True, slots=True)

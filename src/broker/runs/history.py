@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from broker.runs.answer import CHOICE_MARK
+from broker.runs.answer import main_message_id
 from broker.runs.engine import ChatMessage, ToolCall
 from broker.runs.state import Run
 from broker.timeline.entity import Entity
@@ -33,8 +33,9 @@ def messages_for(
     unheard = {other.message_id for other in others if other.run_id != run.run_id and other.started_at_ms is None}
     messages = [ChatMessage("system", system_prompt)] if system_prompt else []
     pending_tools: list[ChatMessage] = []
+    runs = {entity.id: entity.props.get("runId") for entity in entities if entity.kind == "message"}
     for entity in _in_order(entities, run, others):
-        if entity.id in unheard or entity.props.get("withdrawn") or CHOICE_MARK in entity.id:
+        if entity.id in unheard or entity.props.get("withdrawn") or _is_further_choice(entity, runs):
             continue
         if entity.kind == "tool_call":
             _add_call(messages, pending_tools, entity)
@@ -70,6 +71,13 @@ def _in_order(entities: Sequence[Entity], run: Run, others: Sequence[Run]) -> li
             ordered.append(moved[entity.id])
         ordered.append(entity)
     return ordered + last
+
+
+def _is_further_choice(entity: Entity, runs: Mapping[str, Any]) -> bool:
+    """Tell whether a message is a further answer. runs: the run of each message: that of the main answer is the same."""
+    main = main_message_id(entity.id) if entity.props.get("role") == "assistant" else None
+    run_id = entity.props.get("runId")
+    return main is not None and run_id is not None and runs.get(main) == run_id
 
 
 def _message(entity: Entity, opaque: Sequence[Mapping[str, Any]]) -> ChatMessage:

@@ -19,6 +19,7 @@ from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
 from broker.runs.engine import ChatMessage, EnginePlan, EngineProfile, EngineRequest
 from broker.runs.engines import EngineLease
+from broker.runs.foreign import clean_text
 from broker.runs.history import messages_for
 from broker.runs.plan import make_plan, masked, plan_changes
 from broker.runs.run_publisher import RunPublisher
@@ -309,14 +310,17 @@ class RunTask:
             if not idle.expired():
                 raise EngineError(f"engine {self._lease.plan.engine!r} failed: {exc!r}", retryable=True) from exc
             raise EngineError(
-                f"engine {self._lease.plan.engine!r} sent nothing for {idle_s:g} s", kind="timeout", retryable=True
+                f"engine {self._lease.plan.engine!r} sent nothing for {idle_s:g} s; "
+                "BROKER_ENGINE_IDLE_TIMEOUT_S sets how long a run waits (a first token can take more than 100 s)",
+                kind="timeout",
+                retryable=True,
             ) from exc
         except BrokerError:
             raise
         except Exception as exc:
             self._runtime.plugins.report(self._lease.plan.engine, "build_engine", exc)
             raise EngineError(
-                f"engine {self._lease.plan.engine!r} failed: {type(exc).__name__}: {str(exc)[:500]}"
+                clean_text(f"engine {self._lease.plan.engine!r} failed: {type(exc).__name__}: {str(exc)[:500]}")
             ) from exc
         finally:
             aclose = getattr(stream, "aclose", None)
@@ -339,7 +343,8 @@ class RunTask:
         if delay > limits.retry_delay_max_s:
             raise error  # the person should know now, not after minutes of silence
         data = {
-            "message": f"the engine failed before its answer began, trying again in {delay:.1f} s: {error.message[:300]}",
+            "message": f"the engine failed before its answer began, trying again in {delay:.1f} s: "
+            f"{clean_text(error.message[:300])}",
             "level": "warning",
             "fields": {"attempt": attempt, "maxAttempts": limits.max_attempts},
             "runId": self.run.run_id,

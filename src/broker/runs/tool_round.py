@@ -191,7 +191,7 @@ class ToolRound:
         else:
             async with self._at_once:
                 context = ToolContext(self._run.conv_id, self._run.run_id, call.id)
-                item.outcome = await self._runtime.tools.run(call, context)
+                item.outcome = await self._runtime.tools.run(call, context, self._runtime.limits.max_text_bytes)
         run_id = self._run.run_id
         done: dict[str, Any] = {"id": call.id, "runId": run_id}
         if item.outcome.error is not None:

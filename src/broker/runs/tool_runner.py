@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import sys
 import threading
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,17 @@ from jsonschema import Draft202012Validator
 
 from broker.errors import shown
 from broker.runs.engine import ToolCall, ToolSpec
+from broker.runs.foreign import clean_text, unusable
 from broker.runs.plan import check_schema, check_unique
 from broker.runs.ports import Plugins
 from broker.runs.tools import Tool, ToolContext, ToolResult
 
 MAX_THREADS = 64
 """Plain (not async) tools that run at once in this process. A thread cannot be stopped: one that hangs keeps its place."""
+
+
+_NOTE_BYTES = 256
+"""Room for the words that say that a result was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class ToolOutcome:
 
 def failed(error: str) -> ToolOutcome:
     """Return the outcome of a call that failed, told to clients and model in the same way."""
+    error = clean_text(error)
     return ToolOutcome({"error": error}, error)
 
 
@@ -84,7 +91,10 @@ class ToolRunner:
         if entry is None:
             known = [name for name in offered if name in self._entries]
             return f"tool {shown(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
-        error = next(iter(entry.validator.iter_errors(dict(call.input))), None)
+        try:
+            error = next(iter(entry.validator.iter_errors(dict(call.input))), None)
+        except Exception as exc:  # a schema that cannot be applied: a reference to nowhere, an endless pattern
+            return f"input of {call.name} cannot be checked: {_told(exc)}"
         if error is None:
             return None
         where = ".".join(str(part) for part in error.absolute_path)
@@ -94,8 +104,11 @@ class ToolRunner:
         """Say whether a person must approve each call of the tool."""
         return name in self._entries and self._entries[name].tool.requires_approval
 
-    async def run(self, call: ToolCall, context: ToolContext) -> ToolOutcome:
-        """Run a call that `refusal` had nothing against. Never raises but CancelledError."""
+    async def run(self, call: ToolCall, context: ToolContext, max_result_bytes: int = 1_000_000) -> ToolOutcome:
+        """Run a call that `refusal` had nothing against. Never raises but CancelledError.
+
+        max_result_bytes: longest result, as JSON, that one envelope carries; a longer one is cut.
+        """
         entry = self._entries.get(call.name)
         if entry is None:
             return failed(f"tool {shown(call.name)} was unloaded")
@@ -109,11 +122,11 @@ class ToolRunner:
             return failed(f"tool {tool.name} did not answer within its time limit of {tool.timeout_s:g} s")
         except Exception as exc:
             return self._raised(entry, exc)
-        return _limited(tool, value)
+        return _limited(tool, value, max_result_bytes)
 
     def _raised(self, entry: _Entry, exc: Exception) -> ToolOutcome:
         self._plugins.report(entry.plugin, "register_tools", exc)
-        return failed(f"tool {entry.tool.name} failed: {type(exc).__name__}: {str(exc)[:500]}")
+        return failed(f"tool {entry.tool.name} failed: {_told(exc)}")
 
     async def _call(self, entry: _Entry, tool_input: Mapping[str, Any], context: ToolContext) -> ToolResult:
         call = entry.tool.call
@@ -168,14 +181,30 @@ async def _in_thread(slots: list[asyncio.Semaphore], fn: Any) -> Any:
     return await future
 
 
-def _limited(tool: Tool, value: ToolResult) -> ToolOutcome:
-    """Return the outcome with a result that is cut, and says so, where it is longer than the tool may answer."""
+def _told(exc: Exception) -> str:
+    """Return what an exception says, however badly it is made."""
     try:
-        encoded = value.encode() if isinstance(value, str) else orjson.dumps(value)
-        orjson.dumps(value)
-    except (TypeError, ValueError) as exc:
-        return failed(f"tool {tool.name} returned {type(value).__name__}, which JSON cannot carry: {str(exc)[:200]}")
-    if len(encoded) <= tool.max_output_bytes:
-        return ToolOutcome(value)
-    kept = encoded[: tool.max_output_bytes].decode(errors="ignore")
-    return ToolOutcome(f"{kept}\n[cut: the first {tool.max_output_bytes} of {len(encoded)} bytes]")
+        text = str(exc)
+    except Exception:
+        text = "its text cannot be read"
+    return f"{type(exc).__name__}: {text[:500]}"
+
+
+def _limited(tool: Tool, value: ToolResult, max_bytes: int) -> ToolOutcome:
+    """Return the outcome with a result that is cut, and says so, where it is longer than the tool may answer.
+
+    max_bytes: what one envelope carries, as JSON, whatever the tool may answer.
+    """
+    if (why := unusable(value, sys.maxsize)) is not None:
+        return failed(f"tool {tool.name} returned {type(value).__name__}, which JSON cannot carry (it {why})")
+    written = orjson.dumps(value)
+    # Decoded again: what is published cannot be changed any more by the tool, nor differ from what is replayed.
+    encoded = value.encode() if isinstance(value, str) else written
+    limit = tool.max_output_bytes
+    if len(encoded) <= limit and len(written) <= max_bytes:
+        return ToolOutcome(orjson.loads(written))
+    kept = encoded[:limit].decode(errors="ignore")
+    if len(orjson.dumps(kept)) + _NOTE_BYTES > max_bytes:
+        limit = max(0, max_bytes - _NOTE_BYTES) // 6  # JSON makes up to six bytes of one
+        kept = encoded[:limit].decode(errors="ignore")
+    return ToolOutcome(f"{kept}\n[cut: the first {limit} of {len(encoded)} bytes]")

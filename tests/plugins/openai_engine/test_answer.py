@@ -142,7 +142,7 @@ def test_finish_reason_error_is_an_error() -> None:
     assert "finish_reason 'error'" in answer.error.message
 
 
-@pytest.mark.parametrize("data", ['{"choices": [{"ind', "nonsense " * 100, "[1, 2]", "17", '{"a": NaN}'])
+@pytest.mark.parametrize("data", ['{"choices": [{"ind', "nonsense " * 100, "[1, 2]", "17", '{"a": nay}'])
 def test_a_frame_that_is_no_json_object_is_named(data: str) -> None:
     answer = read(delta(content="a"), data)
     assert answer.error is not None

@@ -12,9 +12,10 @@
 Errors are `EngineError`: of kind `stream` where the provider reports one, `cut` where the stream ends too early.
 """
 
-from broker.runs.chat_completions.answer import DONE, AnswerReader
-from broker.runs.chat_completions.errors import error_in, http_error, retry_after, stream_error
+from broker.runs.chat_completions.answer import AnswerReader
+from broker.runs.chat_completions.errors import as_it_is, error_in, http_error, retry_after, stream_error
 from broker.runs.chat_completions.event_stream import EventStreamDecoder, EventTooLarge, StreamEvent
+from broker.runs.chat_completions.json_texts import DONE, json_texts
 
 __all__ = [
     "DONE",
@@ -22,8 +23,10 @@ __all__ = [
     "EventStreamDecoder",
     "EventTooLarge",
     "StreamEvent",
+    "as_it_is",
     "error_in",
     "http_error",
+    "json_texts",
     "retry_after",
     "stream_error",
 ]

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BOM = b"\xef\xbb\xbf"
+_FIELDS = frozenset({"", "data", "event", "id", "retry"})
+_MAX_STRAY_CHARS = 65_536
 
 
 class EventTooLarge(ValueError):
@@ -60,6 +62,8 @@ class EventStreamDecoder:
         self._data: list[str] = []
         self._data_bytes = 0
         self._id = ""
+        self._strays: list[str] = []
+        self._stray_chars = 0
 
     def feed(self, piece: bytes) -> Iterator[StreamEvent]:
         """Yield the events that `piece` completes; run it to its end before feeding the next piece.
@@ -82,6 +86,14 @@ class EventStreamDecoder:
                 yield event
         self._keep(piece[start:])
         self._skip_lf = piece.endswith(b"\r")
+
+    def stray_text(self) -> str:
+        """Return the start of what came and belongs to no field of an event: 64 Ki characters at most.
+
+        By the standard it counts for nothing. Servers send what went wrong like this, as JSON or plain text.
+        """
+        rest = self._text(b"".join(self._partial))
+        return "\n".join(self._strays if _is_field(rest) else [*self._strays, rest])[:_MAX_STRAY_CHARS]
 
     def unfinished_data(self) -> str:
         """Return the data of the event that no blank line has ended.
@@ -122,9 +134,16 @@ class EventStreamDecoder:
             self._id = value
         elif name == "retry" and value.isascii() and value.isdigit():
             self.retry_ms = int(value[:15])
+        elif not _is_field(line) and self._stray_chars < _MAX_STRAY_CHARS:
+            self._strays.append(line)
+            self._stray_chars += len(line)
         return None
 
     def _dispatch(self) -> StreamEvent | None:
         event = StreamEvent(self._event or "message", "\n".join(self._data), self._id) if self._data else None
         self._event, self._data, self._data_bytes = "", [], 0
         return event
+
+
+def _is_field(line: str) -> bool:
+    return line.partition(":")[0] in _FIELDS
