@@ -22,5 +22,5 @@ def test_modules_in_node() -> None:
         pytest.skip(reason)
     files = sorted(str(path) for path in UNIT.glob("*.test.mjs"))
     assert files, f"no tests in {UNIT}"
-    done = subprocess.run([node, "--test", *files], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([node, "--test", *files], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

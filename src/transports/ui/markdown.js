@@ -3,33 +3,37 @@
 
 import { h } from "./dom.js";
 import { inlineNodes } from "./inline.js";
-import { isRow, TableBlock } from "./table.js";
+import { beginsRow, isRow, makesTable, MAX_ROW_CHARS, maybeDelimiter, TableBlock } from "./table.js";
 
 // The part of a paragraph that is drawn again with each piece is at most this long; emphasis does not reach across.
 const TAIL_CHARS = 1000;
-// A line beginning that could still become several things is held back, but not for ever.
+// A line beginning that could still become several things is held back, but not for ever. What is decided by a whole line
+// (a fence, a rule) is longer than this in no case, so that it does not matter in which pieces the line arrives.
 const HELD_CHARS = 80;
-// A row of a table is drawn when it is complete.
-const HELD_ROW_CHARS = 2000;
 
-const UNDECIDED = /^\s*(?:#{1,6}|[-*+_\s]*|\d{1,9}[.)]?|`{1,2}|~{1,2}|[`~]{3}.*|>)\s*$/;
+// Of a trimmed line that is not complete.
+const UNDECIDED = /^(?:#{1,6}|[-*+_\s]*|\d{1,9}[.)]?|`{1,2}|~{1,2}|[`~]{3}.*|>)$/;
 const FENCE = /^(\s*)(`{3,}|~{3,})([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const QUOTE = /^ {0,3}>\s?(.*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s+/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+/;
+const QUOTE = /^ {0,3}>\s?/;
 const MAX_LIST_DEPTH = 6;
+// Formulas that stand by themselves may have several lines, in which a - or # is what it is.
+const FORMULA_MARKS = [["\\[", "\\]"], ["$$", "$$"]];
 
 /** Draws Markdown into an element as its text arrives. */
 export class MarkdownStream {
   #root;
   #held = ""; // the beginning of a line that cannot be judged yet
+  #heldRow = false;
   #midLine = false;
   #blank = true; // the line before was empty: what follows is a new paragraph
   #inline = null; // the block that text is being added to
   #fence = null;
+  #head = null; // a row that becomes the head of a table, if the line after it is one of dashes
   #table = null;
-  #lists = []; // open lists, outermost first: {element, item, indent, ordered}
+  #lists = []; // open lists, outermost first: {element, item, indent, ordered, start, number}
 
   /** root: an empty element that this object fills from now on. */
   constructor(root) {
@@ -38,21 +42,29 @@ export class MarkdownStream {
 
   /** Add the next piece of the text. */
   append(piece) {
+    if (this.#heldRow && this.#held.length + piece.length <= MAX_ROW_CHARS && !piece.includes("\n")) {
+      this.#held += piece; // a row is looked at when it is complete
+      return;
+    }
     const text = this.#held + piece;
     this.#held = "";
+    this.#heldRow = false;
     let at = 0;
     while (at < text.length) {
       const newline = text.indexOf("\n", at);
       const complete = newline >= 0;
-      const segment = text.slice(at, complete ? newline : text.length).replace(/\r$/, "");
+      const segment = withoutReturn(text.slice(at, complete ? newline : text.length));
       const fence = this.#fence;
       if (this.#midLine) this.#continueLine(segment);
       else if (!complete && this.#undecided(segment)) {
-        this.#held = segment;
+        // More blanks than that mean nothing more, but what comes after them does.
+        this.#heldRow = this.#fence === null && beginsRow(segment);
+        this.#held = this.#fence === null && !this.#heldRow ? segment.slice(0, HELD_CHARS) : segment;
         break;
       } else this.#startLine(segment, complete);
       this.#midLine = !complete;
       if (complete && fence === this.#fence) fence?.write("\n"); // not for the lines that open and close the block
+      if (complete) this.#endLine();
       at = complete ? newline + 1 : text.length;
     }
     this.#inline?.draw(true);
@@ -63,7 +75,9 @@ export class MarkdownStream {
   end() {
     const held = this.#held;
     this.#held = "";
+    this.#heldRow = false;
     if (held !== "") this.#startLine(held, true);
+    this.#dropHead();
     this.#closeInline();
     this.#fence?.flush();
     this.#fence = null;
@@ -72,35 +86,56 @@ export class MarkdownStream {
   }
 
   #undecided(segment) {
-    const row = this.#fence === null && /^ {0,3}\|/.test(segment);
-    if (segment.length > (row ? HELD_ROW_CHARS : HELD_CHARS)) return false;
-    if (row) return true;
-    return this.#fence === null ? UNDECIDED.test(segment) : /^\s*[`~]*\s*$/.test(segment);
+    if (this.#fence !== null) return segment.length <= HELD_CHARS && /^[`~]*$/.test(segment.trim());
+    const begun = segment.trim();
+    if (this.#inline?.verbatim) return begun === "";
+    if (beginsRow(segment)) return segment.length <= MAX_ROW_CHARS;
+    if (this.#head !== null && maybeDelimiter(segment)) return true;
+    return begun.length <= HELD_CHARS && UNDECIDED.test(begun);
   }
 
   #continueLine(segment) {
     if (this.#fence !== null) this.#fence.write(segment);
-    else this.#inline?.write(segment);
+    else if (this.#inline !== null) this.#inline.write(segment);
+    else this.#startText(segment); // nothing that is written may get lost, whatever ended its block
+  }
+
+  #endLine() {
+    if (this.#fence !== null || this.#inline === null) return;
+    this.#inline.endLine();
+    if (!this.#inline.formulaEnded) return;
+    this.#closeInline();
+    this.#blank = true;
   }
 
   // complete: the line is whole; if not, it is decided what it begins, or it is too long to wait for its end.
   #startLine(line, complete) {
     if (this.#fence !== null) {
-      if (this.#fence.closedBy(line)) {
+      if (complete && this.#fence.closedBy(line)) {
         this.#fence.flush();
         this.#fence = null;
         this.#blank = true;
       } else this.#fence.write(this.#fence.unindented(line));
       return;
     }
+    if (this.#head !== null && complete && makesTable(this.#head, line)) {
+      this.#startTable(line);
+      return;
+    }
+    this.#dropHead();
     if (line.trim() === "") {
       this.#closeInline();
       this.#table = null;
       this.#blank = true;
       return;
     }
+    if (this.#inline?.verbatim) {
+      this.#inline.write(`\n${line}`);
+      return;
+    }
     if (complete && isRow(line)) {
-      this.#addRow(line);
+      if (this.#table !== null) this.#table.add(line);
+      else this.#head = line;
       return;
     }
     this.#table = null;
@@ -110,31 +145,40 @@ export class MarkdownStream {
 
   #startBlock(line, complete) {
     let found;
-    if (complete && (found = FENCE.exec(line))) {
+    const short = complete && line.length <= HELD_CHARS;
+    if (short && (found = FENCE.exec(line))) {
       this.#closeInline();
       this.#fence = new CodeBlock(this.#container(found[1].length), found);
     } else if ((found = HEADING.exec(line))) {
       this.#closeLists();
       // Below the page's own headings, so that the outline of the page stays right.
       const level = Math.min(6, found[1].length + 2);
-      this.#openInline(h(`h${level}`, { dir: "auto" }), found[2]);
+      this.#openInline(h(`h${level}`, { dir: "auto" }), line.slice(found[0].length));
       this.#inline.ownLine = true;
-    } else if (complete && RULE.test(line)) {
+    } else if (short && RULE.test(line)) {
       this.#closeLists();
       this.#root.append(h("hr"));
-    } else if ((found = ITEM.exec(line))) this.#startItem(found);
-    else if ((found = QUOTE.exec(line))) this.#startQuote(found[1]);
+    } else if ((found = ITEM.exec(line))) this.#startItem(found, line.slice(found[0].length));
+    else if ((found = QUOTE.exec(line))) this.#startQuote(line.slice(found[0].length).trimStart());
     else return false;
     return true;
   }
 
-  #addRow(line) {
-    if (this.#table === null) {
-      this.#closeInline();
-      this.#table = new TableBlock(this.#container(line.length - line.trimStart().length));
-    }
-    this.#table.add(line);
+  #startTable(line) {
+    const head = this.#head;
+    this.#head = null;
+    this.#closeInline();
+    this.#table = new TableBlock(this.#container(head.length - head.trimStart().length), head, line);
     this.#blank = true; // the table is its own block: what follows it is none of its text
+  }
+
+  /** The row was only a line with pipes. */
+  #dropHead() {
+    const head = this.#head;
+    this.#head = null;
+    if (head === null) return;
+    this.#startText(head);
+    this.#blank = false;
   }
 
   #startText(line) {
@@ -148,10 +192,11 @@ export class MarkdownStream {
     this.#openInline(h("p", { dir: "auto" }), line.trimStart(), this.#container(indent));
   }
 
-  #startItem([, space, marker, content]) {
+  #startItem([, space, marker], content) {
     this.#closeInline();
     const indent = space.replace(/\t/g, "    ").length;
-    const ordered = /\d/.test(marker);
+    const number = Number.parseInt(marker, 10);
+    const ordered = !Number.isNaN(number);
     while (this.#lists.length > 0 && indent < this.#lists.at(-1).indent) this.#lists.pop();
     let list = this.#lists.at(-1);
     if (list !== undefined && indent >= list.indent + 2 && this.#lists.length < MAX_LIST_DEPTH) list = undefined;
@@ -161,14 +206,17 @@ export class MarkdownStream {
     }
     if (list === undefined) {
       const parent = this.#lists.at(-1)?.item ?? this.#root;
-      const start = ordered && Number.parseInt(marker, 10) !== 1 ? Number.parseInt(marker, 10) : null;
-      const element = h(ordered ? "ol" : "ul", { start });
+      const element = h(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : null });
       parent.append(element);
-      list = { element, item: null, indent, ordered };
+      list = { element, item: null, indent, ordered, start: number, number: number - 1 };
       this.#lists.push(list);
     }
+    // Who writes 1. 1. 1. leaves the counting to us; any other number is meant, a year for example.
+    list.number += 1;
+    const meant = ordered && number !== list.start && number !== list.number;
+    if (meant) list.number = number;
     // The direction is the item's, for its bullet too: a paragraph with one of its own would not count for it.
-    list.item = h("li", { dir: "auto" });
+    list.item = h("li", { dir: "auto", value: meant ? number : null });
     list.element.append(list.item);
     this.#openInline(h("p"), content, list.item);
   }
@@ -220,22 +268,65 @@ class InlineBlock {
   #element;
   #tail = "";
   #lastSettled = null; // the child nodes up to this one are final
+  #formulaEnd = null; // what ends the formula that this block is, if it is one of several lines
+  #last = ""; // the last character of a formula: its end may come in two pieces
+  formulaEnded = false;
 
   constructor(element) {
     this.#element = element;
   }
 
-  write(text) {
-    this.#tail += text;
-    const line = this.#tail.lastIndexOf("\n") + 1;
-    if (line > 0 && isBalanced(this.#tail.slice(0, line))) this.#settle(line);
-    while (this.#tail.length > TAIL_CHARS) this.#settle(cutAt(this.#tail, TAIL_CHARS));
+  /** Inside of a formula of several lines: what comes is no Markdown until its end or a blank line. */
+  get verbatim() {
+    return this.#formulaEnd !== null;
   }
 
-  #settle(count) {
-    this.#replaceTail(inlineNodes(this.#tail.slice(0, count)));
+  /** A line is complete: see whether this block is a formula, and whether that goes on. */
+  endLine() {
+    if (this.verbatim || this.ownLine || this.quote || this.#lastSettled !== null) return;
+    const [begin, end] = FORMULA_MARKS.find(([mark]) => this.#tail.startsWith(mark)) ?? [];
+    if (begin === undefined || this.#tail.includes("\n") || this.#tail.includes(end, begin.length)) return;
+    const first = this.#tail;
+    this.#tail = "";
+    this.#replaceTail("");
+    this.#formulaEnd = end;
+    this.#appendVerbatim(begin); // of $$ the end looks the same: it is looked for behind the beginning
+    this.#writeVerbatim(first.slice(begin.length));
+  }
+
+  #writeVerbatim(text) {
+    if ((this.#last + text).includes(this.#formulaEnd)) this.formulaEnded = true;
+    this.#last = text.slice(-1);
+    this.#appendVerbatim(text);
+  }
+
+  #appendVerbatim(text) {
+    text.split("\n").forEach((line, index) => {
+      if (index > 0) this.#element.append(h("br"));
+      if (line !== "") this.#element.append(line);
+    });
     this.#lastSettled = this.#element.lastChild;
-    this.#tail = this.#tail.slice(count);
+  }
+
+  write(text) {
+    if (this.verbatim) {
+      this.#writeVerbatim(text);
+      return;
+    }
+    this.#tail += text;
+    const line = this.#tail.lastIndexOf("\n") + 1;
+    let settled = line > 0 && isBalanced(this.#tail.slice(0, line)) ? this.#settle(this.#tail.slice(0, line)) : 0;
+    while (this.#tail.length - settled > TAIL_CHARS) {
+      settled += this.#settle(upToCut(this.#tail.slice(settled, settled + TAIL_CHARS)));
+    }
+    if (settled > 0) this.#tail = this.#tail.slice(settled);
+  }
+
+  /** Draw the beginning of the tail for good; return its length. */
+  #settle(text) {
+    this.#replaceTail(inlineNodes(text));
+    this.#lastSettled = this.#element.lastChild;
+    return text.length;
   }
 
   draw(open) {
@@ -250,15 +341,19 @@ class InlineBlock {
 
 /** Nothing that began in this text can end after it. Errs towards no, which only means to draw it again. */
 function isBalanced(text) {
-  return ["*", "_", "`"].every((mark) => text.split(mark).length % 2 === 1) && !text.includes("[");
+  return ["*", "_", "`", "$"].every((mark) => text.split(mark).length % 2 === 1) && !/\[|\\\(/.test(text);
 }
 
-/** Where to cut a text of more than `limit` characters: after a blank if there is one, never inside a character. */
-function cutAt(text, limit) {
-  const blank = text.lastIndexOf(" ", limit - 1);
-  if (blank > limit / 2) return blank + 1;
-  const code = text.charCodeAt(limit - 1);
-  return code >= 0xd800 && code <= 0xdbff ? limit - 1 : limit;
+function withoutReturn(line) {
+  return line.endsWith("\r") ? line.slice(0, -1) : line;
+}
+
+/** The part of a text to settle where it has to be cut: up to a blank if there is one, never to inside a character. */
+function upToCut(text) {
+  const blank = text.lastIndexOf(" ");
+  if (blank > text.length / 2) return text.slice(0, blank + 1);
+  const code = text.charCodeAt(text.length - 1);
+  return code >= 0xd800 && code <= 0xdbff ? text.slice(0, -1) : text;
 }
 
 /** A fenced block. Text is only ever added, in one node per drawing: joining them would copy the whole block each time. */
@@ -271,14 +366,14 @@ class CodeBlock {
   constructor(parent, [, indent, mark, info]) {
     this.#indent = indent.length;
     this.#mark = mark;
-    const language = info.trim().split(/\s+/)[0].slice(0, 40);
     this.#code = h("code", { dir: "ltr" });
     const copy = h("button", { type: "button", class: "quiet copy", text: "Copy", on: { click: () => this.#copy(copy) } });
-    const bar = h("div", { class: "code-bar" }, h("span", { text: language || "text" }), navigator.clipboard ? copy : null);
+    const bar = h("div", { class: "code-bar" }, h("span", { text: info.trim() || "text" }), navigator.clipboard ? copy : null);
     parent.append(h("div", { class: "code-block" }, bar, h("pre", { tabindex: "0" }, this.#code)));
   }
 
   closedBy(line) {
+    if (line.length > HELD_CHARS || line.length - line.trimStart().length > this.#indent + 3) return false;
     const text = line.trim();
     return text.length >= this.#mark.length && text === this.#mark[0].repeat(text.length);
   }
