@@ -41,7 +41,7 @@ class Traces:
         self._fd: int | None = None
         self._position = 0  # of the pass: everything before it is clean, but for what the WAL has
         self._starts = 0
-        self._wal_number: int | None = None
+        self._next_wal: int | None = None  # number of the WAL that comes, if nobody else begins one; None = not known
         self._own_changes = 0  # of the connection, when the WAL was last seen
 
     def load(self, connection: sqlite3.Connection) -> None:
@@ -106,10 +106,9 @@ class Traces:
     def _changed(self, connection: sqlite3.Connection) -> set[int]:
         """Return which pages were changed since the last step; where that cannot be told, begin the pass anew."""
         wal = pages_in_wal(self._path + "-wal")
-        number = wal[0] if wal is not None else self._wal_number
         if self._position:
             unseen = wal is None and connection.total_changes != self._own_changes
-            skipped = wal is not None and (self._wal_number is None or wal[0] != self._wal_number + 1)
+            skipped = wal is not None and wal[0] != self._next_wal
             if unseen or skipped:
                 self._position = 0
         if self._position == 0:
@@ -120,12 +119,15 @@ class Traces:
                     "content are overwritten: end that process and repeat the erasure",
                     path=self._path,
                 )
-        self._wal_number = number
+        if wal is not None:
+            self._next_wal = wal[0]
+        if self._next_wal is not None:
+            self._next_wal += 1  # the checkpoint that follows begins another one, whether this one was used or not
         return wal[1] if wal is not None and self._position else set()
 
     def _end_pass(self, connection: sqlite3.Connection) -> None:
         self._position = self._starts = 0
-        self._wal_number = None
+        self._next_wal = None
         connection.execute(f"PRAGMA wal_autocheckpoint={self._wal_pages}").fetchone()
 
     def committed(self, outcome: Any) -> None:

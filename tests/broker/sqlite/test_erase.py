@@ -258,3 +258,23 @@ async def test_what_is_changed_behind_an_erasure_under_way_is_looked_at_again(
     assert b"OLD COPY" in stores.path.with_name(stores.path.name + "-wal").read_bytes()
     await stores.database.erase_traces()
     assert b"OLD COPY" not in stores.path.read_bytes()
+
+
+@pytest.mark.parametrize("stores", [11], indirect=True)
+async def test_an_erasure_beside_a_write_now_and_then_goes_through_the_file_once(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emptying a WAL that nobody used counts it too: that is no foreign checkpoint."""
+    monkeypatch.setattr("broker.sqlite.traces.STEP_BYTES", 65_536)
+    for _ in range(8):
+        await asyncio.gather(*map(stores.append, range(20)))
+    await stores.database.write(stores.database.note_erasure)
+    steps, ended = 0, False
+    while not ended:
+        ended = await stores.database.submit(Job(stores.database._traces))
+        steps += 1
+        if steps % 3 == 0:
+            await stores.append(4)
+    assert steps > 20
+    # One more for what was appended meanwhile.
+    assert (steps - 2) * 65_536 <= stores.path.stat().st_size
