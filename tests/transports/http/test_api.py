@@ -130,7 +130,7 @@ async def test_a_prompt_starts_a_run_and_another_waits(client: httpx.AsyncClient
             ended += [f["event"]["type"] for f in page["frames"] if f["event"]["type"] == "run.finished"]
             position = page["headSeq"]
     entities = (await client.get("/api/timeline?conv_id=c1")).json()["entities"]
-    assert [e["props"]["text"] for e in entities if e["kind"] == "message"] == ["one", "two", "one", "two"]
+    assert [e["props"]["text"] for e in entities if e["kind"] == "message"] == ["one", "one", "two", "two"]
 
 
 async def test_a_prompt_without_conversation_begins_one(client: httpx.AsyncClient) -> None:

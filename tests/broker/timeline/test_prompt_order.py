@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.broker.test_library import assert_fold_law, content, db, exported
+from tests.broker.library.test_library import assert_fold_law, content, db, exported
 from tests.support.core import CALLER, Core, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, text
 
