@@ -221,8 +221,8 @@ async def test_a_subscription_that_hangs_is_given_up(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is stopped says nothing, not even to pings: when it goes on, its channels are listened to."""
-    monkeypatch.setattr("broker.eventlog.redis_subscription.PING_S", 0.1)
-    monkeypatch.setattr("broker.eventlog.redis_subscription.SILENCE_S", 0.3)
+    monkeypatch.setattr("broker.redis.subscription.PING_S", 0.1)
+    monkeypatch.setattr("broker.redis.subscription.SILENCE_S", 0.3)
     async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as one, Core(proxy.url) as other:
         peer, _ = await other.connect("c1")
         await until(lambda: listeners(redis_server, live_channel("c1")) == 1)
