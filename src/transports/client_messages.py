@@ -9,8 +9,7 @@ from typing import Any
 
 import orjson
 
-from broker.broker import ConversationWSBroker
-from broker.delivery.subscription import Subscription
+from broker.api import Following, Subscription
 from broker.errors import BrokerError, InvalidInput, shown
 from broker.sequence import parse_seq
 
@@ -26,10 +25,10 @@ PROFILE_KEYS = frozenset({"type", "profile", "channels", "since"})
 class ClientMessages:
     """Reads one client's messages. No state worth mentioning while the client is silent."""
 
-    __slots__ = ("_allowance", "_broker", "_close", "_early", "_last_s", "_strikes", "_tasks", "subscription")
+    __slots__ = ("_allowance", "_close", "_early", "_following", "_last_s", "_strikes", "_tasks", "subscription")
 
-    def __init__(self, broker: ConversationWSBroker, close: Callable[[int, str], None]) -> None:
-        self._broker = broker
+    def __init__(self, following: Following, close: Callable[[int, str], None]) -> None:
+        self._following = following
         self._close = close
         self._allowance = BURST_MESSAGES
         self._last_s = 0.0
@@ -55,7 +54,7 @@ class ClientMessages:
             self._refuse("rate-limited", f"more than {MESSAGES_PER_S:.0f} messages a second")
             return
         if message == "ping":
-            self._broker.ping(self.subscription, None)
+            self._following.ping(self.subscription, None)
             return
         try:
             self._dispatch(self._parse(message))
@@ -77,7 +76,7 @@ class ClientMessages:
         assert self.subscription is not None
         kind = message.get("type")
         if kind == "ws.ping":
-            self._broker.ping(self.subscription, message.get("data"))
+            self._following.ping(self.subscription, message.get("data"))
         elif kind == "ws.profile":
             self._change_view(message)
         else:
@@ -108,7 +107,7 @@ class ClientMessages:
     async def _change(self, profile: str, channels: str | None, since: int | None) -> None:
         assert self.subscription is not None
         try:
-            await self._broker.change_view(self.subscription, profile=profile, channels=channels, since=since)
+            await self._following.change_view(self.subscription, profile=profile, channels=channels, since=since)
         except BrokerError as exc:
             self._refuse(exc.code, exc.message)
 
@@ -124,6 +123,6 @@ class ClientMessages:
     def _refuse(self, code: str, message: str) -> None:
         assert self.subscription is not None
         self._strikes += 1
-        self._broker.refuse(self.subscription, code, message)
+        self._following.refuse(self.subscription, code, message)
         if self._strikes >= STRIKES_MAX:
             self._close(1008, "too many messages that were refused")

@@ -18,6 +18,7 @@ from broker.eventlog.redis_keys import live_channel
 from broker.redis.connection import RedisConnection
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_leases import POKES
+from broker.testing import parts_of
 
 pytestmark = pytest.mark.needs_redis
 
@@ -26,8 +27,8 @@ SOON_S = 1.5
 
 
 def log_of(core: Core) -> RedisEventLog:
-    assert isinstance(core.broker.log, RedisEventLog)
-    return core.broker.log
+    assert isinstance(core.parts.log, RedisEventLog)
+    return core.parts.log
 
 
 def calls(server: RedisServer, command: str) -> int:
@@ -85,7 +86,7 @@ async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_clu
         async with Core(redis_cluster_url) as other:
             place = owner(shared_cluster, POKES)
             await until(lambda: listeners(place, POKES) == 2)
-            await other.broker.stores.runs.poke("c1")
+            await parts_of(other.broker).stores.runs.poke("c1")
             await until(lambda: heard == ["c1"], timeout_s=SOON_S)
     finally:
         await runs.close()

@@ -70,10 +70,10 @@ class SocketServer:
         self._listeners: dict[str, socket.socket] = {}
 
     def _app(self) -> FastAPI:
-        app = FastAPI(openapi_url=None)
-        app.include_router(recovery_router(Api(self.broker)))
-        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(self.broker, self.pool)))
-        app.router.routes.append(Route("/sse", make_sse_endpoint(self.broker, self.pool), methods=["GET"]))
+        app, doors = FastAPI(openapi_url=None), self.broker.doors
+        app.include_router(recovery_router(Api(doors)))
+        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, self.pool)))
+        app.router.routes.append(Route("/sse", make_sse_endpoint(doors, self.pool), methods=["GET"]))
         problems.install(app)
         return app
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
+from broker.conversations.recent import RecentEvents
 from broker.eventlog.base import Committed
 from broker.timeline.projector import ConversationTimeline
 from broker.views.view import View
-
-if TYPE_CHECKING:
-    from broker.conversations.recent import RecentEvents
 
 
 class Conversation:

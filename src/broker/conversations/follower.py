@@ -1,4 +1,4 @@
-"""What a log that several processes share is told of this one: where each open conversation stands."""
+"""Tells a shared event log how far this process has got in each open conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
 
 
-class HandOver:
+class LocalFollower:
     """The Follower (eventlog/base.py) of this process."""
 
     def __init__(self, conversations: ConversationManager, on_reset: Callable[[Conversation], None]) -> None:

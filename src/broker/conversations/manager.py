@@ -69,8 +69,12 @@ class ConversationManager:
         return len(self._open)
 
     def close(self) -> None:
-        """Take note that nothing is folded any more: whoever waits for that is told."""
+        """Fold nothing any more; whoever waits for that is told."""
         self._closed = True
+        self.wake_all()
+
+    def wake_all(self) -> None:
+        """Wake all long polls."""
         for conversation in self.all():
             conversation.wake()
 
@@ -129,6 +133,14 @@ class ConversationManager:
                 raise StoreUnavailable(
                     f"conversation {conv_id} is behind its log: folded up to {conversation.position} of {head}"
                 ) from None
+
+    async def head_seq(self, conv_id: str) -> int:
+        """Return a conversation's newest seq, from memory where no other process writes. Raises StoreError."""
+        conversation = self._open.get(conv_id)
+        # Where others write too, this process may not have read it yet, and all have to say the same.
+        if conversation is not None and not conversation.busy and self._interest is None:
+            return conversation.position
+        return (await self._log.state(conv_id)).head_seq
 
     def _begin(self, conv_id: str) -> Conversation:
         timeline = ConversationTimeline(conv_id, self._handlers)

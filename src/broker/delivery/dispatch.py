@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from broker.clock import Clock
@@ -12,7 +11,7 @@ from broker.conversations.conversation import Audience, Conversation
 from broker.delivery.pool import Pool
 from broker.envelope import CONTROL, Envelope
 from broker.timeline.entity import Entity
-from broker.views.frames import Message, event_frame, state_frame, through_message, upsert_envelope
+from broker.views.frames import Message, event_frame, shown_upserts, state_frame, through_message, upsert_envelope
 from broker.views.view import View
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class Dispatcher:
                 if upserts and view.state:
                     # State before the events that made it: a connection that breaks in the middle of this write resumes
                     # after the last event it got, and must have the state up to there.
-                    messages = self._state_messages(view, upserts) + messages
+                    messages = shown_upserts(view, upserts) + messages
                 if audience.hidden >= self._through_events:
                     messages.append(self._through(audience))
                 if messages:
@@ -103,7 +102,7 @@ class Dispatcher:
         """Send entities whose upsert was held back (trailing edge)."""
         upserts = self._upserts(conversation, show)
         for audience in list(conversation.audiences.values()):
-            if audience.view.state and (messages := self._state_messages(audience.view, upserts)):
+            if audience.view.state and (messages := shown_upserts(audience.view, upserts)):
                 self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
 
     def _event_messages(
@@ -143,14 +142,6 @@ class Dispatcher:
         envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in show]
         return [(envelope, state_frame(envelope)) for envelope in envelopes]
 
-    def _state_messages(self, view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
-        messages = []
-        for envelope, frame in upserts:
-            shown = view.show_state(envelope)
-            if shown is not None:
-                messages.append(Message(frame if shown is envelope else state_frame(shown)))
-        return messages
-
     def _through(self, audience: Audience) -> Message:
         audience.hidden = 0
         audience.through_at_s = self._clock.monotonic_s()
@@ -187,20 +178,3 @@ class Dispatcher:
             return False
         conversation.audiences[view.key] = audience
         return True
-
-    def state_messages(self, conversation: Conversation, view: View, entities: Sequence[Entity]) -> list[Message]:
-        """Return the upserts of `entities` as this view shows them."""
-        if not view.state:
-            return []
-        envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in entities]
-        return self._state_messages(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
-
-    def entities_as_shown(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Entity]:
-        """Return entities as a view with filters or transforms shows them; hidden ones are left out."""
-        shown = []
-        for entity in entities:
-            seen = view.show_state(upsert_envelope(conv_id, entity))
-            if seen is not None:
-                props = seen.data.get("entity", {}).get("props", {})
-                shown.append(replace(entity, props=props))
-        return shown

@@ -22,6 +22,11 @@ class Access:
         self._plugins = plugins
         self._local = Principal("local", frozenset({"debug"}) if settings.debug_channels else frozenset())
 
+    @property
+    def asks(self) -> bool:
+        """Whether any plugin is asked who may do what."""
+        return self._plugins.has("authorize")
+
     async def authenticate(self, credentials: Credentials) -> Principal:
         """Return the caller. Raises AuthenticationFailed when no plugin knows the credentials."""
         principal: Principal | None = await self._plugins.acall_first("authenticate", credentials=credentials)

@@ -50,7 +50,8 @@ class Catalog:
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
         self.switched_on: set[str] = set()
-        for name in debug_channels_on:
+        self._on_by_setting = frozenset(debug_channels_on)
+        for name in self._on_by_setting:
             self.switch(name, on=True)
 
     def _fill(self, target: dict[str, T], builtin: Iterable[T], hook: str, name_of: Callable[[T], str]) -> None:
@@ -138,6 +139,22 @@ class Catalog:
             self.switched_on.add(name)
         else:
             self.switched_on.discard(name)
+
+    def on_by_setting(self, name: str) -> bool:
+        """Say whether a debug channel is on as long as nobody has switched it."""
+        return name in self._on_by_setting
+
+    def obey(self, switches: Mapping[str, bool]) -> list[tuple[str, bool]]:
+        """Switch every debug channel as `switches` says, or as the settings say; return those that changed, and to what."""
+        changed = []
+        for name, channel in self.channels.items():
+            if not channel.switchable:
+                continue
+            wanted = switches.get(name, self.on_by_setting(name))
+            if wanted != self.is_on(channel):
+                self.switch(name, on=wanted)
+                changed.append((name, wanted))
+        return changed
 
 
 def checked_fold(handler: TimelineHandler) -> Fold:
