@@ -93,6 +93,7 @@ class Running:
                 update=settings
             )
         )
+        self.parts = parts_of(self.broker)
         app = create_app(broker=self.broker)
         self.server: Server
         if way == "hypercorn":

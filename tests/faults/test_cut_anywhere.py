@@ -10,7 +10,7 @@ from tests.support.core import CALLER, Core, read_messages, store_setting, subsc
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
-from broker.delivery import subscriptions
+from broker.delivery import start
 from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.envelope import Draft
 from transports.pool import ConnectionPool, Message
@@ -48,7 +48,7 @@ async def core(
     interval_s = 3600
     if request.param == "settled":
         interval_s = 0
-        monkeypatch.setattr(subscriptions, "STATE_OVERLAP_S", 0.0)
+        monkeypatch.setattr(start, "STATE_OVERLAP_S", 0.0)
     settings = {"upsert_interval_s": interval_s, "timeline_flush_interval_s": 3600, "replay_page_events": 3}
     async with Core(store, **settings) as core:
         yield core

@@ -17,7 +17,7 @@ from broker.errors import Unavailable
 from broker.eventlog.base import EventLog
 from broker.phase import Phase
 from broker.security import Principal
-from broker.views.frames import entities_as_shown, event_messages, reset_message, state_messages, through_message
+from broker.views.frames import event_messages, reset_message, state_messages, through_message
 from broker.views.view import View
 
 STATE_PAGE_ENTITIES = 1000
@@ -189,14 +189,6 @@ class Reading:
                 return TimelinePage(conv_id, 0, state.epoch, [])
         if newest:
             await self._conversations.current(conv_id)
-        while True:
-            page = await self._reader.page(
-                conv_id, since_version=since_version, after_position=after_position, limit=limit
-            )
-            if not view.filters and not view.transforms:
-                return page
-            shown_entities = entities_as_shown(conv_id, view, page.entities)
-            if shown_entities or not page.more:
-                page.entities = shown_entities
-                return page
-            after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
+        return await self._reader.page_seen(
+            view, conv_id, since_version=since_version, after_position=after_position, limit=limit
+        )

@@ -164,7 +164,7 @@ class _Building:
         sources = CopySources(
             access=self.access,
             admission=self.admission,
-            reading=self.reading,
+            conversations=self.conversations,
             reader=self.reader,
             log=self.log,
             catalog=self.catalog,

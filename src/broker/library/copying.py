@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from broker.api.reading import Reading
 from broker.clock import Clock
+from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.delivery.admission import Admission
-from broker.envelope import Draft, Envelope, check_conv_id, encode_json, seal
+from broker.envelope import TIMELINE, Draft, Envelope, check_conv_id, encode_json, seal
 from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, shown
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
@@ -46,7 +46,7 @@ class CopySources:
 
     access: Access
     admission: Admission
-    reading: Reading
+    conversations: ConversationManager
     reader: TimelineReader
     log: EventLog
     catalog: Catalog
@@ -85,7 +85,8 @@ class Copier:
         What was not over is so in the copy, as partial. Raises
         NotFound for an unknown message, Conflict for one that is still being written and for a `new_id` that exists.
         """
-        entities = in_talking_order(await self._shown_entities(principal, conv_id))
+        view = await self._sources.admission.view(principal, conv_id, "default", shows=(TIMELINE,))
+        entities = in_talking_order(await self._shown_entities(view, conv_id))
         new_id = await self._new_id(principal, new_id)
         place = next((i for i, one in enumerate(entities) if one.id == message_id and one.kind == "message"), None)
         if place is None:
@@ -109,27 +110,24 @@ class Copier:
             metadata=origin.metadata if origin else {},
             forked_from=ForkedFrom(conv_id, message_id),
         )
-        timed = await self._timed(principal, conv_id, kept)
+        timed = await self._timed(view, conv_id, kept)
         made = await self._fill(entry, timed)
         await self._copy_engine_data(conv_id, new_id, {entity.id for entity in kept})
         return made
 
-    async def _shown_entities(self, principal: Principal, conv_id: str) -> list[Entity]:
+    async def _shown_entities(self, view: View, conv_id: str) -> list[Entity]:
         found: list[Entity] = []
-        after = 0
-        while True:
-            page = await self._sources.reading.timeline_page(principal, conv_id, after_position=after, newest=True)
-            found += page.entities
-            if not page.more or not page.entities:
-                break
-            after = page.entities[-1].position
+        if (await self._sources.log.state(conv_id)).exists:
+            await self._sources.conversations.current(conv_id)
+            async for page in self._sources.reader.pages_seen(view, conv_id):
+                found += page.entities
         if not found:
             raise NotFound(f"conversation {conv_id!r} does not exist, or has nothing to copy", conv_id=conv_id)
         return found
 
-    async def _timed(self, principal: Principal, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
+    async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
         own = {entity.id for entity in entities if entity.kind not in KINDS}
-        events = await self._events_of(principal, conv_id, own) if own else {}
+        events = await self._events_of(view, conv_id, own) if own else {}
         timed: list[Timed] = []
         for entity in entities:
             timed += events.get(entity.id) or _with_times(
@@ -137,9 +135,8 @@ class Copier:
             )
         return timed
 
-    async def _events_of(self, principal: Principal, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
+    async def _events_of(self, view: View, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
         """Return the retained events of entities that only their plugin knows how to make, by the first entity's id."""
-        view = await self._sources.admission.view(principal, conv_id, "default")
         found: dict[str, list[Timed]] = {}
         async for envelope in self._retained(conv_id, view):
             keys = self._keys(envelope)
@@ -166,37 +163,22 @@ class Copier:
 
         Of the past whose events retention has removed, the events are made anew from the timeline.
         """
-        view = await self._sources.admission.view(principal, conv_id, profile)
-        state = await self._sources.log.state(conv_id)
+        state = await self._sources.log.state(check_conv_id(conv_id))
+        # What retention has removed is told by the timeline: who may not see that is not let in this way.
+        shows = (TIMELINE,) if state.trimmed_seq else ()
+        view = await self._sources.admission.view(principal, conv_id, profile, shows=shows)
         entry = (await self._store.entries([conv_id])).get(conv_id)
         if not state.exists:
             raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
-        return self._lines(principal, conv_id, view, entry, profile)
+        return self._lines(conv_id, view, entry, state.trimmed_seq)
 
-    async def _lines(
-        self, principal: Principal, conv_id: str, view: View, entry: LibraryEntry | None, profile: str
-    ) -> AsyncIterator[bytes]:
+    async def _lines(self, conv_id: str, view: View, entry: LibraryEntry | None, trimmed: int) -> AsyncIterator[bytes]:
         count = 0
         yield header_line(conv_id, self._sources.clock.wall_ms())
-        trimmed = (await self._sources.log.state(conv_id)).trimmed_seq
         older: set[str] = set()
-        after = 0
-        while trimmed:
-            page = await self._sources.reading.timeline_page(
-                principal, conv_id, after_position=after, profile=profile, newest=True
-            )
-            past = [entity for entity in page.entities if entity.position <= trimmed]
-            for entity in past:
-                older.add(entity.id)
-                drafts = drafts_of(entity, close=False, max_text_bytes=self._text_bytes)
-                for draft, time_ms in _with_times(drafts, entity):
-                    shown_one = view.show(self._sealed(conv_id, draft, time_ms))
-                    if shown_one is not None:
-                        count += 1
-                        yield envelope_line(shown_one)
-            if not page.more or len(past) < len(page.entities):
-                break
-            after = page.entities[-1].position
+        async for envelope in self._trimmed(conv_id, view, trimmed, older):
+            count += 1
+            yield envelope_line(envelope)
         prompts: set[str] = set()
         async for envelope in self._retained(conv_id, view, after=trimmed):
             keys = self._keys(envelope)
@@ -209,16 +191,33 @@ class Copier:
                 found = await self._sources.reader.get(conv_id, keys[1:])
                 for entity in found.values():
                     prompts.add(entity.id)
-                    for draft, time_ms in _with_times(
-                        drafts_of(entity, close=False, max_text_bytes=self._text_bytes), entity
-                    ):
-                        shown_one = view.show(self._sealed(conv_id, draft, time_ms))
-                        if shown_one is not None:
-                            count += 1
-                            yield envelope_line(shown_one)
+                    for shown_one in self._made_anew(conv_id, view, entity):
+                        count += 1
+                        yield envelope_line(shown_one)
             count += 1
             yield envelope_line(envelope)
         yield end_line(entry, count)
+
+    async def _trimmed(self, conv_id: str, view: View, trimmed: int, older: set[str]) -> AsyncIterator[Envelope]:
+        """Yield what retention has removed, made anew from the timeline; `older` gets the entities that it is made of."""
+        if not trimmed:
+            return
+        await self._sources.conversations.current(conv_id)
+        async for page in self._sources.reader.pages_seen(view, conv_id):
+            past = [entity for entity in page.entities if entity.position <= trimmed]
+            for entity in past:
+                older.add(entity.id)
+                for shown_one in self._made_anew(conv_id, view, entity):
+                    yield shown_one
+            if len(past) < len(page.entities):
+                return
+
+    def _made_anew(self, conv_id: str, view: View, entity: Entity) -> Iterator[Envelope]:
+        drafts = drafts_of(entity, close=False, max_text_bytes=self._text_bytes)
+        for draft, time_ms in _with_times(drafts, entity):
+            shown_one = view.show(self._sealed(conv_id, draft, time_ms))
+            if shown_one is not None:
+                yield shown_one
 
     async def _retained(self, conv_id: str, view: View, *, after: int = 0) -> AsyncIterator[Envelope]:
         """Yield the retained envelopes after `after` as `view` shows them, up to the head of this moment."""
