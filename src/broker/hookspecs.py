@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from broker.channels import Channel, EventType
     from broker.envelope import Draft, Envelope
     from broker.eventlog.base import EventLog
-    from broker.interfaces import Broker, OpenConnection, OpenConversation
+    from broker.interfaces import Broker, Connections, OpenConnection, OpenConversation
     from broker.profiles import Profile
     from broker.publisher import Publisher
     from broker.runs.engine import Engine, EnginePlan, EngineProfile
@@ -295,7 +295,7 @@ def register_tools() -> Iterable[Tool] | None:
 
 
 @hookspec
-def register_transports(app: Any, broker: Broker) -> None:
+def register_transports(app: Any, broker: Broker, connections: Connections) -> None:
     """Add another way for bytes to get in and out, beside WebSocket, SSE and long poll.
 
     Called by: the application factory in `transports.app`.
@@ -303,19 +303,37 @@ def register_transports(app: Any, broker: Broker) -> None:
     Blocking: allowed, the server does not run yet.
     Arguments:
         app: the ASGI application (FastAPI) to mount on.
-        broker: the broker, not started yet; a transport subscribes connections and publishes through its
-            public methods.
+        broker: the broker, not started yet: `authenticate` says who is calling, `publisher` publishes.
+        connections: `admit` lets a caller in, `add` takes a function that sends bytes and returns a connection to
+            subscribe; leaving its block forgets it. A slow one is brought up to date from the log, as any other.
     Returns: nothing.
-    Raises: an error is reported under the plugin's name; the other transports serve.
+    Raises: an error is reported under the plugin's name; the other transports serve. What `admit` and `subscribe`
+        raise is a BrokerError, to be told to the caller.
     Example:
-        @hookimpl
-        def register_transports(app, broker):
-            async def heads(scope, receive, send):
-                head = await broker.head(scope["path"].rsplit("/", 1)[-1])
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": str(head.head_seq).encode()})
+        import asyncio
 
-            app.mount("/heads", heads)
+        from starlette.responses import StreamingResponse
+
+        from broker.security import Credentials
+
+        def lines(messages):
+            return [message.text + b"\\n" for message in messages]
+
+        @hookimpl
+        def register_transports(app, broker, connections):
+            @app.get("/lines/{conv_id}")
+            async def follow(conv_id: str):
+                caller = await broker.authenticate(Credentials())
+                admitted = await connections.admit(caller, conv_id, since=0)
+
+                async def body():
+                    waiting = asyncio.Queue(maxsize=1)  # the next chunk is taken when this one has been sent
+                    async with connections.add(waiting.put, framing=lines, close=lambda *_: waiting.put(None)) as one:
+                        await one.subscribe(admitted)
+                        while (chunk := await waiting.get()) is not None:
+                            yield chunk
+
+                return StreamingResponse(body(), media_type="application/x-ndjson")
     """
 
 

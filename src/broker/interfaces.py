@@ -6,8 +6,9 @@ is what `Broker` says; conversations and connections come as records of what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from broker.eventlog.base import LogState
@@ -93,5 +94,96 @@ class Broker(Protocol):
         """Send a prompt for a caller; return the id of its conversation. The run goes on by itself.
 
         Raises PermissionDenied, InvalidInput, LimitExceeded, Unavailable, StoreError; then nothing was accepted.
+        """
+        ...
+
+
+class FrameText(Protocol):
+    """One frame. text: JSON in UTF-8. position: where a client may resume after it, None: where it could before."""
+
+    @property
+    def text(self) -> bytes: ...
+    @property
+    def position(self) -> int | None: ...
+
+
+Framing = Callable[[Sequence[FrameText]], Sequence[bytes]]
+"""Puts frames on a wire: returns the chunks that `send` is given one by one. Called once for all connections that share a
+view and this function, so make it a function of the module, not one per connection."""
+
+
+class Connection(Protocol):
+    """A connection that a plugin's transport has added. Use it as `async with`: the end of the block forgets it.
+
+    connection_id: as operators see it. writable: whether it keeps up. buffered_bytes: framed, not sent yet.
+    """
+
+    @property
+    def connection_id(self) -> str: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def buffered_bytes(self) -> int: ...
+
+    async def subscribe(self, admitted: Any) -> OpenConnection:
+        """Follow what the caller was admitted to: `ws.hello`, what it missed, then live. Once per connection.
+
+        Raises StoreError, LimitExceeded, Unavailable; then nothing was sent.
+        """
+        ...
+
+    async def finished(self) -> None:
+        """Return when nothing more is sent: the broker closed it, `send` raised, or it took too long to read."""
+        ...
+
+    async def leave(self, reason: str = "gone") -> None:
+        """Forget the connection: its peer has gone. Safe to repeat; nothing of it is left behind."""
+        ...
+
+    async def __aenter__(self) -> Connection: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Connections(Protocol):
+    """How a plugin's transport gets connections into the broker (`register_transports`)."""
+
+    async def admit(
+        self,
+        principal: Principal,
+        conv_id: str,
+        *,
+        profile: str = "default",
+        channels: str | None = None,
+        since: int | None = None,
+        epoch: str | None = None,
+        hydrate: bool = False,
+        view: str | None = None,
+    ) -> Any:
+        """Let a caller in; return what `Connection.subscribe` takes. See docs/reference/protocol.md for the parameters.
+
+        Raises UnknownProfile, UnknownChannel, PermissionDenied, NotFound, InvalidConversationId, Unavailable while the
+        process starts or drains, StoreError.
+        """
+        ...
+
+    def add(
+        self,
+        send: Callable[[bytes], Awaitable[None]],
+        *,
+        framing: Framing,
+        close: Callable[[int, str], Awaitable[None]] | None = None,
+        buffer_bytes: int | None = None,
+        on_overflow: Callable[[], None] | None = None,
+        on_drained: Callable[[], None] | None = None,
+    ) -> Connection:
+        """Add a connection.
+
+        send: awaited with each chunk; it returns when the wire has taken it, which is how a slow peer is felt, and raises
+        when the peer is gone. close: awaited once, after what was framed before has been sent, with a close code of
+        docs/reference/protocol.md and a reason. buffer_bytes: what may wait to be sent before the connection counts as
+        slow and is brought up to date from the log later, None: the server's setting. on_overflow, on_drained: called when
+        that begins and ends; must not block. Raises LimitExceeded when the process has as many connections as it may.
         """
         ...

@@ -44,6 +44,7 @@ from transports.http.publish import publish_router
 from transports.http.recovery import recovery_router
 from transports.http.timeline import timeline_router
 from transports.pages import WebPages
+from transports.plugin_connections import PluginConnections
 from transports.pool import ConnectionPool
 from transports.sse import make_sse_endpoint
 from transports.websocket import make_websocket_endpoint
@@ -137,7 +138,9 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     own_routes = APIRouter(tags=["plugins"])
     made.plugins.call_collect("register_routes", router=own_routes)
     app.include_router(own_routes)
-    made.plugins.call_collect("register_transports", app=app, broker=broker.handle)
+    made.plugins.call_collect(
+        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool)
+    )
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)

@@ -22,6 +22,8 @@ from transports.app import create_api, create_broker
 class Stream:
     """The server's and the client's side of one `GET /sse` over ASGI. body: what came so far."""
 
+    path = "/sse"
+
     def __init__(self, app: Any, query: str, headers: dict[str, str], spec_version: str) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
@@ -39,8 +41,8 @@ class Stream:
             "http_version": "1.1",
             "method": "GET",
             "scheme": "http",
-            "path": "/sse",
-            "raw_path": b"/sse",
+            "path": self.path,
+            "raw_path": self.path.encode(),
             "root_path": "",
             "query_string": query.encode(),
             "headers": [(b"host", b"127.0.0.1"), *((k.encode(), v.encode()) for k, v in headers.items())],

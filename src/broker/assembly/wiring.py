@@ -12,7 +12,7 @@ from broker.conversations.conversation import Conversation
 from broker.conversations.follower import LocalFollower
 from broker.delivery.subscription import Subscription
 from broker.eventlog.base import Committed, Interest
-from broker.interfaces import OpenConnection, OpenConversation
+from broker.interfaces import OpenConversation
 
 
 def wire(parts: Parts) -> None:
@@ -77,26 +77,12 @@ class _Wiring:
 
     def connection_opened(self, subscription: Subscription) -> None:
         if self._parts.plugins.has("on_connection_opened"):
-            self._parts.plugins.call_all("on_connection_opened", connection=connection_for_plugins(subscription))
+            self._parts.plugins.call_all("on_connection_opened", connection=subscription.as_seen())
 
     def connection_closed(self, subscription: Subscription, reason: str) -> None:
         if self._parts.plugins.has("on_connection_closed"):
-            self._parts.plugins.call_all(
-                "on_connection_closed", connection=connection_for_plugins(subscription), reason=reason
-            )
+            self._parts.plugins.call_all("on_connection_closed", connection=subscription.as_seen(), reason=reason)
 
 
 def _conversation_for_plugins(conversation: Conversation) -> OpenConversation:
     return OpenConversation(conversation.conv_id, conversation.epoch, conversation.position)
-
-
-def connection_for_plugins(subscription: Subscription) -> OpenConnection:
-    """Return what plugins see of a subscription."""
-    return OpenConnection(
-        subscription.connection_id,
-        subscription.conv_id,
-        subscription.profile,
-        tuple(subscription.view.channel_names),
-        subscription.principal.subject,
-        subscription.opened_at_ms,
-    )
