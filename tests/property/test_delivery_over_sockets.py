@@ -36,7 +36,7 @@ from hypothesis.stateful import (
 from tests.property.delivery_model import CONV, DRAFTS, KINDS, PROFILES, WITHOUT_STATE, Asked, Follower, Published
 from tests.support.core import until
 from tests.support.redis_server import lasting_server, redis_executable
-from tests.support.socket_clients import EventStreamPeer, Peer, PollPeer, SocketServer, WebSocketPeer
+from tests.support.socket_clients import EventStreamPeer, LinesPeer, Peer, PollPeer, SocketServer, WebSocketPeer
 
 from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
@@ -53,7 +53,7 @@ PONG_S = 0.2
 CLOCK_STEPS_S = (0.0, 0.0, 0.001, -0.001, -3600.0, 60.0)
 POLL_LIMITS = (3, 8, 200)
 
-ways = st.sampled_from(["fast", "fast", "asgi", "sse", "poll"])
+ways = st.sampled_from(["fast", "fast", "asgi", "sse", "poll", "lines"])
 hows = st.sampled_from(["live", "everything", "hydrate"])
 meanwhile = st.lists(st.sampled_from(KINDS), max_size=4)
 padding = st.sampled_from(PADDING)
@@ -232,6 +232,9 @@ class SocketMachine(RuleBasedStateMachine):
             follower.asks(asked)
             follower.stream = follower.stream if asked.by_stream else asked
             follower.peer = EventStreamPeer(client, follower.last_event_id if asked.by_stream else None)
+        elif way == "lines":
+            follower.asks(asked)
+            follower.peer = LinesPeer(client)
         else:
             follower.asks(asked)
             follower.peer = WebSocketPeer(client, way)
