@@ -113,10 +113,14 @@ class InvalidOverrides(InvalidInput):
 
 
 class AuthenticationFailed(BrokerError):
+    """Credentials are missing, or nobody here knows them."""
+
     code = "unauthenticated"
 
 
 class PermissionDenied(BrokerError):
+    """The caller is known, and may not do this."""
+
     code = "not-permitted"
 
 
@@ -127,10 +131,14 @@ class DraftRefused(BrokerError):
 
 
 class NotFound(BrokerError):
+    """What was named does not exist, or the caller may not know that it does."""
+
     code = "not-found"
 
 
 class Conflict(BrokerError):
+    """What was asked for does not go together with what is there."""
+
     code = "conflict"
 
 
@@ -166,26 +174,38 @@ class LimitExceeded(BrokerError):
 
 
 class RunEnded(BrokerError):
+    """A run has ended, or its lease has passed to another process: what came after it is refused."""
+
     code = "run-ended"
 
 
 class Unavailable(BrokerError):
+    """This process cannot do it now (starting, shutting down, stopping): ask again, or another one."""
+
     code = "unavailable"
 
 
 class StoreError(BrokerError):
+    """A store failed, or holds what it cannot hold."""
+
     code = "store-error"
 
 
 class StoreUnavailable(StoreError):
+    """The store cannot be reached or written to right now: nothing was written, try again."""
+
     code = "store-unavailable"
 
 
 class ForeignDatabase(StoreError):
+    """The database file is not one of this project: name another file."""
+
     code = "foreign-database"
 
 
 class NewerDatabase(StoreError):
+    """The database file was written by a newer version: use that one."""
+
     code = "newer-database"
 
 
@@ -209,4 +229,6 @@ class EngineError(BrokerError):
 
 
 class PluginError(BrokerError):
+    """A plugin cannot be loaded, does not fit, or failed; the text names it and its hook."""
+
     code = "plugin-error"

@@ -40,6 +40,7 @@ from broker.plugins.access import Access
 from broker.plugins.emitters import EmitterSupervisor
 from broker.plugins.host import PluginHost
 from broker.plugins.observers import Observers
+from broker.runs.ports import ConversationPorts
 from broker.runs.service import RunService
 from broker.settings import Settings
 from broker.tasks import Tasks
@@ -137,12 +138,14 @@ class _Building:
             plugins=self.plugins,
             clock=self.clock,
             settings=self.settings,
-            publish=self.ingest.publish,
-            timeline=self.reader,
-            hold=self.conversations.hold,
-            release=self.conversations.release,
-            head=self.conversations.head_seq,
-            publish_fenced=self.ingest.publish_fenced,
+            conversations=ConversationPorts(
+                publish=self.ingest.publish,
+                timeline=self.reader,
+                hold=self.conversations.hold,
+                release=self.conversations.release,
+                head=self.conversations.head_seq,
+                publish_fenced=self.ingest.publish_fenced,
+            ),
         )
         self.erasure = Erasure(
             self.runs,

@@ -6,7 +6,7 @@ Whoever calls has authorised the caller already: nothing in here asks who may do
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from broker.clock import Clock
@@ -21,7 +21,7 @@ from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.leases import Leases, TakenOver
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles, RunRequest
-from broker.runs.ports import Hold, Plugins, Publish, PublishFenced, TimelineReader
+from broker.runs.ports import ConversationPorts, Plugins
 from broker.runs.queue import Line, Lines
 from broker.runs.recovery import recover, settle_conversation
 from broker.runs.runtime import Runtime
@@ -35,8 +35,6 @@ from broker.settings import Settings
 
 __all__ = ["ActionResult", "RunService", "SendResult"]
 
-Head = Callable[[str], Awaitable[int]]
-
 
 class RunService:
     """Accepts prompts, works on them, takes actions. One per broker."""
@@ -49,19 +47,12 @@ class RunService:
         plugins: Plugins,
         clock: Clock,
         settings: Settings,
-        publish: Publish,
-        timeline: TimelineReader,
-        hold: Hold | None = None,
-        release: Hold | None = None,
-        head: Head | None = None,
-        publish_fenced: PublishFenced | None = None,
+        conversations: ConversationPorts,
         limits: RunLimits | None = None,
     ) -> None:
-        """store, turns: opened and closed by the caller. publish: must work from `start` until `stop` returned.
+        """store, turns: opened and closed by the caller. limits: None takes them from settings.
 
-        publish_fenced: as `publish`, for runs that are leased. head: tells a conversation's newest seq for its state,
-        None: states say 0. limits: None takes them from settings. Raises PluginError for duplicate engine profiles or
-        tools.
+        Raises PluginError for duplicate engine profiles or tools.
         """
         self.store = store
         self.turns = turns
@@ -74,23 +65,24 @@ class RunService:
             plugins=plugins,
             clock=clock,
             limits=self.limits,
-            publish=publish,
-            timeline=timeline,
+            publish=conversations.publish,
+            timeline=conversations.timeline,
             profiles=EngineProfiles(plugins),
             engines=EngineCache(plugins),
             tools=ToolRunner(plugins),
         )
-        nobody: Hold = lambda _conv_id: None  # noqa: E731
-        self._lines = Lines(self._runtime, hold=hold or nobody, release=release or nobody, on_ended=self._run_ended)
+        self._lines = Lines(
+            self._runtime, hold=conversations.hold, release=conversations.release, on_ended=self._run_ended
+        )
         self._intake = Intake(self._runtime, self._lines)
         self._actions = Actions(self._runtime, self._lines, state=self.state, on_ended=self._run_ended)
         self._leases: LeaseKeeper | None = None
         if isinstance(store, Leases):
-            self._runtime.token_of, self._runtime.publish_fenced = store.token, publish_fenced
+            self._runtime.token_of, self._runtime.publish_fenced = store.token, conversations.publish_fenced
             self._leases = LeaseKeeper(self._runtime, self._lines, store, self._settle_conversation)
             self._actions.share(store, self._leases)
         self._telling: set[asyncio.Task[None]] = set()
-        self._head = head
+        self._head = conversations.head
         self._accepting = False
 
     # -- life -------------------------------------------------------------------------------------------------------
