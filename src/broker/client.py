@@ -184,6 +184,14 @@ class BrokerClient:
         headers = {"content-type": "application/json"}
         return await self._request("POST", path, content=orjson.dumps({"enabled": on}), headers=headers)
 
+    async def release_plugin(self, name: str) -> dict[str, Any]:
+        """Take a plugin's hooks out of quarantine on the node that answers. Raises BrokerError."""
+        return await self._post(f"api/debug/plugins/{quote(name, safe='')}/release", {}, None)
+
+    async def switch_plugin(self, name: str, on: bool) -> dict[str, Any]:
+        """Switch a plugin on or off on the node that answers, until that ends. Raises BrokerError."""
+        return await self._post(f"api/debug/plugins/{quote(name, safe='')}", {"enabled": on}, None)
+
     async def _post(self, path: str, body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
         headers = {"idempotency-key": key or uuid.uuid4().hex, "content-type": "application/json"}
         content = orjson.dumps(body)

@@ -133,13 +133,21 @@ class Operator:
         """
         return await self._door._overview.switch(name, on=on, by=self._subject)
 
-    def release_plugin(self, name: str) -> bool:
-        """Take a plugin's hooks out of quarantine in this process; say whether one was in it. Raises NotFound."""
-        return self._door._plugins.release(name)
+    def release_plugin(self, name: str) -> dict[str, Any]:
+        """Take a plugin's hooks out of quarantine in this process; return it as it is now, and whether one was in it.
 
-    def switch_plugin(self, name: str, *, on: bool) -> None:
-        """Switch a plugin on or off in this process. Raises NotFound."""
+        Raises NotFound.
+        """
+        released = self._door._plugins.release(name)
+        return {"released": released, "plugin": self._plugin(name)}
+
+    def switch_plugin(self, name: str, *, on: bool) -> dict[str, Any]:
+        """Switch a plugin on or off in this process; return it as it is now. Raises NotFound."""
         (self._door._plugins.enable if on else self._door._plugins.disable)(name)
+        return {"plugin": self._plugin(name)}
+
+    def _plugin(self, name: str) -> dict[str, Any]:
+        return next(one for one in self._door._plugins.describe() if one["name"] == name)
 
     def _conversation(self) -> str:
         if self._conv_id is None:

@@ -15,7 +15,7 @@ from transports.http.caller import PROBLEMS, Api
 
 
 class Switch(Body):
-    """Whether a debug channel is on."""
+    """Whether a debug channel, or a plugin, is on."""
 
     enabled: bool
 
@@ -81,6 +81,18 @@ def debug_router(api: Api) -> APIRouter:
     async def plugins(request: Request) -> Response:
         """Return the plugins with their source, hooks, errors and time spent."""
         return json_response({"plugins": (await operator(request)).plugins()})
+
+    @router.post("/plugins/{name}/release")
+    async def release_plugin(request: Request, name: str) -> Response:
+        """Take a plugin's hooks out of quarantine in the process that answers: once what was wrong has been mended."""
+        return json_response((await operator(request)).release_plugin(name))
+
+    @router.post("/plugins/{name}", openapi_extra=json_body(_SWITCH))
+    async def switch_plugin(request: Request, name: str) -> Response:
+        """Switch a plugin on or off in the process that answers, until it ends. What it registered at start stays."""
+        asking = await operator(request)
+        wanted = await api.body(request, _SWITCH)
+        return json_response(asking.switch_plugin(name, on=wanted.enabled))
 
     @router.get("/turns")
     async def turns(request: Request, conv_id: str, limit: Limit = 100) -> Response:
