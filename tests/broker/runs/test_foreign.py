@@ -61,9 +61,9 @@ def deltas(drafts: list[Draft], event_type: str) -> str:
     [
         (["a\ud83d", "\ude00b"], "a😀b"),
         (["\ud83d", "", "\ude00"], "😀"),
-        (["\ud83d\ude00"], "😀"),
+        (["x\ud83d\ude00"], "x😀"),
         (["a\ud83d", "b"], "a\ufffdb"),
-        (["a\ude00", "b"], "a\ufffdb"),
+        (["c\ude00", "b"], "c\ufffdb"),
         (["a\ud83d\ud83d", "\ude00"], "a\ufffd😀"),
         (["a\ud83d"], "a\ufffd"),
     ],
@@ -297,7 +297,6 @@ def test_integers_keep_every_digit(number: int) -> None:
     ],
 )
 def test_what_is_no_json_is_refused(spelled: str) -> None:
-    with pytest.raises(ValueError):
-        loads_exact(spelled)
-    with pytest.raises(ValueError):
-        loads_exact(spelled.encode())
+    for written in (spelled, spelled.encode()):
+        with pytest.raises(ValueError, match=r"line \d+ column \d+|nested too deeply|recursion"):
+            loads_exact(written)
