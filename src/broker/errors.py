@@ -40,6 +40,8 @@ def shown(value: object) -> str:
         text = repr(value)
     except RecursionError:  # what nests too deeply is shown in exactly the errors that say so
         text = f"<{type(value).__name__}, deeply nested>"
+    except Exception as exc:  # an integer of more than 4,300 digits, a __repr__ that fails
+        text = f"<{type(value).__name__}, not shown: {type(exc).__name__}>"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + f"… ({len(text)} characters)"
 
 

@@ -189,7 +189,7 @@ def decode_arguments(name: str, text: str) -> tuple[dict[str, Any], str | None]:
     """Return the input object that `text` spells, and an error for the model if it spells none.
 
     Absent, empty and null arguments are an empty object: that is how providers say "called without
-    arguments". Integers are exact, whatever their size.
+    arguments". Integers are exact.
     """
     if not name:
         return {}, "a tool was called without a name; call it again with the name of one of the offered tools"
