@@ -494,3 +494,23 @@ async def test_every_operation_is_described(client: httpx.AsyncClient) -> None:
             if "/healthz" not in path and "readyz" not in path:
                 assert {"400", "401", "403", "404", "409", "422", "429"} <= set(operation["responses"])
     assert "$defs" not in json.dumps(schema)
+
+
+# -- HEAD -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/openapi.json", "/", "/app.js"])
+async def test_what_proxies_and_monitors_look_at_answers_head_as_it_answers_get(tmp_path: Path, path: str) -> None:
+    app = make(tmp_path, EchoPlugin())
+    async with app.router.lifespan_context(app), connect(app) as client:
+        full, head = await client.get(path), await client.head(path)
+        assert (head.status_code, head.headers["content-type"]) == (200, full.headers["content-type"])
+        assert head.headers["content-length"] == full.headers["content-length"]
+
+
+async def test_head_says_not_ready_as_get_does(tmp_path: Path) -> None:
+    app = make(tmp_path, EchoPlugin())
+    async with connect(app) as client:  # its lifespan has not begun
+        assert (await client.get("/readyz")).status_code == (await client.head("/readyz")).status_code == 503
+        described = (await client.get("/openapi.json")).json()["paths"]["/readyz"]
+        assert set(described) == {"get"}
