@@ -99,7 +99,8 @@ while #out < 2 * limit do
   from = '(' .. members[#members]
 end
 return out
-"""
+""",
+    reads=True,
 )
 
 
