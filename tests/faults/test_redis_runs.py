@@ -13,8 +13,12 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, ca
 from tests.support.tcp_proxy import TcpProxy
 
 from broker.envelope import Draft
-from broker.errors import RunEnded
+from broker.errors import IdempotencyPending, RunEnded, StoreUnavailable
+from broker.redis.connection import RedisConnection
 from broker.runs.redis import RedisRunStore
+from broker.runs.redis_scripts import COMMIT
+from broker.runs.state import Run
+from broker.runs.store import KeyRecord
 from broker.runs.tools import Tool
 from broker.testing import parts_of
 
@@ -208,3 +212,54 @@ async def test_a_repeated_key_on_another_node_gets_the_first_answer(start: Start
     sent = [answer for answer in answers if not isinstance(answer, BaseException)]
     assert sent
     assert {answer.run_id for answer in sent} == {again.run_id}
+
+
+async def test_prompts_of_a_dead_node_whose_clock_was_fast_do_not_wait_for_that_clock(
+    start: Start, redis_url: str
+) -> None:
+    """Stored an hour ahead, and never claimed: another node takes it up after a lease, by no clock but its own steps."""
+    one = await start(EnginePlugin(ScriptedEngine(text("answered"))))
+    ahead_ms = one.broker.clock.wall_ms() + 3_600_000
+    connection = RedisConnection(redis_url)
+    dead = RedisRunStore(connection)
+    run = Run("r1", "conv", "pay 100", "m1", "scripted", {}, "r1", "s", ahead_ms, ahead_ms)
+    await dead.prepare(run, record=None, max_queued=9)
+    await connection.close()
+    await until_status(one, "r1", "finished")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_a_key_whose_prompt_failed_is_answered_once(stored: bool, redis_server: RedisServer) -> None:
+    """Redis took the run and its answer was lost for good, or the run never came there: the repetition makes no second."""
+    async with TcpProxy(redis_server.port) as proxy:
+        connection = RedisConnection(proxy.url, timeout_s=0.2, patience_s=0.4)
+        runs = RedisRunStore(connection, dangling_s=1.5)
+        key = KeyRecord("scope", "k", "hash", "c", 1)
+        await runs.prepare(Run("r0", "c", "x", "m0", "p", {}, "r0", "s", 1, 1), record=None, max_queued=9)
+        sha = COMMIT.sha.encode()
+        if stored:
+            proxy.swallow_reply_to(sha)
+            proxy.part_at([sha], after=1)  # what would repeat it does not arrive
+        else:
+            proxy.part_at([sha], after=0)
+        # Reachable again while the failed prompt is being tidied up after.
+        asyncio.get_running_loop().call_later(0.75, proxy.rejoin)
+        with pytest.raises(StoreUnavailable):
+            await runs.prepare(Run("r1", "c", "pay 100", "m1", "p", {}, "k", "s", 1, 1), record=key, max_queued=9)
+        proxy.rejoin()
+        await connection.close()
+        other = RedisConnection(redis_server.url)
+        again = RedisRunStore(other)
+        second = Run("r2", "c", "pay 100", "m2", "p", {}, "k", "s", 1, 1)
+        async with asyncio.timeout(8):
+            while True:
+                try:
+                    repeated = await again.prepare(second, record=key, max_queued=9)
+                    break
+                except IdempotencyPending:  # the node could not even say that it gave up
+                    await asyncio.sleep(0.05)
+        paid = [run.run_id for run in await again.runs("c", limit=None) if run.prompt == "pay 100"]
+        assert paid == (["r1"] if stored else ["r2"])
+        assert repeated.record is not None
+        assert repeated.record.answer["run_id"] == paid[0]
+        await other.close()

@@ -44,6 +44,9 @@ class LeaseKeeper:
         self._watches: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._awaiting: set[str] = set()
+        self._queued_since_s: dict[str, float] = {}
+        """Since when this node has seen conversations with nothing but waiting prompts, by the loop's clock: the clocks of
+        nodes may differ, so the times in the runs say nothing about how long they have waited."""
         self._left_told = asyncio.Event()
         self._at_once = asyncio.Semaphore(AT_ONCE)
         self.taken_over = 0
@@ -134,14 +137,17 @@ class LeaseKeeper:
         for run in await self._runtime.store.unsettled():
             by_conversation[run.conv_id].append(run)
         self._awaiting &= by_conversation.keys()
-        waited_since_ms = self._runtime.clock.wall_ms() - int(self._leases.lease_s * 1000)
+        now_s = asyncio.get_running_loop().time()
+        known, self._queued_since_s = self._queued_since_s, {}
         free = []
         for conv_id, runs in by_conversation.items():
             if conv_id in self._awaiting or not self._is_idle(conv_id):
                 continue
-            fresh = all(run.status == "queued" and run.updated_at_ms > waited_since_ms for run in runs)
-            if at_start or not fresh:
-                free.append(conv_id)
+            if all(run.status == "queued" for run in runs):
+                since_s = self._queued_since_s[conv_id] = known.get(conv_id, now_s)
+                if now_s - since_s < self._leases.lease_s and not at_start:
+                    continue
+            free.append(conv_id)
         await self._side_by_side(self._take_over(conv_id) for conv_id in free)
         for line in self._lines.held_idle():  # a prompt that was accepted here may have been answered elsewhere
             async with self._lines.enter(line.conv_id) as entered:
