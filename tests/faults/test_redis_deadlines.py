@@ -80,10 +80,11 @@ class Node:
         await self.nodes.open(Myself())  # type: ignore[arg-type]
         await self.log.append("c", [envelope()])
         await self.runs.prepare(run("r1"), record=record("k1"), max_queued=9)
-        await self.runs.claim("c", 2)
+        await self.runs.admit("r1", 2)
         for waiting in ("r2", "r4"):
             await self.runs.prepare(run(waiting), record=None, max_queued=9)
-        await self.runs.prepare(run("d1", "d"), record=None, max_queued=9)
+        await self.runs.prepare(replace(run("d1", "d"), announced=True), record=None, max_queued=9)
+        await self.runs.prepare(run("e1", "e"), record=None, max_queued=9)
         await self.turns.add(turn("t1"), keep=9)
         await self.timeline.save([save("e1", 1)])
         await self.library.create(LibraryEntry("c", 1, "title", "auto", {}, 1, None))
@@ -110,6 +111,7 @@ CHANGES: dict[str, Change] = {
     "prompt": lambda node: node.runs.prepare(run("r3"), record=None, max_queued=9),
     "prompt with a key": lambda node: node.runs.prepare(run("r3"), record=record("k3"), max_queued=9),
     "discard": lambda node: node.runs.discard("r2"),
+    "admit": lambda node: node.runs.admit("e1", 3),
     "claim": lambda node: node.runs.claim("d", 3),
     "end": lambda node: node.runs.update("r1", frozenset({"running"}), {"status": "finished"}, 3),
     "move": lambda node: node.runs.move_to_front("r4", 3),

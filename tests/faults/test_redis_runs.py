@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, until
+from tests.support.core import CALLER, Core, until, until_async
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 from tests.support.tcp_proxy import TcpProxy
@@ -219,13 +221,38 @@ async def test_prompts_of_a_dead_node_whose_clock_was_fast_do_not_wait_for_that_
 ) -> None:
     """Stored an hour ahead, and never claimed: another node takes it up after a lease, by no clock but its own steps."""
     one = await start(EnginePlugin(ScriptedEngine(text("answered"))))
-    ahead_ms = one.broker.clock.wall_ms() + 3_600_000
+    ahead_ms = one.parts.clock.wall_ms() + 3_600_000
     connection = RedisConnection(redis_url)
     dead = RedisRunStore(connection)
     run = Run("r1", "conv", "pay 100", "m1", "scripted", {}, "r1", "s", ahead_ms, ahead_ms)
-    await dead.prepare(run, record=None, max_queued=9)
+    await dead.prepare(replace(run, announced=True), record=None, max_queued=9)
     await connection.close()
     await until_status(one, "r1", "finished")
+
+
+@pytest.mark.parametrize("ahead_ms", [3_600_000, -3_600_000], ids=["fast", "slow"])
+async def test_a_prompt_that_was_never_accepted_waits_by_no_clock_but_the_lookers(
+    start: Start, redis_url: str, ahead_ms: int
+) -> None:
+    """By a clock an hour slow it would be dropped while it is being accepted; by a fast one it would stay for an hour."""
+    one = await start(EnginePlugin())
+    connection = RedisConnection(redis_url)
+    dead = RedisRunStore(connection)
+    when_ms = one.parts.clock.wall_ms() + ahead_ms
+    run = Run("r1", "conv", "pay 100", "m1", "scripted", {}, "r1", "s", when_ms, when_ms)
+    await dead.prepare(run, record=None, max_queued=9)
+    runs: Any = one.parts.runs
+    limits = runs._runtime.limits
+    await until(lambda: "r1" in runs._runtime.unaccepted_since_s)  # looked at after a lease, and left alone
+    assert await dead.get("r1") is not None
+    object.__setattr__(limits, "accept_within_s", 0.2)
+
+    async def dropped() -> bool:
+        return await dead.get("r1") is None
+
+    await until_async(dropped)
+    await until(lambda: not runs._runtime.unaccepted_since_s)
+    await connection.close()
 
 
 @pytest.mark.parametrize("stored", [True, False])

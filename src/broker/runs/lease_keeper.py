@@ -137,6 +137,9 @@ class LeaseKeeper:
         for run in await self._runtime.store.unsettled():
             by_conversation[run.conv_id].append(run)
         self._awaiting &= by_conversation.keys()
+        waiting = {run.run_id for runs in by_conversation.values() for run in runs if not run.announced}
+        for run_id in self._runtime.unaccepted_since_s.keys() - waiting:  # accepted, refused or erased since
+            del self._runtime.unaccepted_since_s[run_id]
         now_s = asyncio.get_running_loop().time()
         known, self._queued_since_s = self._queued_since_s, {}
         free = []

@@ -201,7 +201,7 @@ async def test_what_was_never_accepted_is_dropped_at_the_next_start(kept_in: Cal
     place = kept_in()
     await place.open()
     await place.store.prepare(a_run("r1", announced=False, engine_profile="scripted"), record=None, max_queued=9)
-    async with Bench(answering(), place=place) as bench:
+    async with Bench(answering(), place=place, limits=IMPATIENT) as bench:
         await all_settled(bench)
         assert bench.journal.envelopes == {}
         assert await bench.store.get("r1") is None
