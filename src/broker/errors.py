@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 _SHOWN = 120
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Return `value` as it may appear in an error text: repr, cut to 120 characters."""
     try:
         text = repr(value)
@@ -67,7 +67,7 @@ class InvalidConversationId(InvalidInput):
 
     def __init__(self, conv_id: object) -> None:
         super().__init__(
-            f"conversation id {shown(conv_id)} is not usable: use 1 to 128 of the characters "
+            f"conversation id {quoted(conv_id)} is not usable: use 1 to 128 of the characters "
             "A-Z a-z 0-9 . _ : @ ~ -, starting with a letter or a digit",
             conv_id=str(conv_id)[:_SHOWN],
         )
@@ -82,7 +82,7 @@ class UnknownProfile(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"profile {shown(name)} does not exist; known profiles: {', '.join(sorted(known))}",
+            f"profile {quoted(name)} does not exist; known profiles: {', '.join(sorted(known))}",
             profile=name[:_SHOWN],
             known=sorted(known),
         )
@@ -93,7 +93,7 @@ class UnknownChannel(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"channel {shown(name)} does not exist; known channels: {', '.join(sorted(known))}",
+            f"channel {quoted(name)} does not exist; known channels: {', '.join(sorted(known))}",
             channel=name[:_SHOWN],
             known=sorted(known),
         )
@@ -104,7 +104,7 @@ class UnknownEngineProfile(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"engine profile {shown(name)} does not exist; known engine profiles: {', '.join(sorted(known))}",
+            f"engine profile {quoted(name)} does not exist; known engine profiles: {', '.join(sorted(known))}",
             engine_profile=name[:_SHOWN],
             known=sorted(known),
         )
@@ -149,7 +149,7 @@ class IdempotencyMismatch(Conflict):
 
     def __init__(self, key: str) -> None:
         super().__init__(
-            f"idempotency key {shown(key)} was already used with another body; "
+            f"idempotency key {quoted(key)} was already used with another body; "
             "use a new key for a new request, or repeat the first body unchanged",
             key=key[:_SHOWN],
         )
@@ -160,7 +160,7 @@ class IdempotencyPending(Conflict):
 
     def __init__(self, key: str) -> None:
         super().__init__(
-            f"the first request with idempotency key {shown(key)} is still being decided; repeat in a moment",
+            f"the first request with idempotency key {quoted(key)} is still being decided; repeat in a moment",
             key=key[:_SHOWN],
         )
 

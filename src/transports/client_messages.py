@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from broker.api import Following, Subscription
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
 from broker.sequence import parse_seq
 
 MESSAGES_PER_S = 20.0
@@ -67,9 +67,9 @@ class ClientMessages:
         try:
             parsed = orjson.loads(message)
         except orjson.JSONDecodeError as exc:
-            raise InvalidInput(f"message {shown(message)} is not JSON: {exc}") from exc
+            raise InvalidInput(f"message {quoted(message)} is not JSON: {exc}") from exc
         if not isinstance(parsed, dict):
-            raise InvalidInput(f"message {shown(message)} is not a JSON object with a type")
+            raise InvalidInput(f"message {quoted(message)} is not a JSON object with a type")
         return parsed
 
     def _dispatch(self, message: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class ClientMessages:
         elif kind == "ws.profile":
             self._change_view(message)
         else:
-            raise InvalidInput(f"message type {shown(kind)} is not known: ws.ping and ws.profile are")
+            raise InvalidInput(f"message type {quoted(kind)} is not known: ws.ping and ws.profile are")
 
     def _change_view(self, message: dict[str, Any]) -> None:
         assert self.subscription is not None
@@ -93,11 +93,11 @@ class ClientMessages:
         if isinstance(channels, list) and all(isinstance(name, str) for name in channels):
             channels = ",".join(channels)
         if not isinstance(profile, str):
-            raise InvalidInput(f"ws.profile: profile {shown(profile)} is not a name")
+            raise InvalidInput(f"ws.profile: profile {quoted(profile)} is not a name")
         if channels is not None and not isinstance(channels, str):
-            raise InvalidInput(f"ws.profile: channels {shown(channels)} is neither a comma list nor a list of names")
+            raise InvalidInput(f"ws.profile: channels {quoted(channels)} is neither a comma list nor a list of names")
         if since is not None and not isinstance(since, str):
-            raise InvalidInput(f"ws.profile: since {shown(since)} must be a decimal string")
+            raise InvalidInput(f"ws.profile: since {quoted(since)} must be a decimal string")
         position = parse_seq(since) if since is not None else None
         task = asyncio.get_running_loop().create_task(self._change(profile, channels, position))
         self._tasks = self._tasks or set()

@@ -20,10 +20,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
+from broker.logs import configure_logging
 from broker.security import SYSTEM
 from broker.settings import Settings, misspelled_variables
-from broker.telemetry import configure_logging
 from transports import garbage_collector
 from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_protocol
 from transports.app import create_app
@@ -109,7 +109,7 @@ def check_auth(settings: Settings, plugins: list[dict[str, Any]]) -> None:
     able = [str(one["name"]) for one in plugins if "authenticate" in one.get("hooks", ())]
     if settings.auth is not None and settings.auth not in able:
         raise InvalidInput(
-            f"--auth {shown(settings.auth)}: no loaded plugin of that name has an authenticate hook; "
+            f"--auth {quoted(settings.auth)}: no loaded plugin of that name has an authenticate hook; "
             f"plugins that have one: {', '.join(able) or 'none'}"
         )
 

@@ -26,7 +26,7 @@ from broker.errors import (
     PermissionDenied,
     StoreUnavailable,
     Unavailable,
-    shown,
+    quoted,
 )
 from broker.sequence import parse_seq
 from transports.asgi_delivery import QueuedConnection, ended, in_any_case
@@ -65,13 +65,13 @@ def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
             )
         if key not in QUERY_KEYS:
             raise InvalidInput(
-                f"parameter {shown(key)} is not known; known: {', '.join(sorted(QUERY_KEYS))}", parameter=key
+                f"parameter {quoted(key)} is not known; known: {', '.join(sorted(QUERY_KEYS))}", parameter=key
             )
     if "conv_id" not in query:
         raise InvalidInput("parameter conv_id is missing: name the conversation", parameter="conv_id")
     hydrate = query.get("hydrate", "0")
     if hydrate not in ("0", "1", "true", "false"):
-        raise InvalidInput(f"hydrate={shown(hydrate)}: give 1 or 0", parameter="hydrate")
+        raise InvalidInput(f"hydrate={quoted(hydrate)}: give 1 or 0", parameter="hydrate")
     since = query.get("since")
     return SubscribeRequest(
         conv_id=check_conv_id(query["conv_id"]),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
 from broker.envelope import check_conv_id
-from broker.errors import NotFound, shown
+from broker.errors import NotFound, quoted
 from broker.plugins.access import Access
 from broker.plugins.host import PluginHost
 from broker.runs.turns import Turn, TurnStore
@@ -119,7 +119,7 @@ class Operator:
         conv_id = self._conversation()
         found = await self._door._turns.get(conv_id, turn_id)
         if found is None:
-            raise NotFound(f"conversation {conv_id!r} has no turn {shown(turn_id)}, or it is past its retention")
+            raise NotFound(f"conversation {conv_id!r} has no turn {quoted(turn_id)}, or it is past its retention")
         return found
 
     async def channels(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Reading:
             since=since,
             epoch=epoch,
             hydrate=False,
-            has_state=view.state,
+            has_state=view.shows_state,
         )
         page = MessagesPage(
             epoch=state.epoch,
@@ -141,7 +141,7 @@ class Reading:
             told = shown[-1].seq if shown else told
             cursor = max(cursor, stretch.through)
         page.more = cursor < head
-        if view.state:
+        if view.shows_state:
             upto = cursor if page.more else None
             page.frames.extend(await self._state_frames(conversation, view, start.state_after or 0, upto))
         if told < cursor:

@@ -11,7 +11,7 @@ from broker.assembly.parts import Parts
 from broker.conversations.conversation import Conversation
 from broker.conversations.follower import LocalFollower
 from broker.delivery.subscription import Subscription
-from broker.eventlog.base import Committed, Interest
+from broker.eventlog.base import Committed, SharedLog
 from broker.interfaces import OpenConversation
 
 
@@ -24,7 +24,7 @@ def wire(parts: Parts) -> None:
     parts.subscriptions.on_opened = wiring.connection_opened
     parts.subscriptions.on_closed = wiring.connection_closed
     parts.ingest.still_working = lambda: bool(parts.runs.active)
-    if isinstance(parts.log, Interest):
+    if isinstance(parts.log, SharedLog):
         parts.log.follow(LocalFollower(parts.conversations, wiring.log_was_reset))
 
 

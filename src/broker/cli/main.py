@@ -16,10 +16,10 @@ import typer
 
 from broker.cli.cluster import DEFAULT_URL, Token, Url
 from broker.cli.cluster import app as cluster_app
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
+from broker.logs import escape_controls
 from broker.sequence import parse_seq
 from broker.settings import GROUPS, Settings, describe, load_settings, variable
-from broker.telemetry import escape_controls
 
 if TYPE_CHECKING:
     from broker.client import BrokerClient
@@ -221,9 +221,9 @@ def publish(
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as exc:
-        raise InvalidInput(f"JSON {shown(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
+        raise InvalidInput(f"JSON {quoted(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
     if not isinstance(value, dict):
-        raise InvalidInput(f"JSON {shown(text)} is no object: give {_DATA_EXAMPLE}")
+        raise InvalidInput(f"JSON {quoted(text)} is no object: give {_DATA_EXAMPLE}")
 
     async def run() -> int:
         async with BrokerClient(url, token=token) as client:

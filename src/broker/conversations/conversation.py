@@ -26,7 +26,7 @@ class Conversation:
         "holds",
         "inbox",
         "last_active_s",
-        "opened",
+        "opening",
         "recent",
         "subscriptions",
         "timeline",
@@ -45,7 +45,7 @@ class Conversation:
         self.holds = 0
         self.waiters: list[asyncio.Future[None]] = []
         self.last_active_s = now_s
-        self.opened: asyncio.Future[None] | None = None
+        self.opening: asyncio.Future[None] | None = None
 
     @property
     def position(self) -> int:

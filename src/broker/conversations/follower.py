@@ -19,12 +19,12 @@ class LocalFollower:
     def position(self, conv_id: str) -> tuple[str, int] | None:
         """Return epoch and position of an open conversation: everything up to there is dispatched, or waits to be."""
         conversation = self._conversations.get(conv_id)
-        if conversation is None or conversation.opened is not None:
+        if conversation is None or conversation.opening is not None:
             return None
         waiting = [batch.envelopes[-1].seq for batch in conversation.inbox]
         return conversation.epoch, max([conversation.position, *waiting])
 
     def on_reset(self, conv_id: str) -> None:
         conversation = self._conversations.get(conv_id)
-        if conversation is not None and conversation.opened is None:
+        if conversation is not None and conversation.opening is None:
             self._on_reset(conversation)

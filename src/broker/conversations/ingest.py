@@ -94,7 +94,7 @@ class Ingest:
             check_conv_id(conv_id)
             return [0] * len(dropped)
         conversation = self._conversations.get(conv_id)
-        if conversation is None or conversation.opened is not None:
+        if conversation is None or conversation.opening is not None:
             conversation = await self._conversations.open(conv_id)
         conversation.holds += 1
         try:

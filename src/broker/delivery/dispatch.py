@@ -85,7 +85,7 @@ class Dispatcher:
                 else:
                     audience.prev = envelopes[-1].seq
                     audience.hidden = 0
-                if upserts and view.state:
+                if upserts and view.shows_state:
                     # State before the events that made it: a connection that breaks in the middle of this write resumes
                     # after the last event it got, and must have the state up to there.
                     messages = shown_upserts(view, upserts) + messages
@@ -102,7 +102,7 @@ class Dispatcher:
         """Send entities whose upsert was held back (trailing edge)."""
         upserts = self._upserts(conversation, show)
         for audience in list(conversation.audiences.values()):
-            if audience.view.state and (messages := shown_upserts(audience.view, upserts)):
+            if audience.view.shows_state and (messages := shown_upserts(audience.view, upserts)):
                 self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
 
     def _event_messages(
@@ -137,7 +137,7 @@ class Dispatcher:
         return messages
 
     def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:
-        if not show or not any(audience.view.state for audience in conversation.audiences.values()):
+        if not show or not any(audience.view.shows_state for audience in conversation.audiences.values()):
             return []
         envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in show]
         return [(envelope, state_frame(envelope)) for envelope in envelopes]

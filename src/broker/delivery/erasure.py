@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from broker.conversations.manager import ConversationManager
 from broker.delivery.subscriptions import Subscriptions
 from broker.envelope import check_conv_id
-from broker.eventlog.base import EventLog, Interest
+from broker.eventlog.base import EventLog, SharedLog
 from broker.plugins.emitters import EmitterSupervisor
 from broker.runs.service import RunService
 from broker.runs.store import RunStore
@@ -60,7 +60,7 @@ class Erasure:
             await self._run_store.erase(conv_id)
             await self._turn_store.erase(conv_id)
             await self._log.erase(conv_id)
-            if isinstance(self._log, Interest) and not (await self._log.state(conv_id)).exists:
+            if isinstance(self._log, SharedLog) and not (await self._log.state(conv_id)).exists:
                 # Again: as long as the log was there, another node may have saved what it had folded of it.
                 await self._timeline.erase(conv_id)
             if self._last is not None:

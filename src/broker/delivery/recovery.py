@@ -95,7 +95,7 @@ class Recovery:
         state_after: entities with a higher version come first, None: no state does. lag: it is behind because it is slow.
         """
         subscription.status = "behind"
-        if state_after is not None and subscription.view.state:
+        if state_after is not None and subscription.view.shows_state:
             # At once: a change of view may cancel the task before it has begun, and goes on from here.
             subscription.state_cursor = state_after
         subscription.task = asyncio.get_running_loop().create_task(
@@ -150,7 +150,7 @@ class Recovery:
         recent = self._recent.at(conversation, subscription.cursor)
         if recent is None and subscription.cursor != conversation.position:
             return None
-        if state_after is not None and view.state:
+        if state_after is not None and view.shows_state:
             entities = conversation.timeline.changed_since(state_after)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 return None
@@ -175,14 +175,14 @@ class Recovery:
         slow: merge neighbours.
         Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
         """
-        if state_first and subscription.view.state and not await self._send_state(subscription):
+        if state_first and subscription.view.shows_state and not await self._send_state(subscription):
             return
         if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
             return
         while subscription.status != "closed":
             if subscription.cursor < subscription.conversation.position:
                 # State before the events that made it, as in dispatch.
-                behind = subscription.view.state and subscription.state_cursor <= subscription.cursor
+                behind = subscription.view.shows_state and subscription.state_cursor <= subscription.cursor
                 if behind and not await self._send_state(subscription):
                     return
                 if not await self._send_page(subscription, lag):
@@ -218,7 +218,7 @@ class Recovery:
 
     async def _send_page(self, subscription: Subscription, lag: bool) -> bool:
         upto = subscription.conversation.position
-        if subscription.view.state:
+        if subscription.view.shows_state:
             upto = min(upto, subscription.state_cursor)
         recent = self._recent.at(subscription.conversation, subscription.cursor)
         if recent is not None and upto == recent.through and not lag and not subscription.history:
@@ -268,7 +268,7 @@ class Recovery:
         self.resets_late += 1
         conversation = subscription.conversation
         # The cursor moves when this is sent, not before: a change of view may end the wait for it.
-        after = conversation.position if subscription.view.state else trimmed_seq
+        after = conversation.position if subscription.view.shows_state else trimmed_seq
         subscription.end_view(subscription.cursor, after)
         reset = reset_message(
             "expired",
@@ -280,7 +280,7 @@ class Recovery:
         if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
             return False
         subscription.state_cursor = 0
-        return not subscription.view.state or await self._send_state(subscription)
+        return not subscription.view.shows_state or await self._send_state(subscription)
 
     async def _skip_ahead(self, subscription: Subscription) -> bool:
         """Policy `drop_oldest`: of what was missed keep the newest page, tell how many events were skipped."""
@@ -324,7 +324,7 @@ class Recovery:
         conversation = subscription.conversation
         view = subscription.view
         messages: list[Message] = []
-        if view.state:
+        if view.shows_state:
             entities = conversation.timeline.changed_since(subscription.state_cursor)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 await self._send_state(subscription)

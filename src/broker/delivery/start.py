@@ -98,7 +98,7 @@ class Starts:
             return Start(conversation.position, 0 if hydrate else None, None, False)
         if await self._recent.resumed(conversation, since, epoch) is not None:
             start = resumed(since, since=since, hydrate=hydrate, overlap_s=self._overlap_s)
-            if start.state_after and view.state:
+            if start.state_after and view.shows_state:
                 await self._recent.state_at_hand(conversation, start.state_after)
             return start
         return await decide_start(
@@ -109,7 +109,7 @@ class Starts:
             since=since,
             epoch=epoch,
             hydrate=hydrate,
-            has_state=view.state,
+            has_state=view.shows_state,
             overlap_s=self._overlap_s,
         )
 

@@ -64,4 +64,4 @@ class ViewChanges:
             subscription.connection_id, [changed, through_message(conversation.conv_id, subscription.cursor)]
         )
         # A view that had no state before gets all of it; one that had it keeps what it has.
-        self._recovery.begin(subscription, state_after=subscription.state_cursor if old.state else 0, lag=False)
+        self._recovery.begin(subscription, state_after=subscription.state_cursor if old.shows_state else 0, lag=False)

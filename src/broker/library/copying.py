@@ -13,7 +13,7 @@ from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.delivery.admission import Admission
 from broker.envelope import TIMELINE, Draft, Envelope, check_conv_id, encode_json, seal
-from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, shown
+from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
 from broker.library.rebuild import CUT, KINDS, drafts_of, in_talking_order
@@ -91,11 +91,11 @@ class Copier:
         place = next((i for i, one in enumerate(entities) if one.id == message_id and one.kind == "message"), None)
         if place is None:
             raise NotFound(
-                f"conversation {conv_id!r} has no message {shown(message_id)}: its timeline lists those it has",
+                f"conversation {conv_id!r} has no message {quoted(message_id)}: its timeline lists those it has",
                 message_id=message_id[:256],
             )
         if entities[place].growing or entities[place].props.get("streaming"):
-            raise Conflict(f"message {shown(message_id)} is still being written: wait for its end, or stop the run")
+            raise Conflict(f"message {quoted(message_id)} is still being written: wait for its end, or stop the run")
         unheard = {entity.id for entity in entities if entity.kind == "run" and entity.props.get("status") == "queued"}
         kept = [
             entity
@@ -381,7 +381,7 @@ def check_title(title: str | None) -> None:
     """Raise InvalidInput for a title that is no line of text of 1 to 200 characters."""
     if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and title.isprintable()):
         raise InvalidInput(
-            f"title {shown(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
+            f"title {quoted(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clock import Clock
-from broker.errors import InvalidInput, NotFound, StoreError, shown
+from broker.errors import InvalidInput, NotFound, StoreError, quoted
 from broker.nodes.base import Answer, NodeRecord, Nodes, Question, Switch
 from broker.nodes.this_node import ThisNode, worst_first
 from broker.runs.service import RunService
@@ -98,7 +98,7 @@ class Overview:
         """
         if status is not None and status not in CONNECTION_STATUSES:
             raise InvalidInput(
-                f"status {shown(status)} does not exist: use {', '.join(CONNECTION_STATUSES)}", status=status
+                f"status {quoted(status)} does not exist: use {', '.join(CONNECTION_STATUSES)}", status=status
             )
         question = {"about": "connections", "conv_id": conv_id, "status": status, "subject": subject, "limit": limit}
         gathered = await self._gather(question, node)
@@ -129,7 +129,7 @@ class Overview:
         """
         if status is not None and status not in STATUSES:
             raise InvalidInput(
-                f"status {shown(status)} does not exist: use {', '.join(sorted(STATUSES))}", status=status
+                f"status {quoted(status)} does not exist: use {', '.join(sorted(STATUSES))}", status=status
             )
         records = {record.node: record for record in await self._nodes.list()}
         runs, holders = await self._runs.unsettled()
@@ -213,7 +213,7 @@ class Overview:
             if problem is not None:
                 raise StoreError(problem)
             known = ", ".join(f"{record.node} ({record.host})" for record in nodes)
-            raise NotFound(f"node {shown(node)} is not on the list of nodes; there are {known}", node=node)
+            raise NotFound(f"node {quoted(node)} is not on the list of nodes; there are {known}", node=node)
         gathered = _Gathered(wanted, problem=problem)
         others = [record.node for record in wanted if record.node != own.node and not record.silent]
         is_wanted = any(record.node == own.node for record in wanted)

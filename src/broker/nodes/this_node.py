@@ -16,7 +16,7 @@ from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
 from broker.delivery.registry import OpenSubscriptions
 from broker.delivery.subscription import Subscription
-from broker.errors import BrokerError, StoreError, shown
+from broker.errors import BrokerError, StoreError, quoted
 from broker.eventlog.base import Backlog, Backlogs, EventLog
 from broker.nodes.base import Answer, NodeNumbers, NodeRecord, Nodes, NodeState, Question, Switch
 from broker.phase import Phase
@@ -105,7 +105,7 @@ class ThisNode:
     def apply(self, switches: Mapping[str, Switch]) -> None:
         for name, on in self._catalog.obey({name: switch.on for name, switch in switches.items()}):
             switch = switches.get(name)
-            by = f"by {shown(switch.by)}" if switch is not None else "as set at the start"
+            by = f"by {quoted(switch.by)}" if switch is not None else "as set at the start"
             logger.info("debug channel %s is %s now, %s", name, "on" if on else "off", by)
 
     # -- questions --------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class ThisNode:
 
     async def _lag(self) -> Answer:
         """Return this node as it is now, and how far it is behind the log, over all conversations that it has open."""
-        candidates = [one for one in self._conversations.all() if one.opened is None]
+        candidates = [one for one in self._conversations.all() if one.opening is None]
         looked = heapq.nlargest(
             CONVERSATIONS_LOOKED_AT, candidates, key=lambda one: (bool(one.inbox), one.last_active_s)
         )

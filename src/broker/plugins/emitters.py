@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clock import Clock
-from broker.errors import PluginError, shown
+from broker.errors import PluginError, quoted
 from broker.interfaces import OpenConversation
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
@@ -220,13 +220,13 @@ def _emitters(answer: Any) -> list[Any]:
     if isinstance(answer, Coroutine | AbstractAsyncContextManager):
         return [answer]
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
-        raise PluginError(f"returned {shown(answer)}: a coroutine, an async context manager or a list is required")
+        raise PluginError(f"returned {quoted(answer)}: a coroutine, an async context manager or a list is required")
     made = list(answer)
     for each in made:
         if not isinstance(each, Coroutine | AbstractAsyncContextManager):
             _drop(made)
             raise PluginError(
-                f"returned a list with {shown(each)} in it: coroutines and async context managers are required"
+                f"returned a list with {quoted(each)} in it: coroutines and async context managers are required"
             )
     return made
 

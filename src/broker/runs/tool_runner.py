@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 from jsonschema import Draft202012Validator
 
-from broker.errors import shown
+from broker.errors import quoted
 from broker.runs.engine import ToolCall, ToolSpec
 from broker.runs.foreign import clean_text, told, unusable
 from broker.runs.plan import check_schema, check_unique
@@ -90,7 +90,7 @@ class ToolRunner:
         entry = self._entries.get(call.name) if call.name in offered else None
         if entry is None:
             known = [name for name in offered if name in self._entries]
-            return f"tool {shown(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
+            return f"tool {quoted(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
         try:
             error = next(iter(entry.validator.iter_errors(dict(call.input))), None)
         except Exception as exc:  # a schema that cannot be applied: a reference to nowhere, an endless pattern
@@ -111,7 +111,7 @@ class ToolRunner:
         """
         entry = self._entries.get(call.name)
         if entry is None:
-            return failed(f"tool {shown(call.name)} was unloaded")
+            return failed(f"tool {quoted(call.name)} was unloaded")
         tool = entry.tool
         try:
             async with asyncio.timeout(tool.timeout_s) as limit:

@@ -10,7 +10,7 @@ import orjson
 
 from broker.channels import Channel, EventType
 from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, shown
+from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -169,10 +169,10 @@ def checked_fold(handler: TimelineHandler) -> Fold:
         named = keys(envelope)
         for entity in changed:
             if not isinstance(entity, Entity):
-                raise PluginError(f"fold of {envelope.type} returned {shown(entity)}: entities are required")
+                raise PluginError(f"fold of {envelope.type} returned {quoted(entity)}: entities are required")
             if entity.id not in named:
                 raise PluginError(
-                    f"fold of {envelope.type} returned the entity {shown(entity.id)}, which its keys do not name"
+                    f"fold of {envelope.type} returned the entity {quoted(entity.id)}, which its keys do not name"
                 )
             settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
             try:

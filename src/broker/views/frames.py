@@ -85,7 +85,7 @@ def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, conne
 
 def state_messages(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
     """Return the upserts of `entities` as this view shows them; none where it has no state."""
-    if not view.state:
+    if not view.shows_state:
         return []
     envelopes = [upsert_envelope(conv_id, entity) for entity in entities]
     return shown_upserts(view, [(envelope, state_frame(envelope)) for envelope in envelopes])

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from starlette.requests import HTTPConnection
 
 from broker.api import Doors
-from broker.errors import AuthenticationFailed, Unavailable, shown
+from broker.errors import AuthenticationFailed, Unavailable, quoted
 from broker.security import Credentials, Principal
 from transports.http.body import read_json
 from transports.http.problems import HttpProblem
@@ -98,14 +98,14 @@ def idempotency_key(request: Request, field: str | None) -> str | None:
         raise HttpProblem(
             400,
             "two-idempotency-keys",
-            f"header Idempotency-Key is {shown(header)} and field idempotency_key is {shown(field)}: give one of them",
+            f"header Idempotency-Key is {quoted(header)} and field idempotency_key is {quoted(field)}: give one of them",
         )
     key = header if header is not None else field
     if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise HttpProblem(
             400,
             "invalid-idempotency-key",
-            f"idempotency key {shown(key)} is not usable: 1 to {MAX_KEY_CHARS} printable characters",
+            f"idempotency key {quoted(key)} is not usable: 1 to {MAX_KEY_CHARS} printable characters",
         )
     return key
 
