@@ -232,6 +232,12 @@ async def test_a_repeated_publish_key_publishes_once(client: httpx.AsyncClient) 
     first, again = (await publish(client, **key)).json(), (await publish(client, **key)).json()
     assert first == again
     assert problem(await publish(client, message="other", **key)) == (422, "idempotency-mismatch")
+    item = {"conv_id": "c1", "type": "note.said", "id": "n", "channel": "sem", "data": {"n": 1}}
+    answer = (await client.post("/api/publish", json=item, headers={"idempotency-key": "p2"})).json()
+    for other in ({"id": "n2"}, {"channel": "debug.trace"}, {"data": {"n": True}}, {"data": {"n": 1.0}}):
+        refused = await client.post("/api/publish", json={**item, **other}, headers={"idempotency-key": "p2"})
+        assert problem(refused) == (422, "idempotency-mismatch"), other
+    assert (await client.post("/api/publish", json=[item], headers={"idempotency-key": "p2"})).json() == answer
 
 
 async def test_data_is_checked_against_its_declared_type(client: httpx.AsyncClient) -> None:
