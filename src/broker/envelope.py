@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from broker.errors import InvalidConversationId, InvalidDraft, quoted
+from broker.exact_json import unwritable_number
 
 SEM = "sem"
 TIMELINE = "timeline"
@@ -141,11 +142,21 @@ class Envelope:
 
 
 def encode_json(value: object, *, sort_keys: bool = False) -> bytes:
-    """Return `value` as compact JSON. Raises InvalidDraft for what JSON or UTF-8 cannot carry (NaN, lone surrogates…)."""
+    """Return `value` as compact JSON.
+
+    Raises InvalidDraft for what cannot be carried as it is: NaN and infinities, integers beyond 64 bit, lone surrogates,
+    more than 254 levels, objects that are no JSON.
+    """
     try:
-        return orjson.dumps(value, None, orjson.OPT_SORT_KEYS if sort_keys else None)
+        encoded = orjson.dumps(value, None, orjson.OPT_SORT_KEYS if sort_keys else None)
     except (orjson.JSONEncodeError, RecursionError) as exc:
         raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {quoted(value)}") from exc
+    if b"null" in encoded and (number := unwritable_number(value)) is not None:  # orjson's word for it
+        raise InvalidDraft(
+            f"data cannot be written as JSON: it holds the number {number}; leave it out or write it as text; "
+            f"value {quoted(value)}"
+        )
+    return encoded
 
 
 def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
