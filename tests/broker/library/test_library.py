@@ -474,7 +474,10 @@ async def test_merge_patch(db: str) -> None:
         with pytest.raises(InvalidInput, match="metadata has"):
             await library.change(CALLER, "c", {"title": "new", "metadata": {"big": "x" * 17_000}})
         assert (await library.get(CALLER, "c")).to_wire()["title"] == "hello"
-        for title in ("", "  ", "a\nb", "x" * 201):
+        for title in ("👨\u200d👩\u200d👧 هم\u200cچنین", "日本語\u3000題", "1\u202f000"):
+            assert (await library.change(CALLER, "c", {"title": title})).to_wire()["title"] == title
+        await library.change(CALLER, "c", {"title": None})
+        for title in ("", "  ", "a\nb", "a\x1bb", "a\u202eb", "x" * 201):
             with pytest.raises(InvalidInput, match="title"):
                 await library.change(CALLER, "c", {"title": title})
         with pytest.raises(NotFound):

@@ -243,6 +243,10 @@ def test_titles_are_one_short_line() -> None:
     assert long is not None
     assert long.endswith("word…")
     assert len(long) <= TITLE_CHARS
+    family = "👨\u200d👩\u200d👧"
+    pictures = title_from(family * 60)
+    assert pictures is not None
+    assert pictures.rstrip("…") == family * 15
     unspaced = title_from("长" * 300)
     assert unspaced is not None
     assert len(unspaced) == TITLE_CHARS
