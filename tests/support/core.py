@@ -15,6 +15,7 @@ from broker.api import SubscribeRequest, Subscription
 from broker.api.reading import MessagesPage
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
+from broker.conversations.conversation import Conversation
 from broker.security import Principal
 from broker.settings import Settings
 from broker.testing import parts_of
@@ -115,6 +116,17 @@ async def until_async(condition: Callable[[], Awaitable[object]], *, timeout_s: 
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.005)
+
+
+async def evict(core: Core, conversation: Conversation) -> None:
+    """Drop a conversation from memory. Whoever holds it is waited for: the library may note it right after the start."""
+    conversations = core.parts.conversations
+
+    async def gone() -> bool:
+        await conversations.evict(conversation, "test")
+        return conversations.get(conversation.conv_id) is not conversation
+
+    await until_async(gone)
 
 
 def database(tmp_path: Path, store: str) -> str:

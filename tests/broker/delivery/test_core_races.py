@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
+from tests.support.core import CALLER, Core, evict, read_messages, store_setting, subscribe, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
@@ -80,7 +80,7 @@ async def test_whoever_gives_up_opening_does_not_spoil_it_for_the_others(core: C
     """Two ask for a conversation at once, the first hangs up: the second gets it."""
     await core.say("c1", "hello")
     conversations = core.parts.conversations
-    assert await conversations.evict(conversations.all()[0], "test")
+    await evict(core, conversations.all()[0])
     gate = Gate(core.parts.log, "state")
     first = asyncio.create_task(conversations.open("c1"))
     await gate.reached()
@@ -190,7 +190,7 @@ async def test_what_is_evicted_is_let_go(db: str) -> None:
         old = conversations.get("c1")
         assert old is not None
         assert old.timeline.pending
-        assert await conversations.evict(old, "test")
+        await evict(core, old)
         await core.parts.housekeeping.tick()
         await core.parts.housekeeping.tick()
         assert old not in conversations.take_touched()
@@ -434,7 +434,7 @@ async def test_entities_that_one_envelope_created_are_not_split_between_pages(db
         for n in range(100):
             await core.broker.publisher("c1").publish("many", {}, id=f"m{n}")
         await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
-        await core.parts.conversations.evict(core.parts.conversations.all()[0], "test")
+        await evict(core, core.parts.conversations.all()[0])
         for limit in (1, 5, 10, 256):
             found: list[str] = []
             after = 0
