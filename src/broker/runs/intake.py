@@ -10,6 +10,7 @@ from typing import Literal
 
 from broker.envelope import Draft, check_conv_id
 from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, StoreUnavailable, quoted
+from broker.exact_json import unwritable_number
 from broker.runs.answer import new_message_id
 from broker.runs.ending import run_draft
 from broker.runs.plan import RunRequest, canonical_json, digest
@@ -96,6 +97,8 @@ class Intake:
             )
 
     def _record(self, request: RunRequest, key: str | None) -> KeyRecord | None:
+        if (number := unwritable_number(request.overrides)) is not None:  # it would be stored as null
+            raise InvalidInput(f"overrides hold the number {number}, for which JSON has no word", parameter="overrides")
         body = [request.conv_id, request.prompt, request.engine_profile, request.overrides]
         try:
             body_hash = digest(body)

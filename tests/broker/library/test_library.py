@@ -619,3 +619,19 @@ async def test_a_long_poll_under_way_shows_nothing_of_what_was_erased(db: str) -
         await broker.erase("c")
         page = await poll
         assert not any(MARK.encode() in frame for frame in page.frames)
+
+
+async def test_imports_keep_their_times_and_are_listed_in_the_order_of_the_imports(db: str) -> None:
+    async with Core(db) as core:
+        library = core.parts.library
+        for conv_id, time_ms in (("newer", 2_000_000), ("older", 1_000_000)):
+            before_ms = core.parts.clock.wall_ms()
+            info = await library.import_(CALLER, lines({**GOOD, "timeMs": time_ms}), new_id=conv_id)
+            wire = info.to_wire()
+            assert wire["createdAtMs"] == time_ms
+            assert wire["updatedAtMs"] >= before_ms - 1000
+            page = await core.broker.doors.reading.timeline_page(CALLER, conv_id)
+            assert [entity.created_at_ms for entity in page.entities] == [time_ms]
+            await asyncio.sleep(0.002)
+        listed = (await library.find(CALLER)).conversations
+        assert [info.entry.conv_id for info in listed] == ["older", "newer"]

@@ -125,6 +125,8 @@ async def test_one_run_at_a_time_in_order() -> None:
         ({"engine_profile": "nope"}, UnknownEngineProfile, "'nope' does not exist; known engine profiles: scripted"),
         ({"overrides": {"x": 1}}, InvalidOverrides, "override 'x' is not allowed"),
         ({"overrides": {"x": {1}}}, InvalidInput, "are no JSON"),
+        ({"overrides": {"x": [2**70]}}, InvalidInput, "are no JSON"),
+        ({"overrides": {"x": [1, float("nan")]}}, InvalidInput, "the number nan"),
     ],
 )
 async def test_bad_input_is_refused_and_leaves_nothing(
