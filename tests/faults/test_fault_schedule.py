@@ -325,8 +325,7 @@ async def test_faults_in_random_order(
     ):  # fmt: skip
         # On each node one that always comes back to it, and one that goes wherever it is sent.
         followers = {
-            conv_id: [Follower(server, conv_id) for server in (*fleet.nodes, fleet.balancer)]
-            for conv_id in (*CONVERSATIONS, RUNS)
+            conv_id: [Follower(server, conv_id) for server in fleet.servers] for conv_id in (*CONVERSATIONS, RUNS)
         }
         everybody = [follower for group in followers.values() for follower in group]
         try:

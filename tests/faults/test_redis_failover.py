@@ -93,10 +93,7 @@ async def test_a_failover_that_loses_acknowledged_events(redis_pair: RedisPair, 
     ):  # fmt: skip
         await asyncio.to_thread(redis_pair.replica.follow, link.port)
         conversations = ("tail-lost", "untouched", "run-cut", "run-lost")
-        followers = {
-            conv_id: [Follower(server, conv_id) for server in (*fleet.nodes, fleet.balancer)]
-            for conv_id in conversations
-        }
+        followers = {conv_id: [Follower(server, conv_id) for server in fleet.servers] for conv_id in conversations}
         everybody = [follower for group in followers.values() for follower in group]
         try:
             for follower in everybody:

@@ -121,7 +121,7 @@ class Served:
     async def nothing_left(self) -> None:
         await until(lambda: not len(self.pool) and not len(parts_of(self.broker).registry))
         for conversation in parts_of(self.broker).conversations.all():
-            await until(lambda conversation=conversation: not conversation.in_use)
+            await until(lambda conversation: not conversation.in_use, conversation)
             assert (conversation.subscriptions, conversation.audiences) == (0, {})
 
 

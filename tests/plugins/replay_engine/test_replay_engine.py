@@ -23,7 +23,7 @@ from broker.runs.engine import EnginePlan
 
 def body(*deltas: dict[str, Any], finish: str | None = "stop", done: bool = True) -> str:
     """Return a stream with these deltas."""
-    choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
+    choices: list[list[dict[str, Any]]] = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
     if finish:
         choices.append([{"index": 0, "delta": {}, "finish_reason": finish}])
     frames = [json.dumps({"choices": choice}) for choice in choices] + (["[DONE]"] if done else [])
