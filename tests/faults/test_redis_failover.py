@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ from tests.support.core import Core
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log, timeline, told
 from tests.support.redis_pair import RedisPair
-from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
 from broker.cli.verify import verify_conversation
@@ -24,17 +22,6 @@ pytestmark = pytest.mark.needs_redis
 
 Start = Callable[..., BrokerProcess]
 TERMINAL = {"run.finished", "run.failed", "run.cancelled", "run.interrupted"}
-
-
-@pytest.fixture
-def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]:
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    pair = RedisPair(redis_server, folder)
-    try:
-        yield pair.start()
-    finally:
-        pair.stop()
 
 
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
