@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest
-UNIT_TESTS := $(wildcard tests/broker tests/transports tests/plugins)
+UNIT_TESTS := $(wildcard tests/broker tests/transports tests/plugins tests/test_*.py)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .PHONY: serve test check lint unit bench bench-nodes lock clean

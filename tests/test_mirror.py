@@ -48,13 +48,14 @@ OVER_HTTP = "its routes are asked over HTTP"
 
 ELSEWHERE: dict[str, By] = {
     # -- the floor
-    "broker/broker.py": By("broker/assembly/test_lifecycle.py", "started, used and stopped"),
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
     "broker/clock.py": By("broker/test_sequence.py", "both clocks, as the numbers are made of them"),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
     "broker/exact_json.py": By("broker/runs/test_foreign.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
-    "broker/phase.py": By("broker/assembly/test_readiness.py", "what each phase answers", "readiness"),
+    "broker/phase.py": By(
+        "broker/test_broker.py broker/assembly/test_readiness.py", "what each phase answers", "readiness"
+    ),
     "broker/profiles.py": By("broker/views/test_views.py", "a record; what it says shows in views"),
     "broker/publisher.py": By("broker/test_testing.py broker/plugins/test_emitters.py", "as producers hold it"),
     "broker/security.py": By("broker/plugins/test_access.py", "records; the rules are hooks"),
@@ -161,7 +162,7 @@ ELSEWHERE: dict[str, By] = {
         "parts.conversations",
     ),
     "broker/conversations/reader.py": By(
-        "broker/api/test_messages_api.py", "pages of a timeline, the live ones laid over", "timeline_page("
+        f"broker/api/test_messages_api.py {LIBRARY}", "pages of a timeline, live ones laid over", "timeline"
     ),
     # -- delivery
     "broker/delivery/admission.py": By("broker/api/test_doors.py", "who is let in, asked once", "Admitted"),
@@ -196,7 +197,9 @@ ELSEWHERE: dict[str, By] = {
         "broker/nodes/test_overview.py", "what a node says of its connections", "behindEvents"
     ),
     # -- api
-    "broker/api/following.py": By("broker/api/test_doors.py", "by all ways in", "doors.following"),
+    "broker/api/following.py": By(
+        "broker/api/test_doors.py transports/test_client_messages.py", "all ways in; pings", "following"
+    ),
     "broker/api/offers.py": By(API, OVER_HTTP, "/api/profiles"),
     "broker/api/operators.py": By("broker/api/test_doors.py", "the permission `debug`, once per request"),
     "broker/api/prompts.py": By("broker/api/test_doors.py", "permissions of prompts and actions"),
@@ -204,7 +207,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/api/reading.py": By("broker/api/test_messages_api.py", "long polls and pages of the timeline"),
     # -- library
     "broker/library/copying.py": By(f"{LIBRARY} {CONVERSATIONS}", "forks, exports, imports", "fork"),
-    "broker/library/indexing.py": By("broker/library/test_store.py", "titles; messages as they are saved"),
+    "broker/library/indexing.py": By(
+        f"broker/library/test_store.py {LIBRARY}", "titles; messages as they are saved", "title"
+    ),
     "broker/library/jsonl.py": By(LIBRARY, "lines that are good, bad, and cut off"),
     "broker/library/memory.py": By("broker/library/test_store.py", EACH_LIBRARY),
     "broker/library/rebuild.py": By(
