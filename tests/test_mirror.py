@@ -20,7 +20,7 @@ SOURCES = TESTS.parent / "src"
 
 
 class By(NamedTuple):
-    """files: of the tests, separated by spaces. door: text that each of them contains, needed where none imports it."""
+    """files: of the tests, separated by spaces. door: text that stands in those of them which do not import the module."""
 
     files: str
     why: str
@@ -65,7 +65,11 @@ ELSEWHERE: dict[str, By] = {
         "broker/redis/test_deadlines.py faults/test_redis_client.py", "one server, a cluster, servers that go away"
     ),
     "broker/redis/script.py": By("broker/redis/test_deadlines.py", "every script of every room"),
-    "broker/redis/servers.py": By("broker/redis/test_lane.py", "servers and their lanes end together"),
+    "broker/redis/servers.py": By(
+        "broker/redis/test_lane.py faults/test_redis_wakeups.py faults/test_redis_client.py",
+        "servers and lanes end together; clusters",
+        "redis_cluster_url",
+    ),
     "broker/redis/subscription.py": By(
         "faults/test_redis_wakeups.py", "connections that break, slots that move", "listeners("
     ),
@@ -87,7 +91,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/eventlog/redis_following.py": By(
         "faults/test_redis_nodes.py", "what one node appends reaches the others", "RedisEventLog"
     ),
-    "broker/eventlog/redis_keys.py": By("broker/redis/test_parts.py", "names and their escapes"),
+    "broker/eventlog/redis_keys.py": By(
+        f"broker/redis/test_parts.py {EVENT_LOGS}", "names and escapes; entries that come back", "RedisEventLog"
+    ),
     "broker/eventlog/redis_scripts.py": By(
         f"{EVENT_LOGS} faults/test_redis_log.py", "each is run by the log", "RedisEventLog"
     ),
@@ -184,7 +190,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/delivery/start.py": By(
         f"{DELIVERY} broker/api/test_messages_api.py", "live, from a position, with the state", "hydrate"
     ),
-    "broker/delivery/subscription.py": By(DELIVERY, "positions and opening frames"),
+    "broker/delivery/subscription.py": By(
+        f"{DELIVERY} transports/test_plugin_connections.py", "positions, opening frames, what hooks see", "subscribe("
+    ),
     "broker/delivery/subscriptions.py": By(f"{DELIVERY} {RACES}", "opened, parked, ended", "subscribe("),
     "broker/delivery/view_change.py": By(DELIVERY, "another profile in place", "change_view"),
     # -- nodes
@@ -223,7 +231,6 @@ ELSEWHERE: dict[str, By] = {
     "broker/assembly/build.py": By(
         "broker/assembly/test_lifecycle.py", "a broker is put together", "ConversationWSBroker"
     ),
-    "broker/assembly/handle.py": By("broker/plugins/test_what_plugins_hold.py", "nothing is behind it", "hook"),
     "broker/assembly/housekeeping.py": By(
         "broker/assembly/test_retention_sweep.py broker/eventlog/test_retention.py", "sweeps and ticks", "housekeeping"
     ),
@@ -314,13 +321,16 @@ def problems(module: str) -> Iterator[str]:
         path = TESTS / file
         if not path.is_file() or not path.name.startswith("test_"):
             yield f"tests/{file} is no test file"
-        elif line.door:
-            if line.door not in path.read_text():
-                yield f"tests/{file} does not contain {line.door!r}"
-        elif not any(name in imported(one) for one in with_its_help(path)):
-            yield f"tests/{file} does not import {name}: name the door through which it reaches the module"
+        elif not (line.door and line.door in path.read_text()) and not any(
+            name in imported(one) for one in with_its_help(path)
+        ):
+            how = f"contains {line.door!r}" if line.door else "a door to it is named"
+            yield f"tests/{file} does not import {name}, nor {how}"
     if not line.why:
         yield "its line gives no reason"
+    texts = [path.read_text() for path in map(TESTS.joinpath, line.files.split()) if path.is_file()]
+    if line.door and not any(line.door in text for text in texts):
+        yield f"no file contains {line.door!r}"
 
 
 @pytest.mark.parametrize("module", list(modules()))

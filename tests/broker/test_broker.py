@@ -68,6 +68,7 @@ async def test_what_is_published_is_known_until_it_is_erased(tmp_path: Path, sto
         assert (await broker.head("c2")).head_seq == other
         with pytest.raises(InvalidConversationId):
             await broker.head("no such\nid")
+    assert await broker.readiness() != {}, "leaving the block stops it"
 
 
 async def test_who_asks_is_decided_by_plugins() -> None:
