@@ -1,4 +1,4 @@
-"""What clients may say over a WebSocket: ping and change of view. Everything else is refused, and repetition closes."""
+"""Messages from clients over a WebSocket: ping and change of view. The rest is refused, and repetition closes."""
 
 from __future__ import annotations
 

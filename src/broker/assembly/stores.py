@@ -1,4 +1,4 @@
-"""Which stores a broker uses: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
+"""Chooses the stores of a broker: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
 
 from __future__ import annotations
 

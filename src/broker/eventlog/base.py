@@ -76,7 +76,7 @@ class Follower(Protocol):
         ...
 
     def on_reset(self, conv_id: str) -> None:
-        """Take note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
+        """Note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
         ...
 
 
@@ -98,11 +98,11 @@ class SharedLog(Protocol):
         ...
 
     def opened(self, conv_id: str) -> None:
-        """Take note that a conversation of interest is open now: its position is known."""
+        """Note that a conversation of interest is open now: its position is known."""
         ...
 
     def grew(self, conv_id: str, head_seq: int) -> None:
-        """Take note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
+        """Note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
         ...
 
 

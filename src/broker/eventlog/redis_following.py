@@ -144,7 +144,7 @@ class Following:
         self._check_soon(channel[len(_PREFIX) : -len(_SUFFIX)])
 
     def own_landed(self, conv_id: str, epoch: str, prev_seq: int, first_seq: int) -> bool:
-        """Take note of an own append; return whether it may go on from what the follower knows, as the log it knows.
+        """Note an own append; return whether it may go on from what the follower knows, as the log it knows.
 
         Where others appended before it, the follower reads what is missing and finds out whether it follows.
         """
@@ -159,7 +159,7 @@ class Following:
         return True
 
     def own_settled(self, conv_id: str) -> None:
-        """Take note that no own append is under way any more."""
+        """Note that no own append is under way any more."""
         self._look(conv_id)
 
     def _look(self, conv_id: str) -> None:

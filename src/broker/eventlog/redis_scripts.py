@@ -1,4 +1,4 @@
-"""What the event log does inside Redis, each script atomic within one conversation.
+"""The event log's Lua scripts. Each is atomic within one conversation.
 
 Per conversation, all in one slot (`chat:{conv_id}` is its topic):
 

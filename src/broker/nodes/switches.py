@@ -1,4 +1,4 @@
-"""Where a process that is alone keeps what operators switched: in its SQLite file, or in memory."""
+"""Keeps operators' switches for a process that is alone: in its SQLite file, or in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do to runs: approve, deny, cancel, withdraw, move. From any tab, in any order, as often as they like."""
+"""People's actions on runs: approve, deny, cancel, withdraw, move. From any tab, in any order, as often as they like."""
 
 from __future__ import annotations
 

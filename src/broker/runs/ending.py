@@ -1,4 +1,4 @@
-"""How a run ends: what is still open is closed, and exactly one terminal event says why (I13)."""
+"""Ends a run: closes what is still open, and publishes exactly one terminal event that says why (I13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines and tools hand in, made fit for the log: text that UTF-8 can carry, values that JSON can carry.
+"""Makes values from engines and tools fit for the log: text that UTF-8 can carry, values that JSON can carry.
 
 A model, a provider or a tool may say anything: half of a surrogate pair, numbers that are none, objects a thousand levels
 deep, a megabyte where a word was due. An envelope with such a thing in it is refused, and with it everything else of the

@@ -1,4 +1,4 @@
-"""What the runtime needs of the rest of the broker, as narrow protocols: the real parts fit without being imported."""
+"""Ports: the narrow protocols through which runs use the rest of the broker. The real parts fit without being imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a start finds of an earlier process: every run gets its end, every prompt its place, once."""
+"""Recovery at start: ends the runs that an earlier process left open and queues waiting prompts again, each once."""
 
 from __future__ import annotations
 

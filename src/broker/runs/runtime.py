@@ -1,4 +1,4 @@
-"""What every run works with, and how a run's end is written."""
+"""The surroundings shared by all runs, and the writing of a run's end."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ class ConversationTimeline:
         return TimelineSave(self.conv_id, entities, cursor, letters, self.epoch, self._forgotten)
 
     def saved(self, save: TimelineSave) -> None:
-        """Take note that `save` is durable, and forget finished entities that are safe in the store."""
+        """Note that `save` is durable, and forget finished entities that are safe in the store."""
         for entity in save.entities:
             unsaved = self._unsaved.get(entity.id)
             if unsaved is None:

@@ -1,4 +1,4 @@
-"""What exists on this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
+"""The catalogue of this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients do with a conversation: act on its runs, read its state, erase it.
+"""Routes for a conversation: act on its runs, read its state, erase it.
 
 Every action answers with the whole state, so that a client never has to work out what its action led to.
 """
