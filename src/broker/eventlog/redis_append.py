@@ -21,6 +21,7 @@ from broker.eventlog.redis_scripts import APPEND
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, RedisReplyError
 from broker.sequence import seq_from_stream_id
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Appends:
         self._queues: dict[str, list[_Append]] = {}
         self._flying: set[str] = set()
         self._launching = False
-        self._trips: set[asyncio.Task[None]] = set()
+        self._trips = Tasks()
         self._count = 0
 
     def flying(self, conv_id: str) -> bool:
@@ -144,9 +145,7 @@ class Appends:
         return waiting[:same]
 
     def _travel(self, trip: list[Flight]) -> None:
-        task = asyncio.get_running_loop().create_task(self._see_through(trip))
-        self._trips.add(task)
-        task.add_done_callback(self._trips.discard)
+        self._trips.spawn(self._see_through(trip))
 
     async def _see_through(self, trip: list[Flight]) -> None:
         try:

@@ -32,6 +32,7 @@ from broker.runs.tool_runner import ToolRunner
 from broker.runs.turns import TurnStore
 from broker.security import Principal
 from broker.settings import Settings
+from broker.tasks import Tasks
 
 __all__ = ["ActionResult", "RunService", "SendResult"]
 
@@ -81,7 +82,7 @@ class RunService:
             self._runtime.token_of, self._runtime.publish_fenced = store.token, conversations.publish_fenced
             self._leases = LeaseKeeper(self._runtime, self._queues, store, self._settle_conversation)
             self._actions.share(store, self._leases)
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling = Tasks()
         self._head = conversations.head
         self._accepting = False
 
@@ -267,9 +268,7 @@ class RunService:
         )
 
     def _tell_ended(self, run: Run) -> None:
-        task = asyncio.create_task(self._run_ended(run))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._telling.spawn(self._run_ended(run))
 
     async def _run_ended(self, run: Run) -> None:
         try:
