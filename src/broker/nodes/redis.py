@@ -48,7 +48,7 @@ PATIENCE_S = 2.0
 QUESTION_TTL_MS = 10_000
 POLL_S = 0.01
 POLL_MAX_S = 0.1
-REDIS_PATIENCE_S = 1.0
+REDIS_PATIENCE_S = 2.0
 """How long a Redis that is away is tried here: an operator wants to be told, and a heartbeat comes again anyway."""
 LEAVE_S = 0.5
 
