@@ -205,6 +205,7 @@ async def test_a_result_fits_into_an_envelope_whatever_the_tool_may_answer() -> 
         made, _ = runner(tool(lambda _g, _c, text=text: text, max_output_bytes=10_000_000))
         outcome = await made.run(ToolCall("c", "t", {}), CONTEXT, 2_000)
         assert len(orjson.dumps(outcome.result)) <= 2_000
+        assert isinstance(outcome.result, str)
         assert outcome.result.endswith(f"of {len(text.encode())} bytes]")
         assert outcome.result.startswith(text[:50])
 

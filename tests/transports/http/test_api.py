@@ -228,7 +228,7 @@ async def test_a_list_is_published_as_a_whole_or_not_at_all(client: httpx.AsyncC
 
 
 async def test_a_repeated_publish_key_publishes_once(client: httpx.AsyncClient) -> None:
-    key = {"headers": {"idempotency-key": "p1"}}
+    key: dict[str, Any] = {"headers": {"idempotency-key": "p1"}}
     first, again = (await publish(client, **key)).json(), (await publish(client, **key)).json()
     assert first == again
     assert problem(await publish(client, message="other", **key)) == (422, "idempotency-mismatch")
