@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import orjson
 
+from broker.characters import is_shown
 from broker.errors import BrokerError
 from broker.token_bucket import TokenBucket
 
@@ -120,7 +121,7 @@ def escape_controls(text: str, *, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if is_shown(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def configure_logging(

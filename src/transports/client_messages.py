@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
 from broker.api import Following, Subscription
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import WideInteger, loads_checked
 from broker.sequence import parse_seq
 from broker.tasks import Tasks
 from broker.token_bucket import TokenBucket
@@ -65,8 +64,10 @@ class ClientMessages:
         if isinstance(message, bytes):
             raise InvalidInput("binary messages are not understood: send JSON text")
         try:
-            parsed = orjson.loads(message)
-        except orjson.JSONDecodeError as exc:
+            parsed = loads_checked(message)
+        except WideInteger as exc:
+            raise InvalidInput(f"message {quoted(message)} cannot be taken as it is: {exc}") from exc
+        except ValueError as exc:
             raise InvalidInput(f"message {quoted(message)} is not JSON: {exc}") from exc
         if not isinstance(parsed, dict):
             raise InvalidInput(f"message {quoted(message)} is not a JSON object with a type")

@@ -18,6 +18,7 @@ from broker.errors import BrokerError, RunEnded, StoreError, StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.redis_keys import live_channel, log_keys, packed
 from broker.eventlog.redis_scripts import APPEND
+from broker.eventlog.requests import AlreadyAppended, name_of
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, RedisReplyError
 from broker.sequence import seq_from_stream_id
@@ -62,6 +63,9 @@ class Flight:
         self.epoch = epoch
         fresh = []
         for envelope, id in zip(self.envelopes(), ids, strict=True):
+            if id == "-":  # of a request that was appended before
+                envelope.seq = 0
+                continue
             known = id.endswith("=")
             envelope.stream_id = id[:-1] if known else id
             envelope.seq = seq_from_stream_id(envelope.stream_id)
@@ -174,7 +178,10 @@ class Appends:
             if append.future.done():
                 continue
             if flight.error is None:
-                append.future.set_result(None)
+                if append.envelopes[0].seq:
+                    append.future.set_result(None)
+                else:
+                    append.future.set_exception(AlreadyAppended(name_of(append.envelopes[0].dedupe_key or "") or ""))
             else:
                 # Its own object for each: a raise adds its traceback.
                 append.future.set_exception(type(flight.error)(flight.error.message, **flight.error.fields))

@@ -16,7 +16,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
 from broker.eventlog.epochs import PromisedEpochs, epoch_of
-from broker.eventlog.sqlite_append import Append, Appends, Heads
+from broker.eventlog.sqlite_append import Append, Appends, Heads, last_of_request
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.lists import parts_of
@@ -36,13 +36,6 @@ _TABLES = (
     "CREATE TABLE event_log (erasures INTEGER NOT NULL)",
     "INSERT INTO event_log VALUES (0)",
 )
-_FIND = """
-SELECT seq FROM envelope WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key = ?
-"""
-_FIND_RANGE = """
-SELECT 1 FROM envelope
-WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key >= ? AND dedupe_key < ? LIMIT 1
-"""
 _TRIM_ROWS = 500  # per job: a few ms, so that publishers do not wait for a long trim
 
 
@@ -113,18 +106,12 @@ class SqliteEventLog:
 
         return await self._database.read(page)
 
-    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
-        return await self._database.read(
-            lambda connection: next((int(row[0]) for row in connection.execute(_FIND, (conv_id, dedupe_key))), None)
-        )
+    async def find_request(self, conv_id: str, name: str) -> tuple[str, int] | None:
+        def find(connection: sqlite3.Connection) -> tuple[str, int] | None:
+            conv, _ = self._state(connection, conv_id)
+            return last_of_request(connection, conv, name)
 
-    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
-        # The highest character ends the range of keys that start with the prefix; the index on the key serves it.
-        return await self._database.read(
-            lambda connection: (
-                connection.execute(_FIND_RANGE, (conv_id, prefix, prefix + "\U0010ffff")).fetchone() is not None
-            )
-        )
+        return await self._database.read(find)
 
     async def contains(self, conv_id: str, seq: int) -> bool:
         return await self._database.read(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from broker.characters import is_shown
 from broker.clock import Clock
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
@@ -379,7 +380,7 @@ MAX_METADATA_BYTES = 16_384
 
 def check_title(title: str | None) -> None:
     """Raise InvalidInput for a title that is no line of text of 1 to 200 characters."""
-    if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and title.isprintable()):
+    if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and all(map(is_shown, title))):
         raise InvalidInput(
             f"title {quoted(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
         )

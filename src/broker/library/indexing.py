@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 
+from broker.characters import beginning
 from broker.library.store import LibraryStore, Message
 from broker.library.terms import terms_of
 from broker.timeline.entity import Entity
@@ -111,9 +112,9 @@ def _message(conv_id: str, entity: Entity) -> Message:
 
 def title_from(text: str) -> str | None:
     """Return what a conversation is called after its first message: its first words on one line; None if it has none."""
-    words = " ".join(text[: TITLE_CHARS * 4].split())
+    words = " ".join(beginning(text, TITLE_CHARS * 4).split())
     if len(words) <= TITLE_CHARS:
         return words or None
-    cut = words[: TITLE_CHARS - 1]
+    cut = beginning(words, TITLE_CHARS - 1)
     at_blank = cut.rpartition(" ")[0]
     return (at_blank if len(at_blank) > TITLE_CHARS // 2 else cut) + "…"

@@ -171,6 +171,11 @@ class Library:
             found += await self._readable(principal, batch.conversations)
             examined += len(batch.conversations)
             before = batch.before
+            last = found[limit - 1].seq if len(found) >= limit else 0
+            if (
+                found and found[-1].seq < last
+            ):  # more than was asked for: the batches before had some that are not shown
+                return ListPage([info for info in found if info.seq >= last], last)
             short = (
                 len(batch.conversations) < limit
             )  # though there is more: the store looked at as many as it does in one go

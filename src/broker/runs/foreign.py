@@ -14,7 +14,7 @@ from typing import Any
 
 from broker.envelope import encode_json
 from broker.errors import InvalidDraft
-from broker.exact_json import MAX_INTEGER, MIN_INTEGER, shown_integer, wide_integer
+from broker.exact_json import MAX_INTEGER, MIN_INTEGER, shown_integer, unwritable_number, wide_integer
 
 MAX_NESTING = 100
 """Levels of lists and objects in the input or the result of a tool; recordings and stores add some around it."""
@@ -133,6 +133,8 @@ def unusable(value: object, max_bytes: int) -> str | None:
 
 
 def _why_not(value: object, error: InvalidDraft) -> str:
+    if (number := unwritable_number(value)) is not None:
+        return f"holds the number {number}, for which JSON has no word: write null or text"
     reason = str(error.__cause__)
     if "64-bit" in reason and (integer := wide_integer(value)) is not None:
         return f"holds the integer {shown_integer(integer)}, which 64 bit cannot carry: write it as text"

@@ -2,6 +2,7 @@
 
 import { ApiProblem } from "./api.js";
 import { Cursor, parseSeq } from "./cursor.js";
+import { parseJson } from "./json.js";
 import { backOffMs, closeVerdict } from "./reconnect.js";
 import { readSnapshot } from "./snapshot.js";
 
@@ -209,7 +210,7 @@ export class ConversationClient {
     this.#cancel("pong");
     let event;
     try {
-      event = JSON.parse(text).event;
+      event = parseJson(text).event;
       if (typeof event?.type !== "string") throw new TypeError("no event type");
       if (event.seq === undefined) return this.#control(event);
       if (event.prev === undefined) return this.#on.onState(event.data?.entity ?? null, event);
