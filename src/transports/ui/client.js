@@ -43,7 +43,10 @@ export class ConversationClient {
   #gaps = { at: null, count: 0 };
   #bye = null;
   #storeAway = "";
-  #askedProfile = null;
+  #incomplete = false; // greeted and not caught up: some of the state that was on its way may be missing
+  #asked = []; // views asked for on this connection and not answered yet
+  #granted = null; // the last view that the server agreed to
+  #turn = 0; // counts tries: what was begun in an earlier one is of no interest any more
   #timers = new Map();
 
   /**
@@ -87,15 +90,23 @@ export class ConversationClient {
     this.#status("stopped", { message, signIn });
   }
 
-  /** Change the view: in place where connected, otherwise from the next connection on. */
+  /** Change the view: in place where connected, otherwise with the next connection, which one under way makes room for. */
   setProfile(profile) {
     if (this.#greeted && this.#socket?.readyState === OPEN) {
-      this.#askedProfile = profile;
+      this.#asked.push(profile);
       this.#socket.send(JSON.stringify({ type: "ws.profile", profile, since: String(this.origin) }));
-    } else {
-      this.profile = profile;
-      this.#on.onProfile(profile);
+      return;
     }
+    const other = profile !== this.profile;
+    this.#startOverWith(profile);
+    if (other && this.#running && this.state === "connecting") this.#again();
+  }
+
+  /** What this view shows of the past another one may have hidden: it starts from its own state. */
+  #startOverWith(profile) {
+    if (profile !== this.profile) this.#resync = true;
+    this.profile = profile;
+    this.#on.onProfile(profile);
   }
 
   /** The network came back, or the page is looked at again: do not wait, and do not trust a silent socket. */
@@ -115,31 +126,37 @@ export class ConversationClient {
 
   async #again() {
     this.#hangUp();
+    const turn = this.#turn;
     this.#status("connecting");
     const asking = this.#failedHandshakes >= FAILED_HANDSHAKES_BEFORE_ASKING;
     try {
-      if (this.#resync) await this.#hydrate();
+      if (this.#resync) await this.#hydrate(turn);
       else if (asking) await this.#api.get("api/timeline", { conv_id: this.convId, profile: this.profile, limit: 1 });
     } catch (error) {
+      if (turn !== this.#turn) return;
       const final = error instanceof ApiProblem && [400, 401, 403, 422].includes(error.status);
-      if (!this.#running) return;
-      if (final) this.stop(error.message, { signIn: error.status === 401 });
+      if (final && error.status !== 401 && this.#granted !== null && this.#granted !== this.profile) {
+        this.#on.onProblem(error.message); // as in place: a view that is refused leaves the one before
+        this.#startOverWith(this.#granted);
+        await this.#again();
+      } else if (final) this.stop(error.message, { signIn: error.status === 401 });
       else if (asking && error.status === 404) this.#connect();
       else this.#retry(error.message, error.retryAfterMs ?? 0);
       return;
     }
-    if (this.#running && this.#socket === null) this.#connect();
+    if (turn === this.#turn) this.#connect();
   }
 
-  async #hydrate() {
+  async #hydrate(turn) {
     const { version, epoch, entities } = await readSnapshot(this.#api, this.convId, this.profile);
-    if (!this.#running) return;
+    if (turn !== this.#turn) return;
     this.#on.onReset();
     for (const entity of entities) this.#on.onState(entity, null);
     this.epoch = epoch;
     this.origin = version;
     this.#cursor.moveTo(version);
     this.#resync = false;
+    this.#incomplete = false;
   }
 
   #connect() {
@@ -158,6 +175,7 @@ export class ConversationClient {
     url.searchParams.set("profile", this.profile);
     url.searchParams.set("since", String(this.#cursor.last));
     if (this.epoch !== null) url.searchParams.set("epoch", this.epoch);
+    if (this.#incomplete) url.searchParams.set("hydrate", "1");
     return url.href;
   }
 
@@ -172,7 +190,8 @@ export class ConversationClient {
     this.#hangUp();
     if (!this.#running) return;
     const verdict = closeVerdict(code, reason);
-    if (verdict.stop || bye?.reconnect === false) {
+    const done = code === 1000 && bye?.reconnect === true ? false : verdict.stop;
+    if (done || bye?.reconnect === false) {
       this.stop(verdict.text || bye?.reason || "The server ended the connection.", { signIn: verdict.signIn });
     } else this.#retry(bye?.reason ?? verdict.text, bye?.retryAfterMs ?? verdict.leastMs, bye !== null);
   }
@@ -188,16 +207,15 @@ export class ConversationClient {
 
   #hangUp() {
     const socket = this.#socket;
+    this.#turn += 1;
     this.#socket = null;
     this.#greeted = false;
     this.#bye = null;
     this.#storeAway = "";
     for (const name of [...this.#timers.keys()]) this.#cancel(name);
-    if (this.#askedProfile !== null) {
-      this.profile = this.#askedProfile; // the answer is lost; the next connection asks again
-      this.#askedProfile = null;
-      this.#on.onProfile(this.profile);
-    }
+    const asked = this.#asked.at(-1);
+    this.#asked = [];
+    if (asked !== undefined) this.#startOverWith(asked); // the answer is lost; the next connection asks again
     // Browsers complain in the console about closing a socket that is still connecting.
     if (socket?.readyState === CONNECTING) socket.onopen = () => socket.close(1000);
     else if (socket?.readyState === OPEN) socket.close(1000);
@@ -256,13 +274,17 @@ export class ConversationClient {
     this.#greeted = true;
     this.#failedHandshakes = 0;
     this.#cancel("hello");
-    this.epoch = data.epoch ?? this.epoch;
+    this.#incomplete = true;
+    this.#granted = this.profile;
+    // Another life of the log than the one that was asked for: `ws.reset` says so, and until then it is not ours.
+    this.epoch ??= data.epoch ?? null;
     this.#status("catching_up");
     this.#after("ping", PING_EVERY_MS, () => this.#ping(PONG_WITHIN_MS));
   }
 
   #caughtUp(data) {
     this.#cursor.caughtUp(parseSeq(data.seq));
+    this.#incomplete = false;
     this.#attempt = 0;
     this.#status("live");
   }
@@ -278,17 +300,17 @@ export class ConversationClient {
 
   // What the new view shows of the past since `origin`, and the old one did not, follows: `from` is before `last`.
   #profileChanged(data) {
-    this.profile = data.profile ?? this.#askedProfile ?? this.profile;
-    this.#askedProfile = null;
+    // Answers come in the order of the questions. Those before this one were refused, or it would not be its turn.
+    this.#asked.splice(0, this.#asked.indexOf(data.profile) + 1);
+    this.profile = this.#granted = data.profile ?? this.profile;
     if (data.from !== undefined) this.#cursor.moveTo(parseSeq(data.from));
+    this.#incomplete = true;
     this.#on.onProfile(this.profile);
+    this.#status("catching_up");
   }
 
   #refused(data) {
-    if (this.#askedProfile !== null) {
-      this.#askedProfile = null;
-      this.#on.onProfile(this.profile);
-    }
+    if (this.#asked.shift() !== undefined) this.#on.onProfile(this.profile);
     this.#on.onProblem(data.message ?? data.code ?? "The server refused a message of this page.");
   }
 

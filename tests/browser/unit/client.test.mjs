@@ -174,12 +174,145 @@ test("a refused profile stays what it was, and says why", async () => {
   assert.deepEqual(seen.problems, ["profile 'secret' needs a permission"]);
 });
 
-test("a profile that was asked for when the connection broke is asked for again", async () => {
-  const { socket, sockets, clock, client } = await live();
+test("a profile that was asked for when the connection broke is asked for again, from its own state", async () => {
+  const { socket, sockets, clock, client, requests } = await live();
+  client.setProfile("debug");
   client.setProfile("text");
+  socket.control("ws.profile", { profile: "debug", from: "100" });
   socket.drop();
   await clock.advance(1_000);
+  assert.equal(requests.at(-1).url.searchParams.get("profile"), "text");
   assert.equal(sockets[1].url.searchParams.get("profile"), "text");
+  assert.equal(client.profile, "text");
+});
+
+test("a profile chosen while the page waits to come back is the next connection's, with its own state", async () => {
+  const { socket, sockets, clock, client, requests, seen } = await live();
+  socket.event(110, 100);
+  socket.drop();
+  client.setProfile("debug");
+  assert.deepEqual(seen.profiles, ["debug"]);
+  await clock.advance(1_000);
+  assert.equal(requests.length, 2, "what it shows of the past is asked for anew");
+  assert.equal(requests[1].url.searchParams.get("profile"), "debug");
+  assert.equal(sockets[1].url.searchParams.get("profile"), "debug");
+  assert.equal(seen.resets, 2);
+});
+
+test("a profile chosen before ws.hello takes the place of the one that was being connected", async () => {
+  const { client, sockets, requests } = setUp();
+  await client.start();
+  sockets[0].readyState = 1; // open, not greeted
+  client.setProfile("text");
+  await settle();
+  assert.equal(sockets[0].closedWith, 1000);
+  assert.equal(requests[1].url.searchParams.get("profile"), "text");
+  assert.equal(sockets[1].url.searchParams.get("profile"), "text");
+  sockets[0].onmessage({ data: '{"event": {"type": "ws.hello", "data": {}}}' });
+  assert.equal(client.state, "connecting", "the old one is not listened to");
+});
+
+test("a profile chosen while the snapshot is read: that of the old one is not used", async () => {
+  const waiting = [];
+  const answer = ({ url }, number) => new Promise((resolve) => {
+    waiting.push(() => resolve({ body: { ...SNAPSHOT, entities: [entity(`${url.searchParams.get("profile")}-${number}`, 100)] } }));
+  });
+  const { client, sockets, seen } = setUp({ answer });
+  client.start();
+  await settle();
+  client.setProfile("text");
+  await settle();
+  for (const go of waiting) go();
+  await settle();
+  assert.deepEqual(seen.states, ["text-2"]);
+  assert.deepEqual(sockets.map((socket) => socket.url.searchParams.get("profile")), ["text"]);
+});
+
+test("a profile chosen while disconnected and refused: the one before stays, and the page says why", async () => {
+  const problem = { status: 403, body: { detail: "profile 'secret' needs a permission" } };
+  const { socket, sockets, clock, client, seen } = await live({
+    answer: ({ url }) => (url.searchParams.get("profile") === "secret" ? problem : { body: SNAPSHOT }),
+  });
+  socket.drop();
+  client.setProfile("secret");
+  await clock.advance(1_000);
+  assert.equal(client.profile, "default");
+  assert.deepEqual(seen.profiles, ["secret", "default"]);
+  assert.deepEqual(seen.problems, ["profile 'secret' needs a permission"]);
+  assert.equal(sockets.at(-1).url.searchParams.get("profile"), "default");
+});
+
+test("a page that stopped because of its profile starts again with another", async () => {
+  const problem = { status: 400, body: { detail: "there is no profile 'nonsense'" } };
+  const { client, sockets, seen } = setUp({
+    answer: ({ url }) => (url.searchParams.get("profile") === "nonsense" ? problem : { body: SNAPSHOT }),
+  });
+  client.setProfile("nonsense");
+  await client.start();
+  assert.equal(seen.statuses.at(-1).state, "stopped");
+  client.setProfile("default");
+  await client.start();
+  assert.equal(sockets[0].url.searchParams.get("profile"), "default");
+});
+
+// -- a connection that ends before it has caught up --
+
+const hydrates = (socket) => socket.url.searchParams.get("hydrate") === "1";
+
+test("a cut before ws.caught_up asks for the whole state again, until it has been there", async () => {
+  const { client, sockets, clock } = setUp();
+  await client.start();
+  assert.equal(hydrates(sockets[0]), false, "the snapshot is the state");
+  sockets[0].hello({ from: "100" });
+  sockets[0].event(110, 100);
+  sockets[0].drop();
+  await clock.advance(1_000);
+  assert.deepEqual([hydrates(sockets[1]), sockets[1].url.searchParams.get("since")], [true, "110"]);
+  sockets[1].drop(); // not greeted at all
+  await clock.advance(1_000);
+  assert.equal(hydrates(sockets[2]), true);
+  sockets[2].hello({ from: "110" });
+  sockets[2].control("ws.caught_up", { seq: "120" });
+  sockets[2].drop();
+  await clock.advance(1_000);
+  assert.deepEqual([hydrates(sockets[3]), sockets[3].url.searchParams.get("since")], [false, "120"]);
+});
+
+for (const [what, send] of [
+  ["ws.reset", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1", from: "150" })],
+  ["a reset that names no position", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1" })],
+  ["ws.profile", (socket) => socket.control("ws.profile", { profile: "debug", from: "50" })],
+]) {
+  test(`a cut between ${what} and ws.caught_up asks for the whole state`, async () => {
+    const { socket, sockets, clock } = await live();
+    send(socket);
+    socket.state(entity("a", 50));
+    socket.drop();
+    await clock.advance(1_000);
+    assert.equal(hydrates(sockets[1]), true);
+  });
+}
+
+test("a gap while catching up asks for the whole state, too", async () => {
+  const { client, sockets, clock } = setUp();
+  await client.start();
+  sockets[0].hello({ from: "100" });
+  sockets[0].event(130, 120);
+  await clock.advance(0);
+  assert.equal(hydrates(sockets[1]), true);
+});
+
+test("the epoch of a greeting is not taken before the reset that goes with it: a cut in between would hide it", async () => {
+  const { socket, sockets, clock, client } = await live();
+  socket.drop();
+  await clock.advance(1_000);
+  sockets[1].hello({ epoch: "e2", from: "5" });
+  sockets[1].drop();
+  await clock.advance(1_000);
+  assert.equal(sockets[2].url.searchParams.get("epoch"), "e1");
+  sockets[2].hello({ epoch: "e2", from: "5" });
+  sockets[2].control("ws.reset", { reason: "epoch", epoch: "e2", from: "5" });
+  assert.equal(client.epoch, "e2");
 });
 
 test("back-off doubles to a limit, keeps at least half, and starts over when live again", async () => {
@@ -214,7 +347,7 @@ test("ws.bye: its delay is kept exactly, and reconnect=false is final", async ()
   assert.match(second.seen.statuses.at(-1).message, /erased/);
 });
 
-for (const [code, comesBack] of [[1000, true], [1001, true], [1006, true], [1008, false], [1009, true], [1012, true], [4401, false], [4403, false], [4404, false], [4408, true], [4429, true], [4500, true]]) {
+for (const [code, comesBack] of [[1000, false], [1001, true], [1002, false], [1007, false], [1006, true], [1008, false], [1009, true], [1012, true], [4401, false], [4403, false], [4404, false], [4408, true], [4429, true], [4500, true]]) {
   test(`close code ${code} ${comesBack ? "is tried again" : "stops, with a message"}`, async () => {
     const { socket, sockets, clock, seen } = await live();
     socket.drop(code);
