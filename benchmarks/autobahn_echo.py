@@ -11,26 +11,27 @@ import uvicorn
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
 from transports.deflate import MessageDeflater
-from transports.fast_connection import FastConnection
-from transports.takeover import agree_on_deflate, takeover_of
+from transports.takeover import Taken, agree_on_deflate, takeover_of
 from transports.ws_frames import Opcode, encode_frame
 
 DEFLATER = MessageDeflater(level=1)
 
 
 class Echo:
+    connection: Taken
+
     def __init__(self, compressed: bool) -> None:
         self._encode_frame = DEFLATER.encode_frame if compressed else encode_frame
 
-    def on_text(self, connection: FastConnection, text: str) -> None:
-        connection.write(self._encode_frame(Opcode.TEXT, text.encode()))
+    def on_text(self, text: str) -> None:
+        self.connection.write(self._encode_frame(Opcode.TEXT, text.encode()))
 
-    def on_binary(self, connection: FastConnection, data: bytes) -> None:
-        connection.write(self._encode_frame(Opcode.BINARY, data))
+    def on_binary(self, data: bytes) -> None:
+        self.connection.write(self._encode_frame(Opcode.BINARY, data))
 
-    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None: ...
-    def on_pause(self, connection: FastConnection) -> None: ...
-    def on_resume(self, connection: FastConnection) -> None: ...
+    def on_closed(self, code: int, reason: str) -> None: ...
+    def on_pause(self) -> None: ...
+    def on_resume(self) -> None: ...
 
 
 async def fast(scope: Any, receive: Any, send: Any) -> None:
@@ -39,7 +40,8 @@ async def fast(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "websocket.accept"})
     takeover = takeover_of(scope)
     assert takeover is not None
-    takeover(Echo(compressed))
+    echo = Echo(compressed)
+    echo.connection = takeover(echo)
 
 
 async def asgi(scope: Any, receive: Any, send: Any) -> None:

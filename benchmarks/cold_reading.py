@@ -26,6 +26,7 @@ from broker.delivery.subscription import SubscribeRequest
 from broker.envelope import Draft
 from broker.security import Principal
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports import garbage_collector
 from transports.framing import RAW_WEBSOCKET
 from transports.pool import ConnectionPool
@@ -98,13 +99,15 @@ async def catch_up(db: Path, request: SubscribeRequest) -> Taken:
     """Subscribe one connection of a broker that has just started; return what it took until it was live."""
     broker, pool = broker_over(db)
     async with broker:
-        await broker.conversations.open("c1")  # opening is measured elsewhere
+        await parts_of(broker).conversations.open("c1")  # opening is measured elsewhere
         sink, longest = Sink(), [0.0]
         pool.add(sink)
         watching = asyncio.create_task(longest_turn(longest))
         await asyncio.sleep(0)
         begin, cpu = time.perf_counter(), time.process_time()
-        subscription = await broker.subscribe(sink.id, request, CALLER)
+        subscription = await broker.doors.following.subscribe(
+            sink.id, await broker.doors.following.admit(CALLER, request)
+        )
         while subscription.status != "live":
             await asyncio.sleep(0.002)
             if time.perf_counter() - begin > TIMEOUT_S:

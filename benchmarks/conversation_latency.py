@@ -32,6 +32,7 @@ from websockets.asyncio.client import connect
 
 from broker.envelope import Draft
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.app import create_app
 from transports.server import bind
 
@@ -66,8 +67,8 @@ async def fill(broker: Any, count: int) -> None:
                 for n in range(start, min(start + 500, count))
             )
         )
-        await broker.housekeeping.save(broker.conversations.all(), everything=True)
-        await broker.conversations.sweep()
+        await parts_of(broker).housekeeping.save(parts_of(broker).conversations.all(), everything=True)
+        await parts_of(broker).conversations.sweep()
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -84,8 +85,8 @@ async def serve(args: argparse.Namespace) -> None:
     saves: dict[str, list[float]] = {"save run": [], "save timeline": []}
     async with app.router.lifespan_context(app):
         await fill(broker, args.library)
-        timed(broker.runs.store, "update", saves["save run"])
-        timed(broker.stores.timeline, "save", saves["save timeline"])
+        timed(parts_of(broker).runs.store, "update", saves["save run"])
+        timed(parts_of(broker).stores.timeline, "save", saves["save timeline"])
         listener = bind("127.0.0.1", 0)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         print(listener.getsockname()[1], flush=True)

@@ -23,6 +23,7 @@ from suite.streaming_load import StreamingLoad
 from broker.broker import ConversationWSBroker
 from broker.security import SYSTEM
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.pool import ConnectionPool
 
 
@@ -32,7 +33,7 @@ async def measure(args: argparse.Namespace, db: str) -> dict[str, list[float]]:
     broker = ConversationWSBroker(settings, pool=ConnectionPool(), plugins=[load])
     taken: dict[str, list[float]] = {"action": [], "poll": [], "save": []}
     await broker.start()
-    store = broker.runs.store
+    store = parts_of(broker).runs.store
     update = store.update
 
     async def timed_update(*call: Any) -> Any:
@@ -43,14 +44,14 @@ async def measure(args: argparse.Namespace, db: str) -> dict[str, list[float]]:
 
     store.update = timed_update  # type: ignore[method-assign]
     for number in range(args.conversations):
-        await broker.runs.send(SYSTEM, f"c{number}", "go")
-    await broker.runs.send(SYSTEM, "actions", "go")
+        await parts_of(broker).runs.send(SYSTEM, f"c{number}", "go")
+    await parts_of(broker).runs.send(SYSTEM, "actions", "go")
 
     async def act() -> None:
         while not load.over:
-            if (await broker.runs.state("actions"))["pendingApprovals"]:
+            if (await parts_of(broker).runs.state("actions"))["pendingApprovals"]:
                 started = time.perf_counter()
-                await broker.runs.approve_tools("actions", None, "bench")
+                await parts_of(broker).runs.approve_tools("actions", None, "bench")
                 taken["action"].append(time.perf_counter() - started)
             await asyncio.sleep(0.01)
 
@@ -58,7 +59,7 @@ async def measure(args: argparse.Namespace, db: str) -> dict[str, list[float]]:
         number = 0
         while not load.over:
             started = time.perf_counter()
-            broker.runs.state_etag(await broker.runs.state(f"c{number % args.conversations}"))
+            parts_of(broker).runs.state_etag(await parts_of(broker).runs.state(f"c{number % args.conversations}"))
             taken["poll"].append(time.perf_counter() - started)
             number += 1
             await asyncio.sleep(0.01)

@@ -30,6 +30,7 @@ from typing import Any
 from broker.envelope import Draft
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
+from broker.testing import parts_of
 
 ENV = "BROKER_PLUGIN_BENCH_CONTROL_"
 PORT = int(os.environ.get(ENV + "PORT", "0"))
@@ -165,7 +166,7 @@ async def fill(broker: Any, conversations: float) -> list[float]:
 async def open_all(broker: Any, conversations: float) -> list[float]:
     for start in range(0, int(conversations), 500):
         names = range(start, min(start + 500, int(conversations)))
-        await asyncio.gather(*(broker.conversations.open(name_of(name)) for name in names))
+        await asyncio.gather(*(parts_of(broker).conversations.open(name_of(name)) for name in names))
     gc.collect()
     return []
 

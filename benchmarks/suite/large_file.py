@@ -17,6 +17,7 @@ from broker.envelope import Draft
 from broker.runs.turns import Turn
 from broker.sequence import PER_MS
 from broker.settings import load_settings
+from broker.testing import parts_of
 from suite.tools import CannotMeasure
 from transports.pool import ConnectionPool
 
@@ -86,7 +87,7 @@ async def _write_template(path: Path, answers: int, messages: bool, turns: bool)
             drafts = _answer(number) if messages else _notes(number)
             await publisher.publish_many(drafts)
             if turns:
-                await broker.stores.turns.add(_old_turn(number), keep=answers)
+                await parts_of(broker).stores.turns.add(_old_turn(number), keep=answers)
 
 
 def _answer(number: int) -> list[Draft]:

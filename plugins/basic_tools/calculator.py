@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from broker.errors import InvalidInput, shown
+from broker.errors import InvalidInput, quoted
 from broker.runs.tools import Tool, ToolContext
 
 Number = int | float
@@ -37,15 +37,15 @@ def calculate(expression: str) -> str:
         tree = ast.parse(expression.translate(_TYPED_SIGNS).strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise InvalidInput(f"{shown(expression)} is not an arithmetic expression: {reason}") from error
+        raise InvalidInput(f"{quoted(expression)} is not an arithmetic expression: {reason}") from error
     try:
         value = _value(tree.body, 0)
     except ZeroDivisionError as error:
-        raise InvalidInput(f"{shown(expression)} divides by zero") from error
+        raise InvalidInput(f"{quoted(expression)} divides by zero") from error
     except OverflowError as error:
-        raise InvalidInput(f"{shown(expression)} has a result too large to compute") from error
+        raise InvalidInput(f"{quoted(expression)} has a result too large to compute") from error
     except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{shown(expression)} is not defined: {error}") from error
+        raise InvalidInput(f"{quoted(expression)} is not defined: {error}") from error
     return _text(value, expression)
 
 
@@ -53,7 +53,7 @@ def _text(value: Number, expression: str) -> str:
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value):
-        raise InvalidInput(f"{shown(expression)} has no finite value")
+        raise InvalidInput(f"{quoted(expression)} has no finite value")
     # 15 digits are what a float holds for certain: 0.1 + 0.2 is 0.3 to whoever asks.
     return f"{value:.15g}"
 
@@ -75,12 +75,12 @@ def _value(node: ast.expr, depth: int) -> Number:
         case ast.Name(id=name):
             known = ", ".join(_CONSTANTS)
             raise InvalidInput(
-                f"unknown name {shown(name)}; known are the constants {known} and the functions {_NAMES}"
+                f"unknown name {quoted(name)}; known are the constants {known} and the functions {_NAMES}"
             )
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             return _call(name, [_value(argument, depth + 1) for argument in args])
     raise InvalidInput(
-        f"{shown(ast.unparse(node))} is not arithmetic; numbers, + - * / // % **, parentheses and the functions "
+        f"{quoted(ast.unparse(node))} is not arithmetic; numbers, + - * / // % **, parentheses and the functions "
         f"{_NAMES} are"
     )
 
@@ -110,7 +110,7 @@ def _power(base: Number, exponent: Number) -> Number:
 
 def _call(name: str, arguments: list[Number]) -> Number:
     if name not in _FUNCTIONS:
-        raise InvalidInput(f"unknown function {shown(name)}; known are {_NAMES}")
+        raise InvalidInput(f"unknown function {quoted(name)}; known are {_NAMES}")
     compute, least, most = _FUNCTIONS[name]
     if not least <= len(arguments) <= most:
         takes = str(least) if least == most else f"{least} to {most}" if most < _ANY else f"{least} or more"

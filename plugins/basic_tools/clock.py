@@ -8,7 +8,7 @@ from datetime import UTC, datetime, tzinfo
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
-from broker.errors import InvalidInput, shown
+from broker.errors import InvalidInput, quoted
 from broker.runs.tools import Tool, ToolContext
 
 # Known without the database, which slim systems do not have.
@@ -43,7 +43,7 @@ def _zone(name: str) -> tzinfo:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError) as error:
         # OSError: the name of a region ("Europe") is a folder of the database.
-        raise InvalidInput(f"unknown time zone {shown(name)}; {_advice(name)}") from error
+        raise InvalidInput(f"unknown time zone {quoted(name)}; {_advice(name)}") from error
 
 
 def _advice(name: str) -> str:

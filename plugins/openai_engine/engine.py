@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from broker.errors import EngineError, shown
+from broker.errors import EngineError, quoted
 from broker.runs.chat_completions import (
     AnswerReader,
     EventStreamDecoder,
@@ -171,7 +171,7 @@ class OpenAIEngine:
         for event in _last_words(decoder, reader):
             yield event
         if not reader.complete and not reader.began and (stray := decoder.stray_text().strip()):
-            text = shown(self._secrets.hide(stray))
+            text = quoted(self._secrets.hide(stray))
             raise EngineError(f"{self._url} sent neither a stream nor JSON: {text}", kind="stream")
 
     async def _next(self, pieces: AsyncIterator[bytes], reader: AnswerReader, said: float) -> bytes | None:
@@ -205,7 +205,7 @@ class OpenAIEngine:
     def _web_page(self, page: bytes) -> EngineError:
         start = self._secrets.hide(page[:_MAX_ERROR_BODY].decode("utf-8", "replace"))[:200]
         return EngineError(
-            f"{self._url} answered with a web page instead of a stream: {shown(start)}; "
+            f"{self._url} answered with a web page instead of a stream: {quoted(start)}; "
             "check OPENAI_BASE_URL (it usually ends in /v1)",
             kind="http",
             status=200,

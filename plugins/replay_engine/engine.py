@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
-import orjson
-
 from broker.errors import EngineError
 from broker.runs.chat_completions import DONE, AnswerReader, EventStreamDecoder, StreamEvent, http_error
 from broker.runs.engine import EngineEvent, EngineRequest, Finish, ReasoningDelta, TextDelta, ToolCallDelta
@@ -67,7 +65,7 @@ class ReplayEngine:
         decoder = EventStreamDecoder(len(recording.body) + 1)
         whole = recording.headers.get("content-type", "").startswith("application/json")
         if whole:  # a provider that does not stream
-            events = iter([StreamEvent("message", _compact(recording.body), "")])
+            events = iter([StreamEvent("message", recording.body.decode("utf-8", "replace"), "")])
         else:
             events = decoder.feed(recording.body)
         for index, sent in enumerate(events):
@@ -101,11 +99,3 @@ def _characters(event: EngineEvent) -> int:
         case ToolCallDelta(_, arguments):
             return len(arguments)
     return 0
-
-
-def _compact(body: bytes) -> str:
-    """Return a JSON body on one line, as an event of a stream would carry it; unchanged if it is no JSON."""
-    try:
-        return orjson.dumps(orjson.loads(body)).decode()
-    except orjson.JSONDecodeError:
-        return body.decode("utf-8", "replace")

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import orjson
 
-from broker.errors import EngineError, PluginError, shown
+from broker.errors import EngineError, PluginError, quoted
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Library:
             except (OSError, NotPlayable) as error:
                 log.warning("recording %s is skipped: %s", path.name, error)
         if other_apis:
-            skipped = ", ".join(f"{count} of {shown(api)}" for api, count in sorted(other_apis.items()))
+            skipped = ", ".join(f"{count} of {quoted(api)}" for api, count in sorted(other_apis.items()))
             log.info("recordings of other APIs than %s are skipped: %s", API, skipped)
         if not recordings:
             raise PluginError(_useless(folder, f"holds no recording of {API}"))
@@ -104,7 +104,7 @@ class Library:
         if members := self._members(name):
             return members
         raise EngineError(
-            f"there is no recording {shown(name)}; there are: {', '.join(self.recordings)}", kind="config"
+            f"there is no recording {quoted(name)}; there are: {', '.join(self.recordings)}", kind="config"
         )
 
     def choose(self, prompt: str, turn: int) -> list[Recording]:
@@ -148,7 +148,7 @@ class Library:
 
 def _useless(folder: Path, why: str) -> str:
     return (
-        f"replay_engine cannot play from {shown(str(folder))}: it {why}; set BROKER_PLUGIN_REPLAY_ENGINE_DIR to a "
+        f"replay_engine cannot play from {quoted(str(folder))}: it {why}; set BROKER_PLUGIN_REPLAY_ENGINE_DIR to a "
         "folder of recordings (*.json), or unset it to play those that ship with the plugin"
     )
 
@@ -170,7 +170,7 @@ def parse(name: str, file: Mapping[str, Any]) -> Recording:
     status = _field(response, "status", int, 200)
     body = response.get("body")
     if not isinstance(body, str):
-        raise NotPlayable(f"response.body is {shown(body)}, a string is required")
+        raise NotPlayable(f"response.body is {quoted(body)}, a string is required")
     choices = _field(request, "other", dict, {}).get("n")
     return Recording(
         name=name,
@@ -191,7 +191,7 @@ def _field(file: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise NotPlayable(f"{key} is {shown(value)}, {kind.__name__} is required")
+        raise NotPlayable(f"{key} is {quoted(value)}, {kind.__name__} is required")
     return value
 
 
@@ -199,7 +199,7 @@ def _timing(values: Iterable[object]) -> tuple[float, ...]:
     gaps: list[float] = []
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise NotPlayable(f"timing holds {shown(value)}, milliseconds are required")
+            raise NotPlayable(f"timing holds {quoted(value)}, milliseconds are required")
         gaps.append(value)
     return tuple(gaps)
 
@@ -210,7 +210,7 @@ def _patterns(values: Iterable[object]) -> tuple[re.Pattern[str], ...]:
         try:
             patterns.append(re.compile(str(value), re.IGNORECASE))
         except re.error as error:
-            raise NotPlayable(f"match holds {shown(value)}, which is no regular expression: {error}") from error
+            raise NotPlayable(f"match holds {quoted(value)}, which is no regular expression: {error}") from error
     return tuple(patterns)
 
 

@@ -29,7 +29,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
 
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 15.0
@@ -117,7 +117,7 @@ class BrokerClient:
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 30.0) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise InvalidInput(f"url {shown(url)} is not usable: give one such as http://127.0.0.1:8000/")
+            raise InvalidInput(f"url {quoted(url)} is not usable: give one such as http://127.0.0.1:8000/")
         self._base = urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/") + "/", "", ""))
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._timeout_s = timeout_s
@@ -183,6 +183,14 @@ class BrokerClient:
             return await self._request("DELETE", path)
         headers = {"content-type": "application/json"}
         return await self._request("POST", path, content=orjson.dumps({"enabled": on}), headers=headers)
+
+    async def release_plugin(self, name: str) -> dict[str, Any]:
+        """Take a plugin's hooks out of quarantine on the node that answers. Raises BrokerError."""
+        return await self._post(f"api/debug/plugins/{quote(name, safe='')}/release", {}, None)
+
+    async def switch_plugin(self, name: str, on: bool) -> dict[str, Any]:
+        """Switch a plugin on or off on the node that answers, until that ends. Raises BrokerError."""
+        return await self._post(f"api/debug/plugins/{quote(name, safe='')}", {"enabled": on}, None)
 
     async def _post(self, path: str, body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
         headers = {"idempotency-key": key or uuid.uuid4().hex, "content-type": "application/json"}

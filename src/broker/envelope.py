@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from broker.errors import InvalidConversationId, InvalidDraft, shown
+from broker.errors import InvalidConversationId, InvalidDraft, quoted
 
 SEM = "sem"
 TIMELINE = "timeline"
@@ -45,7 +45,7 @@ def check_channel_name(name: object) -> str:
     if isinstance(name, str) and _CHANNEL.match(name):
         return name
     raise InvalidDraft(
-        f"channel name {shown(name)} is not usable: dotted lower-case words such as 'debug.trace'",
+        f"channel name {quoted(name)} is not usable: dotted lower-case words such as 'debug.trace'",
         channel=str(name)[:64],
     )
 
@@ -58,7 +58,7 @@ def check_event_type(name: object) -> str:
         _KNOWN_TYPES.add(name)
         return name
     raise InvalidDraft(
-        f"event type {shown(name)} is not usable: dotted lower-case words such as 'llm.delta'", type=str(name)[:64]
+        f"event type {quoted(name)} is not usable: dotted lower-case words such as 'llm.delta'", type=str(name)[:64]
     )
 
 
@@ -143,7 +143,7 @@ def encode_json(value: object) -> bytes:
     try:
         return orjson.dumps(value)
     except (orjson.JSONEncodeError, RecursionError) as exc:
-        raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {shown(value)}") from exc
+        raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {quoted(value)}") from exc
 
 
 def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
@@ -156,10 +156,10 @@ def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_by
         check_event_type(type)
     if not isinstance(data, dict):
         if not isinstance(data, Mapping):  # second: asking an ABC takes longer
-            raise InvalidDraft(f"data of {type} is {shown(data)}: an object is required")
+            raise InvalidDraft(f"data of {type} is {quoted(data)}: an object is required")
         data = dict(data)
     if not id or len(id) > MAX_ID_CHARS or not id.isprintable():
-        raise InvalidDraft(f"id {shown(id)} is not usable: 1 to {MAX_ID_CHARS} printable characters")
+        raise InvalidDraft(f"id {quoted(id)} is not usable: 1 to {MAX_ID_CHARS} printable characters")
     data_json = encode_json(data)
     size = len(data_json)
     if size > 2 * _NESTING_MAX and data_json.count(b"{") + data_json.count(b"[") > _NESTING_MAX:

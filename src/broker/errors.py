@@ -34,12 +34,14 @@ from typing import Any, ClassVar
 _SHOWN = 120
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Return `value` as it may appear in an error text: repr, cut to 120 characters."""
     try:
         text = repr(value)
     except RecursionError:  # what nests too deeply is shown in exactly the errors that say so
         text = f"<{type(value).__name__}, deeply nested>"
+    except Exception as exc:  # an integer of more than 4,300 digits, a __repr__ that fails
+        text = f"<{type(value).__name__}, not shown: {type(exc).__name__}>"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + f"… ({len(text)} characters)"
 
 
@@ -65,7 +67,7 @@ class InvalidConversationId(InvalidInput):
 
     def __init__(self, conv_id: object) -> None:
         super().__init__(
-            f"conversation id {shown(conv_id)} is not usable: use 1 to 128 of the characters "
+            f"conversation id {quoted(conv_id)} is not usable: use 1 to 128 of the characters "
             "A-Z a-z 0-9 . _ : @ ~ -, starting with a letter or a digit",
             conv_id=str(conv_id)[:_SHOWN],
         )
@@ -80,7 +82,7 @@ class UnknownProfile(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"profile {shown(name)} does not exist; known profiles: {', '.join(sorted(known))}",
+            f"profile {quoted(name)} does not exist; known profiles: {', '.join(sorted(known))}",
             profile=name[:_SHOWN],
             known=sorted(known),
         )
@@ -91,7 +93,7 @@ class UnknownChannel(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"channel {shown(name)} does not exist; known channels: {', '.join(sorted(known))}",
+            f"channel {quoted(name)} does not exist; known channels: {', '.join(sorted(known))}",
             channel=name[:_SHOWN],
             known=sorted(known),
         )
@@ -102,7 +104,7 @@ class UnknownEngineProfile(InvalidInput):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"engine profile {shown(name)} does not exist; known engine profiles: {', '.join(sorted(known))}",
+            f"engine profile {quoted(name)} does not exist; known engine profiles: {', '.join(sorted(known))}",
             engine_profile=name[:_SHOWN],
             known=sorted(known),
         )
@@ -113,10 +115,14 @@ class InvalidOverrides(InvalidInput):
 
 
 class AuthenticationFailed(BrokerError):
+    """Credentials are missing, or nobody here knows them."""
+
     code = "unauthenticated"
 
 
 class PermissionDenied(BrokerError):
+    """The caller is known, and may not do this."""
+
     code = "not-permitted"
 
 
@@ -127,10 +133,14 @@ class DraftRefused(BrokerError):
 
 
 class NotFound(BrokerError):
+    """What was named does not exist, or the caller may not know that it does."""
+
     code = "not-found"
 
 
 class Conflict(BrokerError):
+    """What was asked for does not go together with what is there."""
+
     code = "conflict"
 
 
@@ -139,7 +149,7 @@ class IdempotencyMismatch(Conflict):
 
     def __init__(self, key: str) -> None:
         super().__init__(
-            f"idempotency key {shown(key)} was already used with another body; "
+            f"idempotency key {quoted(key)} was already used with another body; "
             "use a new key for a new request, or repeat the first body unchanged",
             key=key[:_SHOWN],
         )
@@ -150,7 +160,7 @@ class IdempotencyPending(Conflict):
 
     def __init__(self, key: str) -> None:
         super().__init__(
-            f"the first request with idempotency key {shown(key)} is still being decided; repeat in a moment",
+            f"the first request with idempotency key {quoted(key)} is still being decided; repeat in a moment",
             key=key[:_SHOWN],
         )
 
@@ -166,26 +176,38 @@ class LimitExceeded(BrokerError):
 
 
 class RunEnded(BrokerError):
+    """A run has ended, or its lease has passed to another process: what came after it is refused."""
+
     code = "run-ended"
 
 
 class Unavailable(BrokerError):
+    """This process cannot do it now (starting, shutting down, stopping): ask again, or another one."""
+
     code = "unavailable"
 
 
 class StoreError(BrokerError):
+    """A store failed, or holds what it cannot hold."""
+
     code = "store-error"
 
 
 class StoreUnavailable(StoreError):
+    """The store cannot be reached or written to right now: nothing was written, try again."""
+
     code = "store-unavailable"
 
 
 class ForeignDatabase(StoreError):
+    """The database file is not one of this project: name another file."""
+
     code = "foreign-database"
 
 
 class NewerDatabase(StoreError):
+    """The database file was written by a newer version: use that one."""
+
     code = "newer-database"
 
 
@@ -209,4 +231,6 @@ class EngineError(BrokerError):
 
 
 class PluginError(BrokerError):
+    """A plugin cannot be loaded, does not fit, or failed; the text names it and its hook."""
+
     code = "plugin-error"

@@ -20,10 +20,10 @@ _MANY_DIGITS_BYTES = re.compile(rb"[0-9]{19}")
 
 
 def loads_exact(text: str | bytes) -> object:
-    """Return the value that JSON `text` spells; integers of any size are exact.
+    """Return the value that JSON `text` spells; integers are exact.
 
-    Raises ValueError for what is no JSON: NaN, lone surrogates, more than some 1,000 levels, integers of more than 4,300
-    digits.
+    Raises ValueError for what is no JSON or cannot be read: NaN, lone surrogates, more than some 1,000 levels, numbers of
+    more than 308 digits.
     """
     value: object = orjson.loads(text)
     many = _MANY_DIGITS.search(text) if isinstance(text, str) else _MANY_DIGITS_BYTES.search(text)

@@ -27,18 +27,16 @@ from typing import TYPE_CHECKING, Any
 from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from pydantic import BaseModel
     from typer import Typer
 
-    from broker.broker import ConversationWSBroker
     from broker.channels import Channel, EventType
-    from broker.conversations.conversation import Conversation
-    from broker.delivery.subscription import Subscription
     from broker.envelope import Draft, Envelope
     from broker.eventlog.base import EventLog
+    from broker.interfaces import Broker, Connections, OpenConnection, OpenConversation
     from broker.profiles import Profile
     from broker.publisher import Publisher
     from broker.runs.engine import Engine, EnginePlan, EngineProfile
@@ -297,7 +295,7 @@ def register_tools() -> Iterable[Tool] | None:
 
 
 @hookspec
-def register_transports(app: Any, broker: ConversationWSBroker) -> None:
+def register_transports(app: Any, broker: Broker, connections: Connections) -> None:
     """Add another way for bytes to get in and out, beside WebSocket, SSE and long poll.
 
     Called by: the application factory in `transports.app`.
@@ -305,19 +303,37 @@ def register_transports(app: Any, broker: ConversationWSBroker) -> None:
     Blocking: allowed, the server does not run yet.
     Arguments:
         app: the ASGI application (FastAPI) to mount on.
-        broker: the broker, not started yet; a transport subscribes connections and publishes through its
-            public methods.
+        broker: the broker, not started yet: `authenticate` says who is calling, `publisher` publishes.
+        connections: `admit` lets a caller in, `add` takes a function that sends bytes and returns a connection to
+            subscribe; leaving its block forgets it. A slow one is brought up to date from the log, as any other.
     Returns: nothing.
-    Raises: an error is reported under the plugin's name; the other transports serve.
+    Raises: an error is reported under the plugin's name; the other transports serve. What `admit` and `subscribe`
+        raise is a BrokerError, to be told to the caller.
     Example:
-        @hookimpl
-        def register_transports(app, broker):
-            async def heads(scope, receive, send):
-                head = await broker.head(scope["path"].rsplit("/", 1)[-1])
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": str(head.head_seq).encode()})
+        import asyncio
 
-            app.mount("/heads", heads)
+        from starlette.responses import StreamingResponse
+
+        from broker.security import Credentials
+
+        def lines(messages):
+            return [message.text + b"\\n" for message in messages]
+
+        @hookimpl
+        def register_transports(app, broker, connections):
+            @app.get("/lines/{conv_id}")
+            async def follow(conv_id: str):
+                caller = await broker.authenticate(Credentials())
+                admitted = await connections.admit(caller, conv_id, since=0)
+
+                async def body():
+                    waiting = asyncio.Queue(maxsize=1)  # the next chunk is taken when this one has been sent
+                    async with connections.add(waiting.put, framing=lines, close=lambda *_: waiting.put(None)) as one:
+                        await one.subscribe(admitted)
+                        while (chunk := await waiting.get()) is not None:
+                            yield chunk
+
+                return StreamingResponse(body(), media_type="application/x-ndjson")
     """
 
 
@@ -365,30 +381,7 @@ def register_commands(cli: Typer) -> None:
 
 
 @hookspec
-def register_pages() -> Iterable[Mapping[str, Any]] | None:
-    """Add pages and widgets to the web UI.
-
-    Called by: the web UI. Its part that calls this hook comes with a later change: nothing is shown yet.
-    When: once, at start.
-    Blocking: allowed, the server does not run yet.
-    Arguments: none.
-    Returns: one mapping per page or widget with the keys `kind` (`page` or `widget`), `name` (unique, a path
-        segment), `title`, `static_dir` (folder whose files are served), `module` (a file in it: the ES module
-        to load) and, for a widget, `entity_kinds` (the timeline entity kinds that it draws). None: nothing.
-    Raises: an error is reported under the plugin's name; its pages are missing.
-    Example:
-        from pathlib import Path
-
-        @hookimpl
-        def register_pages():
-            static = str(Path(__file__).parent / "static")
-            return [{"kind": "widget", "name": "notes", "title": "Notes", "static_dir": static,
-                     "module": "notes.js", "entity_kinds": ["note"]}]
-    """
-
-
-@hookspec
-async def on_startup(broker: ConversationWSBroker) -> None:
+async def on_startup(broker: Broker) -> None:
     """Open what the plugin needs: clients, files, background tasks.
 
     Called by: ConversationWSBroker.start.
@@ -411,7 +404,7 @@ async def on_startup(broker: ConversationWSBroker) -> None:
 
 
 @hookspec
-async def on_shutdown(broker: ConversationWSBroker) -> None:
+async def on_shutdown(broker: Broker) -> None:
     """Close what `on_startup` opened.
 
     Called by: ConversationWSBroker.stop.
@@ -548,14 +541,14 @@ async def build_engine(plan: EnginePlan) -> Engine | None:
 
 
 @hookspec
-def start_emitters(conversation: Conversation, publisher: Publisher) -> Emitter | Iterable[Emitter] | None:
+def start_emitters(conversation: OpenConversation, publisher: Publisher) -> Emitter | Iterable[Emitter] | None:
     """Start what publishes into a conversation for as long as it lives.
 
     Called by: EmitterSupervisor.
     When: once when a conversation is opened in this process, and once more for each restart of an emitter.
     Blocking: no. The hook returns at once; the emitters run as tasks on the event loop.
     Arguments:
-        conversation: `conv_id` and state of the conversation.
+        conversation: `conv_id`, `epoch` and `position` (its newest seq) when the hook is called.
         publisher: publishes into this conversation.
     Returns: an emitter or several: coroutines (an `async def` implementation is one itself) or async context
         managers, entered at once and left when the conversation closes. None: no emitter, and no task.
@@ -578,14 +571,14 @@ def start_emitters(conversation: Conversation, publisher: Publisher) -> Emitter 
 
 
 @hookspec
-def on_conversation_opened(conversation: Conversation) -> None:
+def on_conversation_opened(conversation: OpenConversation) -> None:
     """Observe that a conversation was opened in this process.
 
     Called by: ConversationManager.
     When: when the conversation is first needed here, and again after it was evicted.
     Blocking: no. It runs on the event loop before the first envelope is dispatched; hand work to a task.
     Arguments:
-        conversation: `conv_id` and state of the conversation.
+        conversation: `conv_id`, `epoch` and `position` (its newest seq) when the hook is called.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; nobody else notices. Repeated failure leads to
         quarantine.
@@ -599,14 +592,14 @@ def on_conversation_opened(conversation: Conversation) -> None:
 
 
 @hookspec
-def on_conversation_closed(conversation: Conversation, reason: str) -> None:
+def on_conversation_closed(conversation: OpenConversation, reason: str) -> None:
     """Observe that a conversation left this process's memory.
 
     Called by: ConversationManager.
     When: when an idle conversation is evicted, or one is erased; not at shutdown.
     Blocking: no. It runs on the event loop.
     Arguments:
-        conversation: `conv_id` and last state of the conversation.
+        conversation: `conv_id`, `epoch` and last `position`.
         reason: `idle` or `erased`.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; nobody else notices. Repeated failure leads to
@@ -621,14 +614,14 @@ def on_conversation_closed(conversation: Conversation, reason: str) -> None:
 
 
 @hookspec
-def on_connection_opened(connection: Subscription) -> None:
+def on_connection_opened(connection: OpenConnection) -> None:
     """Observe that a client subscribed to a conversation: presence, audit.
 
     Called by: ConversationWSBroker.subscribe.
     When: once per connection, after it was let in.
     Blocking: no. It runs on the event loop; hand work to a task.
     Arguments:
-        connection: `connection_id`, `conv_id` and `profile` of the subscription.
+        connection: `connection_id`, `conv_id`, `profile`, `channels` and `subject` of the subscription.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; the connection stays. Repeated failure leads to
         quarantine.
@@ -642,14 +635,14 @@ def on_connection_opened(connection: Subscription) -> None:
 
 
 @hookspec
-def on_connection_closed(connection: Subscription, reason: str) -> None:
+def on_connection_closed(connection: OpenConnection, reason: str) -> None:
     """Observe that a client went away.
 
     Called by: ConversationWSBroker.unsubscribe.
     When: once for each `on_connection_opened`.
     Blocking: no. It runs on the event loop.
     Arguments:
-        connection: `connection_id`, `conv_id` and `profile` of the subscription.
+        connection: `connection_id`, `conv_id`, `profile`, `channels` and `subject` of the subscription.
         reason: why, in a few words, for people: `closed`, `gone`, `drain`, …
     Returns: nothing.
     Raises: an error is reported under the plugin's name; nobody else notices. Repeated failure leads to

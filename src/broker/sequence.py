@@ -8,7 +8,7 @@ carries into the next millisecond beyond that. 2**63 is reached in the year 2262
 
 from __future__ import annotations
 
-from broker.errors import InvalidInput, shown
+from broker.errors import InvalidInput, quoted
 
 PER_MS = 1_000_000
 MAX_SEQ = 2**63 - 1
@@ -41,5 +41,5 @@ def parse_seq(text: str, name: str = "since") -> int:
     if text.isascii() and text.isdigit() and len(text) <= 19 and (seq := int(text)) <= MAX_SEQ:
         return seq
     raise InvalidInput(
-        f"{name}={shown(text)} is not a position: give a seq as decimal digits, 0 to {MAX_SEQ}", parameter=name
+        f"{name}={quoted(text)} is not a position: give a seq as decimal digits, 0 to {MAX_SEQ}", parameter=name
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from broker.errors import InvalidInput, shown
+from broker.errors import InvalidInput, quoted
 
 PREFIX = "BROKER_"
 PLUGIN_PREFIX = "BROKER_PLUGIN_"
@@ -235,7 +235,7 @@ def _problem(error: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     field = str(error["loc"][0]) if error["loc"] else ""
     where = f"--{field.replace('_', '-')}" if field in flags else variable(field)
     # The value of redis_url may hold a password: never repeat it.
-    value = "(hidden)" if field == "redis_url" else shown(error["input"])
+    value = "(hidden)" if field == "redis_url" else quoted(error["input"])
     about = describe(field) if field in Settings.model_fields else "There is no such setting."
     return f"{where}={value} is not usable: {error['msg']}. {about}"
 

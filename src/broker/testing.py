@@ -22,16 +22,17 @@ from typing import Any
 
 import orjson
 
+from broker.api import SubscribeRequest, Subscription
+from broker.assembly.parts import Parts
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock, SystemClock
-from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.envelope import SEM, Envelope, encode_json
 from broker.plugins import PluginHost
 from broker.security import SYSTEM, Principal
 from broker.sequence import PER_MS
 from broker.settings import Settings, load_settings
 
-__all__ = ["CapturingConnection", "CapturingPool", "EnvelopeFactory", "MemoryBroker", "memory_broker"]
+__all__ = ["CapturingConnection", "CapturingPool", "EnvelopeFactory", "MemoryBroker", "memory_broker", "parts_of"]
 
 FIRST_MS = 1_763_690_000_000
 WAIT_S = 5.0
@@ -200,12 +201,21 @@ class CapturingPool:
         return len(self._connections)
 
 
+def parts_of(broker: ConversationWSBroker) -> Parts:
+    """Return the parts of a broker, for tests that look inside."""
+    return broker._parts
+
+
 class MemoryBroker:
-    """A running broker in memory, with short ways to do what a client and a producer do. Made by `memory_broker`."""
+    """A running broker in memory, with short ways to do what a client and a producer do. Made by `memory_broker`.
+
+    parts: what the broker consists of, for tests that look inside.
+    """
 
     def __init__(self, broker: ConversationWSBroker, pool: CapturingPool) -> None:
         self.broker = broker
         self.pool = pool
+        self.parts = parts_of(broker)
         self._numbers = itertools.count(1)
 
     async def connect(
@@ -215,9 +225,9 @@ class MemoryBroker:
         connection = CapturingConnection(connection_id or f"connection-{next(self._numbers)}")
         self.pool.add(connection)
         try:
-            connection.subscription = await self.broker.subscribe(
-                connection.id, SubscribeRequest(conv_id, **request), principal
-            )
+            following = self.broker.doors.following
+            admitted = await following.admit(principal, SubscribeRequest(conv_id, **request))
+            connection.subscription = await following.subscribe(connection.id, admitted)
         except BaseException:
             self.pool.remove(connection.id)
             raise
@@ -225,8 +235,7 @@ class MemoryBroker:
 
     async def disconnect(self, connection: CapturingConnection, reason: str = "client") -> None:
         """End a connection, as a client that goes away does."""
-        if connection.subscription is not None:
-            await self.broker.unsubscribe(connection.subscription, reason)
+        await self.broker.doors.following.unsubscribe(connection.id, reason)
         self.pool.remove(connection.id)
 
     async def publish(

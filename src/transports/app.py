@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,23 @@ from transports.http.publish import publish_router
 from transports.http.recovery import recovery_router
 from transports.http.timeline import timeline_router
 from transports.pages import WebPages
+from transports.plugin_connections import PluginConnections
 from transports.pool import ConnectionPool
 from transports.sse import make_sse_endpoint
 from transports.websocket import make_websocket_endpoint
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
 
-_POOLS: WeakKeyDictionary[ConversationWSBroker, ConnectionPool] = WeakKeyDictionary()
-"""The pool of each broker made here. Kept apart from the broker, so that HTTP handlers, which get the broker, have no
-way to the pool (I7)."""
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a broker was made with. Kept apart from it, so that whoever gets the broker has no way to either (I7)."""
+
+    pool: ConnectionPool
+    plugins: PluginHost
+
+
+_MADE: WeakKeyDictionary[ConversationWSBroker, _Made] = WeakKeyDictionary()
 
 _ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
     chat_router,
@@ -74,8 +83,9 @@ def create_broker(settings: Settings | None = None, *, plugins: Sequence[object]
     """
     settings = settings or load_settings()
     pool = ConnectionPool(write_timeout_s=settings.write_timeout_s)
-    broker = ConversationWSBroker(settings, pool=pool, plugins=PluginHost.load(settings, plugins))
-    _POOLS[broker] = pool
+    host = PluginHost.load(settings, plugins)
+    broker = ConversationWSBroker(settings, pool=pool, plugins=host)
+    _MADE[broker] = _Made(pool, host)
     return broker
 
 
@@ -107,8 +117,8 @@ def create_app(
 
 def create_api(broker: ConversationWSBroker) -> FastAPI:
     """Return the API of `broker` (made by `create_broker`): HTTP routes, `/ws` and `/sse`, without web pages."""
-    pool = _POOLS.get(broker) if isinstance(broker, ConversationWSBroker) else None
-    if pool is None:
+    made = _MADE.get(broker) if isinstance(broker, ConversationWSBroker) else None
+    if made is None:
         raise TypeError("create_api needs a broker made by transports.app.create_broker: it comes with its pool")
     app = FastAPI(
         title="Conversation broker",
@@ -118,16 +128,19 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
         redoc_url=None,
     )
     app.state.broker = broker
-    api = Api(broker)
+    doors = broker.doors
+    api = Api(doors)
     # First: routes are tried in order, and matching all others took as long as the rest of accepting a connection.
-    app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(broker, pool)))
-    app.router.routes.append(Route("/sse", make_sse_endpoint(broker, pool), methods=["GET"]))
+    app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, made.pool)))
+    app.router.routes.append(Route("/sse", make_sse_endpoint(doors, made.pool), methods=["GET"]))
     for make_router in _ROUTERS:
         app.include_router(make_router(api))
     own_routes = APIRouter(tags=["plugins"])
-    broker.plugins.call_collect("register_routes", router=own_routes)
+    made.plugins.call_collect("register_routes", router=own_routes)
     app.include_router(own_routes)
-    broker.plugins.call_collect("register_transports", app=app, broker=broker)
+    made.plugins.call_collect(
+        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool)
+    )
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
@@ -179,7 +192,7 @@ async def _running(broker: ConversationWSBroker) -> AsyncIterator[None]:
         await broker.start()
     else:
         # Redis may be away for a while: health checks are answered meanwhile, and say so.
-        starting = asyncio.create_task(broker.lifecycle.start_when_possible())
+        starting = asyncio.create_task(broker.start_when_possible())
     try:
         yield
     finally:

@@ -47,6 +47,8 @@ class QueuedConnection(Generic[Payload]):
         self.writable = True
         self.finished = asyncio.Event()
         self.on_abort: Callable[[], None] | None = None
+        self.on_pause: Callable[[], None] | None = None
+        self.on_resume: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Start the writer."""
@@ -65,6 +67,8 @@ class QueuedConnection(Generic[Payload]):
         if self.writable and self.buffered_bytes > self._limit:
             self.writable = False
             self._pool.pause(self.id, time.monotonic())
+            if self.on_pause is not None:
+                self.on_pause()
 
     def close(self, code: int, reason: str) -> None:
         if self._closing is None:
@@ -96,6 +100,8 @@ class QueuedConnection(Generic[Payload]):
                     if not self.writable and self.buffered_bytes <= self._limit // 2:
                         self.writable = True
                         self._pool.resume(self.id)
+                        if self.on_resume is not None:
+                            self.on_resume()
                 if self._closing is not None:
                     await self._close_with(*self._closing)
                     return

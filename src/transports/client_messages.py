@@ -9,9 +9,8 @@ from typing import Any
 
 import orjson
 
-from broker.broker import ConversationWSBroker
-from broker.delivery.subscription import Subscription
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.api import Following, Subscription
+from broker.errors import BrokerError, InvalidInput, quoted
 from broker.sequence import parse_seq
 
 MESSAGES_PER_S = 20.0
@@ -26,10 +25,10 @@ PROFILE_KEYS = frozenset({"type", "profile", "channels", "since"})
 class ClientMessages:
     """Reads one client's messages. No state worth mentioning while the client is silent."""
 
-    __slots__ = ("_allowance", "_broker", "_close", "_early", "_last_s", "_strikes", "_tasks", "subscription")
+    __slots__ = ("_allowance", "_close", "_early", "_following", "_last_s", "_strikes", "_tasks", "subscription")
 
-    def __init__(self, broker: ConversationWSBroker, close: Callable[[int, str], None]) -> None:
-        self._broker = broker
+    def __init__(self, following: Following, close: Callable[[int, str], None]) -> None:
+        self._following = following
         self._close = close
         self._allowance = BURST_MESSAGES
         self._last_s = 0.0
@@ -55,7 +54,7 @@ class ClientMessages:
             self._refuse("rate-limited", f"more than {MESSAGES_PER_S:.0f} messages a second")
             return
         if message == "ping":
-            self._broker.ping(self.subscription, None)
+            self._following.ping(self.subscription, None)
             return
         try:
             self._dispatch(self._parse(message))
@@ -68,20 +67,20 @@ class ClientMessages:
         try:
             parsed = orjson.loads(message)
         except orjson.JSONDecodeError as exc:
-            raise InvalidInput(f"message {shown(message)} is not JSON: {exc}") from exc
+            raise InvalidInput(f"message {quoted(message)} is not JSON: {exc}") from exc
         if not isinstance(parsed, dict):
-            raise InvalidInput(f"message {shown(message)} is not a JSON object with a type")
+            raise InvalidInput(f"message {quoted(message)} is not a JSON object with a type")
         return parsed
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         assert self.subscription is not None
         kind = message.get("type")
         if kind == "ws.ping":
-            self._broker.ping(self.subscription, message.get("data"))
+            self._following.ping(self.subscription, message.get("data"))
         elif kind == "ws.profile":
             self._change_view(message)
         else:
-            raise InvalidInput(f"message type {shown(kind)} is not known: ws.ping and ws.profile are")
+            raise InvalidInput(f"message type {quoted(kind)} is not known: ws.ping and ws.profile are")
 
     def _change_view(self, message: dict[str, Any]) -> None:
         assert self.subscription is not None
@@ -94,11 +93,11 @@ class ClientMessages:
         if isinstance(channels, list) and all(isinstance(name, str) for name in channels):
             channels = ",".join(channels)
         if not isinstance(profile, str):
-            raise InvalidInput(f"ws.profile: profile {shown(profile)} is not a name")
+            raise InvalidInput(f"ws.profile: profile {quoted(profile)} is not a name")
         if channels is not None and not isinstance(channels, str):
-            raise InvalidInput(f"ws.profile: channels {shown(channels)} is neither a comma list nor a list of names")
+            raise InvalidInput(f"ws.profile: channels {quoted(channels)} is neither a comma list nor a list of names")
         if since is not None and not isinstance(since, str):
-            raise InvalidInput(f"ws.profile: since {shown(since)} must be a decimal string")
+            raise InvalidInput(f"ws.profile: since {quoted(since)} must be a decimal string")
         position = parse_seq(since) if since is not None else None
         task = asyncio.get_running_loop().create_task(self._change(profile, channels, position))
         self._tasks = self._tasks or set()
@@ -108,7 +107,7 @@ class ClientMessages:
     async def _change(self, profile: str, channels: str | None, since: int | None) -> None:
         assert self.subscription is not None
         try:
-            await self._broker.change_view(self.subscription, profile=profile, channels=channels, since=since)
+            await self._following.change_view(self.subscription, profile=profile, channels=channels, since=since)
         except BrokerError as exc:
             self._refuse(exc.code, exc.message)
 
@@ -124,6 +123,6 @@ class ClientMessages:
     def _refuse(self, code: str, message: str) -> None:
         assert self.subscription is not None
         self._strikes += 1
-        self._broker.refuse(self.subscription, code, message)
+        self._following.refuse(self.subscription, code, message)
         if self._strikes >= STRIKES_MAX:
             self._close(1008, "too many messages that were refused")

@@ -211,7 +211,7 @@ class FastConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.writable = False
         if self._state == _OPEN and self._handler is not None:
-            self._guard(self._handler.on_pause, self)
+            self._guard(self._handler.on_pause)
 
     def resume_writing(self) -> None:
         self.quiet_since = -1
@@ -222,7 +222,7 @@ class FastConnection(asyncio.Protocol):
             self.write(encode_frame(Opcode.PONG, self._owed_pong))
             self._owed_pong = None
         if self._handler is not None:
-            self._guard(self._handler.on_resume, self)
+            self._guard(self._handler.on_resume)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave_open(_LOST)
@@ -283,9 +283,9 @@ class FastConnection(asyncio.Protocol):
         if self._handler is None:
             return
         if isinstance(message, str):
-            self._handler.on_text(self, message)
+            self._handler.on_text(message)
         else:
-            self._handler.on_binary(self, message)
+            self._handler.on_binary(message)
 
     def _answer(self, ping: Ping) -> None:
         """Send the pong; to a peer that does not read only the latest, later: RFC 6455 5.5.3 allows it."""
@@ -384,7 +384,7 @@ class FastConnection(asyncio.Protocol):
     def _notify_closed(self, code: int, reason: str) -> None:
         handler, self._handler = self._handler, None
         if handler is not None:
-            self._guard(handler.on_closed, self, code, reason)
+            self._guard(handler.on_closed, code, reason)
 
     def _guard(self, callback: Callable[..., None], *args: object) -> None:
         try:

@@ -20,9 +20,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
+from broker.logs import configure_logging
+from broker.security import SYSTEM
 from broker.settings import Settings, misspelled_variables
-from broker.telemetry import configure_logging
 from transports import garbage_collector
 from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_protocol
 from transports.app import create_app
@@ -68,7 +69,7 @@ def _serve_on(listener: socket.socket, settings: Settings, *, announce: bool = T
     """Serve on a listening socket until a signal comes; return the exit code. announce: print the ready line."""
     try:
         app = create_app(settings)
-        check_auth(settings, app.state.broker.plugins.describe())
+        check_auth(settings, app.state.broker.doors.offers.plugins(SYSTEM))
         server = BrokerServer(_config(app, settings), app, settings, announce=announce)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.run_until_stopped(listener))
@@ -108,7 +109,7 @@ def check_auth(settings: Settings, plugins: list[dict[str, Any]]) -> None:
     able = [str(one["name"]) for one in plugins if "authenticate" in one.get("hooks", ())]
     if settings.auth is not None and settings.auth not in able:
         raise InvalidInput(
-            f"--auth {shown(settings.auth)}: no loaded plugin of that name has an authenticate hook; "
+            f"--auth {quoted(settings.auth)}: no loaded plugin of that name has an authenticate hook; "
             f"plugins that have one: {', '.join(able) or 'none'}"
         )
 
@@ -201,7 +202,7 @@ class BrokerServer(uvicorn.Server):
 
     async def _announce(self, urls: list[str]) -> None:
         """Say that clients can connect: at once, or when the broker has found its Redis."""
-        await self._app.state.broker.lifecycle.until_started()
+        await self._app.state.broker.until_started()
         for url in urls if self._announce_urls else ():
             print(f"Conversation broker is ready: {url}", flush=True)
 

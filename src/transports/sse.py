@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from broker.broker import ConversationWSBroker
+from broker.api import Doors
 from broker.errors import BrokerError, LimitExceeded, Unavailable
 from broker.sequence import parse_seq
 from transports.asgi_delivery import QueuedConnection, in_any_case
@@ -90,13 +90,13 @@ class _EventStream(StreamingResponse):
         life.cancel()
 
 
-def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
+def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
     """Return the endpoint for `GET /sse`. Raises BrokerError for the application's error handlers to answer."""
 
     async def endpoint(request: Request) -> Response:
-        if broker.lifecycle.draining or not broker.lifecycle.started:
+        if not doors.phase.serves:
             raise Unavailable("this process is starting or shutting down: connect again")
-        if len(pool) >= broker.settings.max_connections:
+        if len(pool) >= doors.settings.max_connections:
             raise LimitExceeded(
                 f"this process has {len(pool)} connections, which is its limit: try again later", retry_after_ms=5000
             )
@@ -104,30 +104,27 @@ def make_sse_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Cal
         last_id = request.headers.get("last-event-id")
         if last_id:  # a reconnect: the browser repeats the first URL, so the header is newer than its query
             wanted = replace(wanted, since=parse_seq(last_id, "Last-Event-ID"), hydrate=False)
-        principal = await broker.authenticate(credentials_of(request))
-        view = broker.views.compile(principal, wanted.profile, wanted.channels)
-        await broker.authorize_following(principal, wanted.conv_id, view.channel_names)
-        stream = _Stream(broker.settings.sse_heartbeat_s)
+        principal = await doors.access.authenticate(credentials_of(request))
+        admitted = await doors.following.admit(principal, wanted)
+        stream = _Stream(doors.settings.sse_heartbeat_s)
         connection = QueuedConnection(
             uuid.uuid4().hex,
             EVENT_STREAM,
             pool,
-            buffer_bytes=broker.settings.connection_buffer_bytes,
+            buffer_bytes=doors.settings.connection_buffer_bytes,
             send=stream.send,
             close_with=stream.close,
         )
 
         async def leave() -> None:
             await connection.stop()
-            subscription = broker.subscriptions.get(connection.id)
-            if subscription is not None:
-                await broker.unsubscribe(subscription, "closed")
+            await doors.following.unsubscribe(connection.id, "closed")
 
         async def body() -> AsyncGenerator[bytes]:
             pool.add(connection)
             connection.start()
             try:
-                await broker.subscribe(connection.id, wanted, principal)
+                await doors.following.subscribe(connection.id, admitted)
                 async for event in stream.events():
                     yield event
             except BrokerError as exc:

@@ -13,15 +13,37 @@ dropped with its connection (`abort_of`), which ASGI has no word for; `admission
 
 from __future__ import annotations
 
+from asyncio import WriteTransport
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-if TYPE_CHECKING:
-    from transports.fast_connection import FastConnection
+from typing import Any, Protocol, cast
 
 TAKEOVER_EXTENSION = "conversation.broker.takeover"
 DEFLATE_EXTENSION = "conversation.broker.deflate"
 ABORT_EXTENSION = "conversation.broker.abort"
+
+
+class Taken(Protocol):
+    """A WebSocket that was taken over, as its new owner sees it (`fast_connection.FastConnection`).
+
+    write: takes built frames; may raise RuntimeError once the connection has ended. transport: the socket, for its buffer
+    limits. buffered_bytes: written, not taken by the peer yet.
+    """
+
+    @property
+    def transport(self) -> WriteTransport: ...
+    @property
+    def write(self) -> Callable[[Any], None]: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def buffered_bytes(self) -> int: ...
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Start an orderly close; `on_closed` follows."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection, dropping what is buffered; `on_closed` follows with 1006."""
+        ...
 
 
 class ConnectionHandler(Protocol):
@@ -31,27 +53,27 @@ class ConnectionHandler(Protocol):
     1011.
     """
 
-    def on_text(self, connection: FastConnection, text: str) -> None:
+    def on_text(self, text: str) -> None:
         """A whole text message, fragments joined."""
 
-    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+    def on_binary(self, data: bytes) -> None:
         """A whole binary message."""
 
-    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
+    def on_closed(self, code: int, reason: str) -> None:
         """Nothing may be written any more. Called exactly once, and last, whoever closed.
 
         code: the peer's (1005 if it gave none), ours if we closed first, 1006 if the connection was just
         lost. Never called from inside `close`, `abort` or `write`.
         """
 
-    def on_pause(self, connection: FastConnection) -> None:
+    def on_pause(self) -> None:
         """The transport's buffer is full (`writable` is False). Called from inside the `write` that filled it."""
 
-    def on_resume(self, connection: FastConnection) -> None:
+    def on_resume(self) -> None:
         """The transport's buffer has drained (`writable` is True)."""
 
 
-Takeover = Callable[[ConnectionHandler], "FastConnection"]
+Takeover = Callable[[ConnectionHandler], Taken]
 
 
 def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:

@@ -15,8 +15,7 @@ from typing import Any
 from starlette.datastructures import QueryParams
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from broker.broker import ConversationWSBroker
-from broker.delivery.subscription import SubscribeRequest
+from broker.api import Admitted, Doors, Following, SubscribeRequest
 from broker.envelope import check_conv_id
 from broker.errors import (
     AuthenticationFailed,
@@ -27,18 +26,16 @@ from broker.errors import (
     PermissionDenied,
     StoreUnavailable,
     Unavailable,
-    shown,
+    quoted,
 )
-from broker.security import Principal
 from broker.sequence import parse_seq
 from transports.asgi_delivery import QueuedConnection, ended, in_any_case
 from transports.client_messages import ClientMessages
-from transports.fast_connection import FastConnection
 from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET, DeflatedWebSocketFraming
 from transports.http.caller import credentials_of
 from transports.http.problems import response_of
 from transports.pool import ConnectionPool, Framing
-from transports.takeover import agree_on_deflate, takeover_of
+from transports.takeover import Taken, Takeover, agree_on_deflate, takeover_of
 
 SUBPROTOCOL = "conversation.v1"
 QUERY_KEYS = frozenset({"conv_id", "profile", "channels", "since", "epoch", "hydrate", "view", "ticket"})
@@ -68,13 +65,13 @@ def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
             )
         if key not in QUERY_KEYS:
             raise InvalidInput(
-                f"parameter {shown(key)} is not known; known: {', '.join(sorted(QUERY_KEYS))}", parameter=key
+                f"parameter {quoted(key)} is not known; known: {', '.join(sorted(QUERY_KEYS))}", parameter=key
             )
     if "conv_id" not in query:
         raise InvalidInput("parameter conv_id is missing: name the conversation", parameter="conv_id")
     hydrate = query.get("hydrate", "0")
     if hydrate not in ("0", "1", "true", "false"):
-        raise InvalidInput(f"hydrate={shown(hydrate)}: give 1 or 0", parameter="hydrate")
+        raise InvalidInput(f"hydrate={quoted(hydrate)}: give 1 or 0", parameter="hydrate")
     since = query.get("since")
     return SubscribeRequest(
         conv_id=check_conv_id(query["conv_id"]),
@@ -87,16 +84,16 @@ def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
     )
 
 
-def make_websocket_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) -> Endpoint:
+def make_websocket_endpoint(doors: Doors, pool: ConnectionPool) -> Endpoint:
     """Return the endpoint for `GET /ws`."""
-    settings = broker.settings
+    settings = doors.settings
     deflated: Framing | None = None
     if settings.compression == "per_view":
         deflated = DeflatedWebSocketFraming(level=settings.compression_level, min_bytes=settings.compression_min_bytes)
 
     async def endpoint(websocket: WebSocket) -> None:
         try:
-            request, principal = await _admit(broker, pool, websocket)
+            admitted = await _admit(doors, pool, websocket)
         except BrokerError as exc:
             await _refuse(websocket, exc)
             return
@@ -107,30 +104,28 @@ def make_websocket_endpoint(broker: ConversationWSBroker, pool: ConnectionPool) 
             framing = deflated
         await websocket.accept(subprotocol=subprotocol)
         if takeover is not None:
-            await _TakenOver(broker, pool, framing).serve(takeover, request, principal)
+            await _TakenOver(doors.following, pool, framing).serve(
+                takeover, admitted, buffer_bytes=settings.connection_buffer_bytes
+            )
         else:
-            await _serve_asgi(broker, pool, websocket, request, principal)
+            await _serve_asgi(doors, pool, websocket, admitted)
 
     return endpoint
 
 
-async def _admit(
-    broker: ConversationWSBroker, pool: ConnectionPool, websocket: WebSocket
-) -> tuple[SubscribeRequest, Principal]:
+async def _admit(doors: Doors, pool: ConnectionPool, websocket: WebSocket) -> Admitted:
     """Check everything that can be checked before the handshake is accepted."""
-    if broker.lifecycle.draining or not broker.lifecycle.started:
+    if not doors.phase.serves:
         raise Unavailable("this process is starting or shutting down: connect again")
-    if len(pool) >= broker.settings.max_connections:
+    if len(pool) >= doors.settings.max_connections:
         raise LimitExceeded(
             f"this process has {len(pool)} connections, which is its limit: try again later",
             retry_after_ms=5000,
-            limit=broker.settings.max_connections,
+            limit=doors.settings.max_connections,
         )
     request = parse_subscribe_request(websocket.query_params)
-    principal = await broker.authenticate(credentials_of(websocket))
-    view = broker.views.compile(principal, request.profile, request.channels)
-    await broker.authorize_following(principal, request.conv_id, view.channel_names)
-    return request, principal
+    principal = await doors.access.authenticate(credentials_of(websocket))
+    return await doors.following.admit(principal, request)
 
 
 async def _refuse(websocket: WebSocket, error: BrokerError) -> None:
@@ -148,24 +143,24 @@ def _close_code(error: BrokerError) -> int:
 class _TakenOver:
     """A connection on the fast path, as the pool sees it. Callbacks only: no task, no queue."""
 
-    __slots__ = ("_broker", "_closed", "_fast", "_pool", "framing", "id", "messages")
+    __slots__ = ("_closed", "_fast", "_following", "_pool", "framing", "id", "messages")
 
-    def __init__(self, broker: ConversationWSBroker, pool: ConnectionPool, framing: Framing) -> None:
+    def __init__(self, following: Following, pool: ConnectionPool, framing: Framing) -> None:
         self.id = secrets.token_hex(16)
         self.framing = framing
-        self._broker = broker
+        self._following = following
         self._pool = pool
-        self._fast: FastConnection
+        self._fast: Taken
         self._closed = False
-        self.messages = ClientMessages(broker, self.close)
+        self.messages = ClientMessages(following, self.close)
 
-    async def serve(self, takeover: Any, request: SubscribeRequest, principal: Principal) -> None:
+    async def serve(self, takeover: Takeover, admitted: Admitted, *, buffer_bytes: int) -> None:
         """Take the connection over and subscribe it; returns when it stands, not when it ends."""
         self._fast = takeover(self)
-        self._fast.transport.set_write_buffer_limits(high=self._broker.settings.connection_buffer_bytes)
+        self._fast.transport.set_write_buffer_limits(high=buffer_bytes)
         self._pool.add(self)
         try:
-            subscription = await self._broker.subscribe(self.id, request, principal)
+            subscription = await self._following.subscribe(self.id, admitted)
         except BrokerError as exc:
             self._pool.remove(self.id)
             self.close(_close_code(exc), exc.message[:120])
@@ -176,7 +171,7 @@ class _TakenOver:
             raise
         if self._closed:  # the peer left while we subscribed it
             self._pool.remove(self.id)
-            await self._broker.unsubscribe(subscription, "gone")
+            await self._following.unsubscribe(self.id, "gone")
             return
         self.messages.opened(subscription)
 
@@ -184,16 +179,15 @@ class _TakenOver:
 
     @property
     def write(self) -> Callable[[Any], None]:
-        write: Callable[[Any], None] = self._fast.write
-        return write
+        return self._fast.write
 
     @property
     def writable(self) -> bool:
-        return bool(self._fast.writable)
+        return self._fast.writable
 
     @property
     def buffered_bytes(self) -> int:
-        return int(self._fast.buffered_bytes)
+        return self._fast.buffered_bytes
 
     def close(self, code: int, reason: str) -> None:
         self._fast.close(code, reason)
@@ -203,65 +197,62 @@ class _TakenOver:
 
     # the wire's side
 
-    def on_text(self, connection: FastConnection, text: str) -> None:
+    def on_text(self, text: str) -> None:
         self.messages.take(text)
 
-    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+    def on_binary(self, data: bytes) -> None:
         self.messages.take(data)
 
-    def on_pause(self, connection: FastConnection) -> None:
+    def on_pause(self) -> None:
         self._pool.pause(self.id, time.monotonic())
 
-    def on_resume(self, connection: FastConnection) -> None:
+    def on_resume(self) -> None:
         self._pool.resume(self.id)
 
-    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
+    def on_closed(self, code: int, reason: str) -> None:
         self._closed = True
         self._pool.remove(self.id)
         subscription = self.messages.subscription
         if subscription is not None and subscription.status != "closed":
-            asyncio.ensure_future(self._broker.unsubscribe(subscription, f"closed {code}"))  # noqa: RUF006 - ends at once
+            asyncio.ensure_future(self._following.unsubscribe(self.id, f"closed {code}"))  # noqa: RUF006 - ends at once
 
 
 async def _serve_asgi(
-    broker: ConversationWSBroker,
+    doors: Doors,
     pool: ConnectionPool,
     websocket: WebSocket,
-    request: SubscribeRequest,
-    principal: Principal,
+    admitted: Admitted,
 ) -> None:
     connection = QueuedConnection(
         secrets.token_hex(16),
         ASGI_WEBSOCKET,
         pool,
-        buffer_bytes=broker.settings.connection_buffer_bytes,
+        buffer_bytes=doors.settings.connection_buffer_bytes,
         send=websocket.send_text,
         close_with=websocket.close,
     )
-    messages = ClientMessages(broker, connection.close)
+    messages = ClientMessages(doors.following, connection.close)
     pool.add(connection)
     connection.start()
     loop = asyncio.get_running_loop()
-    reader = loop.create_task(_read(websocket, messages, connection, broker.settings.max_client_message_bytes))
+    reader = loop.create_task(_read(websocket, messages, connection, doors.settings.max_client_message_bytes))
     written = loop.create_task(connection.finished.wait())
     try:
-        messages.opened(await broker.subscribe(connection.id, request, principal))
+        messages.opened(await doors.following.subscribe(connection.id, admitted))
         await asyncio.wait([reader, written], return_when=asyncio.FIRST_COMPLETED)
     except BrokerError as exc:
         connection.close(_close_code(exc), exc.message[:120])
         await written
     finally:
         pool.remove(connection.id)
-        await in_any_case(_leave(broker, connection, reader, written))
+        await in_any_case(_leave(doors.following, connection, reader, written))
 
 
-async def _leave(broker: ConversationWSBroker, connection: QueuedConnection[str], *tasks: asyncio.Task[Any]) -> None:
+async def _leave(following: Following, connection: QueuedConnection[str], *tasks: asyncio.Task[Any]) -> None:
     """Give back what a connection had."""
     await ended(*tasks)
     await connection.stop()
-    subscription = broker.subscriptions.get(connection.id)
-    if subscription is not None:
-        await broker.unsubscribe(subscription, "closed")
+    await following.unsubscribe(connection.id, "closed")
 
 
 async def _read(websocket: WebSocket, messages: ClientMessages, connection: QueuedConnection[str], limit: int) -> None:

@@ -11,6 +11,7 @@ from tests.support.core import CALLER, Core
 
 from broker.cli.verify import verify_conversation
 from broker.errors import NotFound
+from broker.testing import parts_of
 
 
 async def test_copies_are_conversations_like_any_other(tmp_path: Path) -> None:
@@ -20,15 +21,18 @@ async def test_copies_are_conversations_like_any_other(tmp_path: Path) -> None:
         broker = core.broker
         for number in range(5):
             report = await verify_conversation(
-                broker.log, broker.stores.timeline, broker.catalog.handlers, f"c{number:04d}"
+                parts_of(broker).log,
+                parts_of(broker).stores.timeline,
+                parts_of(broker).catalog.handlers,
+                f"c{number:04d}",
             )
             assert (report.envelopes, report.verified, report.differences) == (500, 10, [])
-            assert len(await broker.stores.turns.turns(f"c{number:04d}")) == 5
-        listed = (await broker.library.find(CALLER, query="item")).conversations
+            assert len(await parts_of(broker).stores.turns.turns(f"c{number:04d}")) == 5
+        listed = (await parts_of(broker).library.find(CALLER, query="item")).conversations
         assert [info.entry.conv_id for info in listed] == [f"c{number:04d}" for number in range(5)]
         assert listed[0].seq > listed[-1].seq
         with pytest.raises(NotFound):
-            await broker.library.get(CALLER, "c0005")
+            await parts_of(broker).library.get(CALLER, "c0005")
         before = (await broker.head("c0003")).head_seq
         assert await core.say("c0003", "and on") > before
 

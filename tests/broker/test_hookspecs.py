@@ -59,7 +59,6 @@ def test_the_walk_over_the_manager_finds_every_hook_of_the_contract():
         "register_transports",
         "register_routes",
         "register_commands",
-        "register_pages",
         "on_startup",
         "on_shutdown",
         "authenticate",

@@ -17,6 +17,7 @@ from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, text
 
 from broker.errors import InvalidInput
 from broker.settings import Settings, load_settings
+from broker.testing import parts_of
 
 IDLE_S = 0.2
 IDLE_TURNS_MAX = 1000
@@ -78,7 +79,7 @@ def count_turns() -> list[int]:
 
 async def serve_and_rest(core: Core) -> None:
     """Publish, follow, come back, ask a model, tidy up; then do nothing, and count."""
-    broker, stores = core.broker, core.broker.stores
+    broker, stores = core.broker, core.parts.stores
     before, _ = await core.connect("c1", since=0)
     first = await core.say("c1", "one")
     publisher = broker.publisher("c1")
@@ -91,14 +92,14 @@ async def serve_and_rest(core: Core) -> None:
     again, _ = await core.connect("c1", since=first)
     await until(lambda: again.client.seqs() and again.client.seqs()[-1] == last)
     fresh, _ = await core.connect("c1", hydrate=True)
-    await broker.runs.send(CALLER, "c2", "question")
-    await until(lambda: broker.runs.active == 0)
+    await parts_of(broker).runs.send(CALLER, "c2", "question")
+    await until(lambda: parts_of(broker).runs.active == 0)
     async with asyncio.timeout(10):
-        await broker.housekeeping.tick()
-        await broker.housekeeping.sweep()
+        await parts_of(broker).housekeeping.tick()
+        await parts_of(broker).housekeeping.sweep()
         runs = await stores.runs.runs("c2", limit=1)
     assert runs[0].settled
-    assert broker.housekeeping.save_error is None
+    assert parts_of(broker).housekeeping.save_error is None
     assert await broker.readiness() == {}
     turns = count_turns()
     await asyncio.sleep(IDLE_S)

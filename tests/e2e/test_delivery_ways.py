@@ -26,6 +26,7 @@ from broker.broker import ConversationWSBroker
 from broker.delivery.subscription import Subscription
 from broker.envelope import Draft
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.admission import limited_http_protocol
 from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX
@@ -92,6 +93,7 @@ class Running:
                 update=settings
             )
         )
+        self.parts = parts_of(self.broker)
         app = create_app(broker=self.broker)
         self.server: Server
         if way == "hypercorn":
@@ -111,7 +113,7 @@ class Running:
             )
             self.server = uvicorn_server.__enter__()
         self._served = True
-        wait_until(lambda: self.broker.lifecycle.started, "for the broker to start")
+        wait_until(lambda: parts_of(self.broker).phase.started, "for the broker to start")
 
     @property
     def url(self) -> str:
@@ -271,7 +273,7 @@ async def test_a_slow_client_is_parked_costs_nobody_anything_and_catches_up_merg
     async with running.connect("conv_id=c1&channels=sem", small=True) as slow, running.connect() as quick:
         await slow.live()
         await quick.live()
-        subscription = running.broker.subscriptions.get(slow.client.controls("ws.hello")[0]["connectionId"])
+        subscription = running.parts.registry.get(slow.client.controls("ws.hello")[0]["connectionId"])
         assert subscription is not None
         said: list[str] = []
         seqs: list[int] = []
@@ -291,7 +293,7 @@ async def test_a_slow_client_is_parked_costs_nobody_anything_and_catches_up_merg
         # Not by seqs: 500 deltas are more than its buffer takes, so on a busy machine it is parked for a moment itself.
         assert "".join(event["data"]["delta"] for event in quick.client.events) == "".join(said)
         assert subscription.status == "parked"
-        held = running.broker.dispatcher._pool.buffered_bytes(subscription.connection_id)
+        held = running.parts.dispatcher._pool.buffered_bytes(subscription.connection_id)
         assert held < 2 * 16 * 1024 + 500 * 600, "the limit, and the write that went over it"
         await slow.until(lambda client: client.last == seqs[-1])
         assert "".join(event["data"]["delta"] for event in slow.client.events) == "".join(said)
@@ -309,7 +311,7 @@ async def test_a_socket_that_reads_nothing_is_dropped(serve: Callable[..., Runni
         await fill_until_gone(running, stalled.client.controls("ws.hello")[0]["connectionId"])
         (last,) = await running.say("still here")
         await quick.until(lambda client: client.last == last)
-    await until(lambda: len(running.broker.subscriptions) == 0)
+    await until(lambda: len(running.parts.registry) == 0)
 
 
 async def test_an_event_stream_that_nobody_reads_is_dropped(serve: Callable[..., Running]) -> None:
@@ -319,9 +321,9 @@ async def test_an_event_stream_that_nobody_reads_is_dropped(serve: Callable[...,
     raw.connect(("127.0.0.1", running.server.port))
     with raw:
         raw.sendall(b"GET /sse?conv_id=c1&channels=sem HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        await until(lambda: len(running.broker.subscriptions) == 1)
-        await fill_until_gone(running, running.broker.subscriptions.all()[0].connection_id)
-    await until(lambda: len(running.broker.dispatcher._pool) == 0)
+        await until(lambda: len(running.parts.registry) == 1)
+        await fill_until_gone(running, running.parts.registry.all()[0].connection_id)
+    await until(lambda: len(running.parts.dispatcher._pool) == 0)
 
 
 async def test_an_event_stream_that_nobody_reads_keeps_no_socket(
@@ -337,8 +339,8 @@ async def test_an_event_stream_that_nobody_reads_keeps_no_socket(
     try:
         with raw:
             raw.sendall(b"GET /sse?conv_id=c1&channels=sem HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            await until(lambda: len(running.broker.subscriptions) == 1)
-            await fill_until_gone(running, running.broker.subscriptions.all()[0].connection_id)
+            await until(lambda: len(running.parts.registry) == 1)
+            await fill_until_gone(running, running.parts.registry.all()[0].connection_id)
             await until(lambda: not server.connections)
     finally:
         running.stop()
@@ -347,10 +349,10 @@ async def test_an_event_stream_that_nobody_reads_keeps_no_socket(
 
 async def fill_until_gone(running: Running, connection_id: str) -> None:
     """Publish whenever there is room anywhere on the way to the connection, until it is gone."""
-    subscription = running.broker.subscriptions.get(connection_id)
+    subscription = running.parts.registry.get(connection_id)
     assert subscription is not None
     async with asyncio.timeout(DEADLINE_S):
-        while running.broker.subscriptions.get(connection_id) is not None:
+        while running.parts.registry.get(connection_id) is not None:
             if subscription.status == "live":
                 await running.say(*(random_text(400) for _ in range(200)))
             await asyncio.sleep(0.002)
@@ -452,7 +454,7 @@ async def test_a_handshake_is_refused_with_its_reason(
     problem = orjson.loads(response.body or b"")
     assert problem["status"] == status
     assert words in problem["detail"]
-    assert len(running.broker.subscriptions) == 0
+    assert len(running.parts.registry) == 0
 
 
 async def test_connections_beyond_the_limit_are_refused_until_one_goes(serve: Callable[..., Running]) -> None:
@@ -466,6 +468,6 @@ async def test_connections_beyond_the_limit_are_refused_until_one_goes(serve: Ca
                     pass
             assert refused.value.response.status_code in (429, 503)
             assert int(refused.value.response.headers["retry-after"]) > 0
-        await until(lambda: len(running.broker.subscriptions) == 1)
+        await until(lambda: len(running.parts.registry) == 1)
         async with running.connect() as three:
             await three.live()

@@ -7,6 +7,7 @@ import time
 from starlette.testclient import TestClient
 
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.app import create_app
 
 
@@ -19,6 +20,6 @@ def test_leaving_a_websocket_ends_the_endpoint_cleanly() -> None:
             assert socket.receive_json()["event"]["type"] == "ws.caught_up"
         assert client.get("/readyz").json() == {"status": "ready"}
         deadline = time.monotonic() + 10
-        while app.state.broker.subscriptions.all():
+        while parts_of(app.state.broker).registry.all():
             assert time.monotonic() < deadline, "the subscription outlived its connection"
             time.sleep(0.01)

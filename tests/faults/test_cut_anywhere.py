@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.core import CALLER, Core, store_setting, until
+from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
-from broker.delivery import subscriptions
+from broker.delivery import start
 from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.envelope import Draft
 from transports.pool import ConnectionPool, Message
@@ -48,7 +48,7 @@ async def core(
     interval_s = 3600
     if request.param == "settled":
         interval_s = 0
-        monkeypatch.setattr(subscriptions, "STATE_OVERLAP_S", 0.0)
+        monkeypatch.setattr(start, "STATE_OVERLAP_S", 0.0)
     settings = {"upsert_interval_s": interval_s, "timeline_flush_interval_s": 3600, "replay_page_events": 3}
     async with Core(store, **settings) as core:
         yield core
@@ -66,7 +66,7 @@ async def talk(core: Core, conv_id: str, turn: int) -> None:
     deltas = [Draft("llm.delta", {"delta": piece}, f"m{turn}") for piece in ("first ", "second ")]
     await core.broker.publish(conv_id, [*deltas, between])
     await publisher.publish("llm.delta", {"delta": "third"}, id=f"m{turn}")
-    await core.broker.housekeeping.tick()
+    await core.parts.housekeeping.tick()
     if turn % 2:
         await core.broker.publish(conv_id, [final])
 
@@ -78,9 +78,9 @@ async def whole(core: Core, conv_id: str, client: Client) -> None:
     )
     peer, subscription = await resumed
     await until(lambda: subscription.status == "live")
-    page = await core.broker.outside.timeline_page(CALLER, conv_id)
+    page = await core.broker.doors.reading.timeline_page(CALLER, conv_id)
     expected = {entity.id: entity.to_wire() for entity in page.entities}
-    log = await core.broker.log.read(conv_id, after=0, limit=10_000)
+    log = await core.parts.log.read(conv_id, after=0, limit=10_000)
     assert client.seqs() == [envelope.seq for envelope in log.envelopes]
     assert not client.gaps
     stale = {
@@ -97,7 +97,7 @@ async def test_cut_while_live(core: Core) -> None:
         frames += 1
         conv_id, client = f"live-{frames}", Client(since=0)
         peer = CutPeer(core.pool, client, frames)
-        await subscribe(core, peer, conv_id)
+        await resume(core, peer, conv_id)
         for turn in range(3):
             await talk(core, conv_id, turn)
         done = not peer.cut
@@ -117,7 +117,7 @@ async def test_cut_while_catching_up(core: Core) -> None:
         for turn in range(2):
             await talk(core, conv_id, turn)
         peer = CutPeer(core.pool, client, frames)
-        subscription = await subscribe(core, peer, conv_id)
+        subscription = await resume(core, peer, conv_id)
         assert subscription.status == "behind"
         for turn in range(2, 4):
             await talk(core, conv_id, turn)
@@ -130,8 +130,8 @@ async def test_cut_while_catching_up(core: Core) -> None:
             return
 
 
-async def subscribe(core: Core, peer: Peer, conv_id: str) -> Subscription:
-    return await core.broker.subscribe(peer.id, SubscribeRequest(conv_id, since=0), CALLER)
+async def resume(core: Core, peer: Peer, conv_id: str) -> Subscription:
+    return await subscribe(core.broker, peer.id, SubscribeRequest(conv_id, since=0), CALLER)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
@@ -142,13 +142,21 @@ async def test_polling_in_pages_of_any_size(core: Core, limit: int) -> None:
         await talk(core, "c1", turn)
     more = True
     while more:
-        page = await core.broker.outside.messages(
-            CALLER, "c1", since=client.last, epoch=None, profile="default", channels=None, limit=limit, wait_s=0
+        page = await read_messages(
+            core.broker,
+            CALLER,
+            "c1",
+            since=client.last,
+            epoch=None,
+            profile="default",
+            channels=None,
+            limit=limit,
+            wait_s=0,
         )
         for frame in page.frames:
             client.take(frame)
         more = page.more
-    expected = (await core.broker.outside.timeline_page(CALLER, "c1")).entities
+    expected = (await core.broker.doors.reading.timeline_page(CALLER, "c1")).entities
     assert client.entities == {entity.id: entity.to_wire() for entity in expected}
     assert not client.gaps
 
@@ -162,7 +170,7 @@ async def test_a_position_together_with_hydrate_gives_the_whole_state(store: str
         await core.say("c1", "long after")
         client = Client()
         peer = CutPeer(core.pool, client, 5)
-        await core.broker.subscribe(peer.id, SubscribeRequest("c1", hydrate=True), CALLER)
+        await subscribe(core.broker, peer.id, SubscribeRequest("c1", hydrate=True), CALLER)
         await until(lambda: peer.cut)
         await core.disconnect(peer)
         assert 0 < len(client.entities) < 10

@@ -29,6 +29,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.wire import Client
 
 from broker.cli.verify import ConversationReport, verify_conversation
+from broker.testing import parts_of
 
 SEED = int(os.environ.get("BROKER_FAULT_SEED", "1"))
 ROUNDS = int(os.environ.get("BROKER_FAULT_ROUNDS", "1"))
@@ -203,7 +204,9 @@ class Life:
             reports: list[ConversationReport] = []
 
             async def verified() -> bool:
-                report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, conv_id)
+                report = await verify_conversation(
+                    parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, conv_id
+                )
                 reports[:] = [report]
                 return not report.differences and report.verified == len(shown)
 

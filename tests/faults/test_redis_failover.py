@@ -18,6 +18,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
 from broker.cli.verify import verify_conversation
+from broker.testing import parts_of
 
 pytestmark = pytest.mark.needs_redis
 
@@ -198,7 +199,9 @@ async def converged(http: httpx.AsyncClient, fleet: Fleet, followers: list[Follo
         broker = core.broker
 
         async def verified() -> bool:
-            report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, conv_id)
+            report = await verify_conversation(
+                parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, conv_id
+            )
             return not report.differences and report.verified == len(shown) and report.envelopes == len(events)
 
         await until(verified)

@@ -247,6 +247,51 @@ async def test_appends_one_after_the_other_write_the_list_of_conversations_now_a
         assert client.zscore("broker:conversations", "c1") == seqs[-1] // PER_MS
 
 
+async def test_a_new_conversation_is_on_the_list_though_noting_it_failed(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """Redis refuses every note in the index for a while, also the node may die before it can make up for it."""
+    log, _ = await open_log(redis_server.url, patience_s=0.2)
+    with redis_server.client() as client:
+        (old,) = await log.append("c1", [envelope()])
+        while client.zscore("broker:conversations", "c1") != old // PER_MS:
+            await asyncio.sleep(0.01)
+        client.rename("broker:conversations", "aside")
+        client.set("broker:conversations", "of another kind")
+        await asyncio.sleep(0.3)
+        (newest,) = await log.append("c1", [envelope(1)])
+        await asyncio.sleep(0.3)
+        client.rename("aside", "broker:conversations")
+        async with asyncio.timeout(5):
+            while client.zscore("broker:conversations", "c1") != newest // PER_MS:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_conversation_is_on_the_list_before_it_begins(redis_server: RedisServer, open_log: Open) -> None:
+    """So a node that dies between the append and its note leaves none that nobody finds."""
+    log, _ = await open_log(redis_server.url)
+    with redis_server.client() as client:
+        monitor = client.monitor()
+        with monitor:
+            await log.append("c1", [envelope()])
+            commands = []
+            while not commands or not commands[-1].startswith("XADD"):
+                commands.append(monitor.next_command()["command"])
+        assert [command for command in commands if command.startswith("ZADD broker:conversations")]
+
+
+async def test_the_list_is_corrected_by_whoever_reads_it(redis_server: RedisServer, open_log: Open) -> None:
+    """What is erased goes, and what a node that died had not noted gets its place."""
+    log, _ = await open_log(redis_server.url)
+    (head,) = await log.append("c1", [envelope()])
+    with redis_server.client() as client:
+        while client.zscore("broker:conversations", "c1") != head // PER_MS:
+            await asyncio.sleep(0.01)
+        client.zadd("broker:conversations", {"c1": head // PER_MS - HOUR_MS, "gone": head // PER_MS})
+        assert await log.conversations() == [("c1", head)]
+        assert client.zrange("broker:conversations", 0, -1, withscores=True) == [(b"c1", head // PER_MS)]
+
+
 async def test_a_conversation_that_the_list_has_in_an_older_place_is_found_by_other_nodes(
     redis_server: RedisServer, open_log: Open
 ) -> None:

@@ -20,6 +20,7 @@ from broker.broker import ConversationWSBroker
 from broker.cli.verify import verify_conversation
 from broker.envelope import Draft
 from broker.eventlog.redis import RedisEventLog
+from broker.testing import parts_of
 from broker.timeline.entity import Entity
 from broker.timeline.store import TimelineSave
 
@@ -34,12 +35,12 @@ async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[list[Core]]:
 
 
 def log_of(core: Core) -> RedisEventLog:
-    assert isinstance(core.broker.log, RedisEventLog)
-    return core.broker.log
+    assert isinstance(core.parts.log, RedisEventLog)
+    return core.parts.log
 
 
 async def timeline(broker: ConversationWSBroker, conv_id: str = "c1") -> list[dict[str, object]]:
-    return [entity.to_wire() for entity in await broker.timeline.entities(conv_id)]
+    return [entity.to_wire() for entity in await parts_of(broker).timeline.entities(conv_id)]
 
 
 async def test_what_one_node_publishes_reaches_the_clients_of_all(nodes: list[Core]) -> None:
@@ -70,7 +71,7 @@ async def test_publishers_on_all_nodes_make_one_order(nodes: list[Core]) -> None
 async def test_every_node_shows_the_same_timeline_and_it_is_the_fold_of_the_log(nodes: list[Core]) -> None:
     rng = random.Random(7)
     for core in nodes:
-        await core.broker.conversations.open("c1")
+        await core.parts.conversations.open("c1")
     for n in range(60):
         core = rng.choice(nodes)
         draft = rng.choice(
@@ -83,13 +84,15 @@ async def test_every_node_shows_the_same_timeline_and_it_is_the_fold_of_the_log(
     for n in range(3):
         await nodes[n].broker.publish("c1", [Draft("llm.final", {"text": f"done {n}", "runId": "r"}, f"m{n}")])
     head = (await nodes[0].broker.head("c1")).head_seq
-    await until(lambda: all(core.broker.conversations.get("c1").position == head for core in nodes))
+    await until(lambda: all(core.parts.conversations.get("c1").position == head for core in nodes))
     shown = [await timeline(core.broker) for core in nodes]
     assert shown[0] == shown[1] == shown[2]
     for core in nodes:
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
     broker = nodes[1].broker
-    report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, "c1")
+    report = await verify_conversation(
+        parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, "c1"
+    )
     assert not report.differences
 
 
@@ -121,9 +124,9 @@ async def test_an_evicted_conversation_is_not_followed_any_more(redis_url: str) 
     async with Core(redis_url, idle_conversation_s=0.01) as one, Core(redis_url) as other:
         peer, _ = await one.connect("c1")
         await one.disconnect(peer)
-        await until(lambda: one.broker.conversations.get("c1").in_use is False)
+        await until(lambda: one.parts.conversations.get("c1").in_use is False)
         await asyncio.sleep(0.02)
-        await one.broker.conversations.sweep()
+        await one.parts.conversations.sweep()
         assert log_of(one).stats()["followed"] == 0
         await other.say("c1", "nobody listens")
         assert log_of(one).stats()["wakeups"] == 0
@@ -161,7 +164,7 @@ async def test_an_entity_that_another_node_saved_before_its_envelope_came_is_sho
         await until(lambda: len(peer.client.entities) == 300)
         proxy.drop_replies_with(b"$7\r\nmessage")
         seq = await say.publish("log", {"message": "not heard", "level": "info"}, id="late")
-        store = publisher.broker.stores.timeline
+        store = parts_of(publisher.broker).stores.timeline
         async with asyncio.timeout(10):
             while not await store.get("c1", ["late"]):
                 await asyncio.sleep(0.02)
@@ -216,8 +219,8 @@ async def test_a_flush_is_told_to_every_client_as_a_new_epoch(redis_server: Redi
             assert client_.last >= seq
         assert await timeline(one.broker) == await timeline(other.broker)
         # What the old life left in memory was not saved into the new one.
-        await one.broker.housekeeping.tick()
-        assert [entity.id for entity in await one.broker.stores.timeline.page("c1")] == ["u2"]
+        await one.parts.housekeeping.tick()
+        assert [entity.id for entity in await one.parts.stores.timeline.page("c1")] == ["u2"]
 
 
 async def follow_what_is_lost(redis_server: RedisServer, one: Core, other: Core) -> tuple[Peer, int, int]:
@@ -253,7 +256,7 @@ async def test_a_failover_whose_new_entries_hide_the_lost_ones_is_noticed(redis_
         # What a node folded before it noticed is not stored either.
         epoch = (await one.broker.head("c1")).epoch
         entity = Entity("m", "message", 1, 1, lost, lost, {"text": "lost"})
-        store = other.broker.stores.timeline
+        store = parts_of(other.broker).stores.timeline
         await store.save([TimelineSave("c1", [entity], lost, epoch=epoch)])
         assert await store.get("c1", ["m"]) == {}
         await store.save([TimelineSave("c1", [replace(entity, version=new, position=new)], kept, epoch=epoch)])
@@ -282,7 +285,10 @@ async def test_a_node_that_appends_first_and_learns_of_the_failover_later(redis_
         await other.connect("c1", client=back, since=back.last, epoch=back.epoch)
         await until(lambda: bool(back.controls("ws.reset")))
         assert back.controls("ws.reset")[-1]["reason"] == "epoch"
-        assert [envelope.seq for envelope in (await other.broker.log.read("c1", after=0)).envelopes] == [kept, *new]
+        assert [envelope.seq for envelope in (await parts_of(other.broker).log.read("c1", after=0)).envelopes] == [
+            kept,
+            *new,
+        ]
 
 
 async def test_a_log_that_was_trimmed_beyond_a_node_makes_it_begin_anew(redis_server: RedisServer) -> None:
@@ -294,8 +300,8 @@ async def test_a_log_that_was_trimmed_beyond_a_node_makes_it_begin_anew(redis_se
         await until(lambda: len(peer.client.events) == 1)
         proxy.drop_replies_with(b"message\r\n")
         seqs = [await publisher.publish("user.message", {"text": f"q{n}"}, id=f"u{n}") for n in range(1, 6)]
-        await one.broker.housekeeping.save(one.broker.conversations.all(), everything=True)
-        await one.broker.log.trim("c1", through=seqs[-2])
+        await one.parts.housekeeping.save(one.parts.conversations.all(), everything=True)
+        await one.parts.log.trim("c1", through=seqs[-2])
         proxy.drop_replies_with(None)
         await until(lambda: peer.closed is not None)
         assert await timeline(other.broker) == await timeline(one.broker)

@@ -15,9 +15,11 @@ from tests.support.tcp_proxy import TcpProxy
 
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.redis_keys import live_channel
+from broker.nodes.redis_scripts import HINTS
 from broker.redis.connection import RedisConnection
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_leases import POKES
+from broker.testing import parts_of
 
 pytestmark = pytest.mark.needs_redis
 
@@ -26,8 +28,8 @@ SOON_S = 1.5
 
 
 def log_of(core: Core) -> RedisEventLog:
-    assert isinstance(core.broker.log, RedisEventLog)
-    return core.broker.log
+    assert isinstance(core.parts.log, RedisEventLog)
+    return core.parts.log
 
 
 def calls(server: RedisServer, command: str) -> int:
@@ -85,7 +87,7 @@ async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_clu
         async with Core(redis_cluster_url) as other:
             place = owner(shared_cluster, POKES)
             await until(lambda: listeners(place, POKES) == 2)
-            await other.broker.stores.runs.poke("c1")
+            await parts_of(other.broker).stores.runs.poke("c1")
             await until(lambda: heard == ["c1"], timeout_s=SOON_S)
     finally:
         await runs.close()
@@ -192,6 +194,51 @@ async def test_delayed_dropped_and_repeated_wakeups_change_nothing_but_the_time(
         assert log_of(other).stats()["resets"] == 0
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"0-0 x-y z",
+        b"a b c",
+        b"0-0 - x",
+        b"0-0 1-9999999999 x",
+        b"\xff\xfe \xff \xff",
+        b"",
+        b"0-0 99999999999999999999-0 x",
+    ],
+)
+async def test_an_announcement_that_is_none_does_not_end_the_listening(
+    payload: bytes, redis_server: RedisServer
+) -> None:
+    channel = live_channel("c1")
+    async with Core(redis_server.url) as one, Core(redis_server.url) as other:
+        peer, _ = await other.connect("c1")
+        await until(lambda: listeners(redis_server, channel) == 1)
+        with redis_server.client() as client:
+            for name in (channel, POKES, "broker:left", HINTS):
+                client.execute_command("SPUBLISH", name, payload)
+        seq = await one.say("c1", "heard")
+        await until(lambda: peer.client.seqs() == [seq], timeout_s=SOON_S)
+        assert log_of(other).stats()["found_by_check"] == 0
+
+
+async def test_an_announcement_of_what_is_not_there_is_looked_for_once(redis_server: RedisServer) -> None:
+    """A place far ahead: one read says that it is not so."""
+    channel = live_channel("c1")
+    async with Core(redis_server.url) as one, Core(redis_server.url) as other:
+        peer, _ = await other.connect("c1")
+        seqs = [await one.say("c1", "first")]
+        await until(lambda: peer.client.seqs() == seqs)
+        before, heard = log_of(other).stats()["reads"], log_of(other).stats()["wakeups"]
+        with redis_server.client() as client:
+            for _ in range(3):
+                client.execute_command("SPUBLISH", channel, "0-0 4102444800000-0 x")
+        await until(lambda: log_of(other).stats()["wakeups"] == heard + 3)
+        await asyncio.sleep(0.2)
+        assert log_of(other).stats()["reads"] - before <= 3
+        seqs.append(await one.say("c1", "second"))
+        await until(lambda: peer.client.seqs() == seqs, timeout_s=SOON_S)
+
+
 @pytest.mark.parametrize("url", ["redis_url", "redis_cluster_url"])
 async def test_a_killed_subscriber_connection_comes_back(request: pytest.FixtureRequest, url: str) -> None:
     """CLIENT KILL at every server: the channels are listened to again, and the next wake-up is heard."""
@@ -221,8 +268,8 @@ async def test_a_subscription_that_hangs_is_given_up(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is stopped says nothing, not even to pings: when it goes on, its channels are listened to."""
-    monkeypatch.setattr("broker.eventlog.redis_subscription.PING_S", 0.1)
-    monkeypatch.setattr("broker.eventlog.redis_subscription.SILENCE_S", 0.3)
+    monkeypatch.setattr("broker.redis.subscription.PING_S", 0.1)
+    monkeypatch.setattr("broker.redis.subscription.SILENCE_S", 0.3)
     async with TcpProxy(redis_server.port) as proxy, Core(redis_server.url) as one, Core(proxy.url) as other:
         peer, _ = await other.connect("c1")
         await until(lambda: listeners(redis_server, live_channel("c1")) == 1)

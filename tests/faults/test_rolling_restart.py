@@ -19,7 +19,7 @@ from tests.support.load_balancer import LoadBalancer
 from tests.support.redis_server import RedisServer
 
 from broker.client import BrokerClient
-from broker.delivery.subscriptions import RECONNECT_SPREAD_MS
+from broker.delivery.notices import RECONNECT_SPREAD_MS
 
 pytestmark = [pytest.mark.needs_redis, pytest.mark.timeout(240)]
 

@@ -26,6 +26,7 @@ from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
 from broker.delivery.subscription import Subscription
 from broker.envelope import Draft
+from broker.testing import parts_of
 
 CONV = "c1"
 DRAFTS = {
@@ -196,7 +197,11 @@ class DeliveryMachine(RuleBasedStateMachine):
         old = follower.profile
         now = self.published[-1].seq if self.published else 0
         self._expect(follower)
-        self.run(self.core.broker.change_view(follower.subscription, profile=profile, channels=None, since=since))
+        self.run(
+            self.core.broker.doors.following.change_view(
+                follower.subscription, profile=profile, channels=None, since=since
+            )
+        )
         follower.history.append((old, follower.viewed_after, now))
         follower.viewed_after = 0 if replay else now
         if replay:
@@ -210,13 +215,13 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule()
     def tick(self) -> None:
         self.clock.advance(0.3)
-        self.run(self.core.broker.housekeeping.tick())
+        self.run(self.core.parts.housekeeping.tick())
 
     @rule()
     def ping(self) -> None:
         for follower in self.followers:
             if follower.reading:
-                self.run(self._call(lambda one=follower: self.core.broker.ping(one.subscription, None)))
+                self.run(self._call(lambda one=follower: self.core.broker.doors.following.ping(one.subscription, None)))
 
     @precondition(lambda self: not any(follower.peer for follower in self.followers))
     @rule()
@@ -226,7 +231,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     async def _evicted(self) -> None:
         deadline = self.loop.time() + 5
-        conversations = self.core.broker.conversations
+        conversations = self.core.parts.conversations
         await conversations.sweep()
         while conversations.get(CONV) is not None:  # the library may be reading it after a start
             assert self.loop.time() < deadline, "an idle conversation was not evicted"
@@ -299,14 +304,16 @@ class DeliveryMachine(RuleBasedStateMachine):
             await self.core.broker.publisher(CONV).publish("llm.final", {"runId": "r", "text": f"done {id}"}, id=id)
         self.clock.advance(10)
         for _ in range(3):
-            await self.core.broker.housekeeping.tick()
+            await self.core.parts.housekeeping.tick()
         broker = self.core.broker
-        state = {entity.id: entity.to_wire() for entity in await broker.timeline.entities(CONV)}
+        state = {entity.id: entity.to_wire() for entity in await parts_of(broker).timeline.entities(CONV)}
         for follower in self.followers:
             if follower.peer and follower.profile != "text" and follower.whole_state:
                 finished = {id for id, entity in state.items() if not id.startswith("t")}
                 assert {id: follower.client.entities.get(id) for id in finished} == {id: state[id] for id in finished}
-        report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, CONV)
+        report = await verify_conversation(
+            parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, CONV
+        )
         assert not report.differences
 
 

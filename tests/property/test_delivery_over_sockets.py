@@ -36,13 +36,14 @@ from hypothesis.stateful import (
 from tests.property.delivery_model import CONV, DRAFTS, KINDS, PROFILES, WITHOUT_STATE, Asked, Follower, Published
 from tests.support.core import until
 from tests.support.redis_server import lasting_server, redis_executable
-from tests.support.socket_clients import EventStreamPeer, Peer, PollPeer, SocketServer, WebSocketPeer
+from tests.support.socket_clients import EventStreamPeer, LinesPeer, Peer, PollPeer, SocketServer, WebSocketPeer
 
 from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
 from broker.delivery import recovery
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
+from broker.testing import parts_of
 
 FOLLOWERS_MAX = 5
 STEP_S = 10.0
@@ -52,7 +53,7 @@ PONG_S = 0.2
 CLOCK_STEPS_S = (0.0, 0.0, 0.001, -0.001, -3600.0, 60.0)
 POLL_LIMITS = (3, 8, 200)
 
-ways = st.sampled_from(["fast", "fast", "asgi", "sse", "poll"])
+ways = st.sampled_from(["fast", "fast", "asgi", "sse", "poll", "lines"])
 hows = st.sampled_from(["live", "everything", "hydrate"])
 meanwhile = st.lists(st.sampled_from(KINDS), max_size=4)
 padding = st.sampled_from(PADDING)
@@ -231,6 +232,9 @@ class SocketMachine(RuleBasedStateMachine):
             follower.asks(asked)
             follower.stream = follower.stream if asked.by_stream else asked
             follower.peer = EventStreamPeer(client, follower.last_event_id if asked.by_stream else None)
+        elif way == "lines":
+            follower.asks(asked)
+            follower.peer = LinesPeer(client)
         else:
             follower.asks(asked)
             follower.peer = WebSocketPeer(client, way)
@@ -364,7 +368,7 @@ class SocketMachine(RuleBasedStateMachine):
     async def _tick(self) -> None:
         assert self.server is not None
         self.clock.advance(0.3)
-        await self.server.broker.housekeeping.tick()
+        await parts_of(self.server.broker).housekeeping.tick()
 
     async def _ping(self) -> None:
         """Who reads knows by the pong that it has everything, also what it was not shown."""
@@ -391,25 +395,25 @@ class SocketMachine(RuleBasedStateMachine):
         assert self.server is not None
         broker = self.server.broker
         if not self.connected:
-            await until(lambda: not len(broker.subscriptions) and not self._held())
+            await until(lambda: not len(parts_of(broker).registry) and not self._held())
         self.clock.advance(10_000)
-        await broker.housekeeping.sweep()
+        await parts_of(broker).housekeeping.sweep()
         if self.able_to_stall:
-            assert broker.conversations.get(CONV) is not None
+            assert parts_of(broker).conversations.get(CONV) is not None
         elif not self.connected:  # who polls is not there between two requests
             deadline = time.monotonic() + STEP_S
-            while broker.conversations.get(CONV) is not None:  # the library may be reading it
+            while parts_of(broker).conversations.get(CONV) is not None:  # the library may be reading it
                 assert time.monotonic() < deadline, "nobody uses it, and it is not evicted"
                 await asyncio.sleep(0.002)
                 self.clock.advance(10_000)
-                await broker.housekeeping.sweep()
+                await parts_of(broker).housekeeping.sweep()
             self.seen["evicted"] += 1
         told = [one.client for one in self.able_to_stall if one.reading]
         await until(lambda: all(client.last == self.head for client in told))
 
     def _held(self) -> bool:
         assert self.server is not None
-        conversation = self.server.broker.conversations.get(CONV)
+        conversation = parts_of(self.server.broker).conversations.get(CONV)
         return conversation is not None and conversation.in_use
 
     async def _cut_stalled(self) -> None:
@@ -417,10 +421,10 @@ class SocketMachine(RuleBasedStateMachine):
         assert self.server is not None
         server = self.server
         await until(lambda: server.pool.stats().paused <= len(self.stalled))  # who reads may have a full buffer, too
-        before = len(server.broker.subscriptions)
+        before = len(parts_of(server.broker).registry)
         cut = server.pool.sweep(time.monotonic() + server.pool.write_timeout_s + 60)
-        await until(lambda: len(server.broker.subscriptions) <= before - cut)
-        there = {subscription.connection_id for subscription in server.broker.subscriptions.all()}
+        await until(lambda: len(parts_of(server.broker).registry) <= before - cut)
+        there = {subscription.connection_id for subscription in parts_of(server.broker).registry.all()}
         gone = [one for one in self.stalled if one.asked is None and one.connection_id not in there]
         left = [one.peer for one in self.connected if one not in gone]
         # uvicorn's own classes close such a socket only once it is read; on the fast path it is cut.
@@ -513,16 +517,18 @@ class SocketMachine(RuleBasedStateMachine):
         await self._settle()
         self.clock.advance(10)
         for _ in range(3):
-            await broker.housekeeping.tick()
+            await parts_of(broker).housekeeping.tick()
         await self._ping()  # whatever was sent too much has come before the pong
         await self._settle()
-        state = {entity.id: entity.to_wire() for entity in await broker.timeline.entities(CONV)}
+        state = {entity.id: entity.to_wire() for entity in await parts_of(broker).timeline.entities(CONV)}
         finished = {id for id in state if not id.startswith("t")}
         for follower in self.followers:
             follower.check(self.published, reading=follower.reading)
             if follower.reading and follower.whole_state and follower.profile not in WITHOUT_STATE:
                 await until(lambda one=follower: all(one.client.entities.get(id) == state[id] for id in finished))
-        report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, CONV)
+        report = await verify_conversation(
+            parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, CONV
+        )
         assert not report.differences
         self.seen["examples"] += 1
         self.seen["deliveries"] += sum(len(one.client.events) for one in self.followers)
@@ -531,7 +537,7 @@ class SocketMachine(RuleBasedStateMachine):
 
     def _note_parked(self) -> None:
         assert self.server is not None
-        self.seen["parked"] += self.server.broker.subscriptions.parked_total
+        self.seen["parked"] += parts_of(self.server.broker).subscriptions.parked_total
 
 
 class Policies:
@@ -555,7 +561,7 @@ class RetentionMachine(SocketMachine):
     @rule()
     def retain(self) -> None:
         assert self.server is not None
-        self.run(self.server.broker.housekeeping.trim(CONV))
+        self.run(parts_of(self.server.broker).housekeeping.trim(CONV))
 
 
 class PolicyMachine(SocketMachine):

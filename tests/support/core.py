@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from tests.support.wire import Client, Peer
 
+from broker.api import SubscribeRequest, Subscription
+from broker.api.reading import MessagesPage
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
-from broker.delivery.subscription import SubscribeRequest, Subscription
 from broker.security import Principal
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.pool import ConnectionPool
 
 CALLER = Principal("tester", frozenset({"debug"}))
@@ -24,6 +26,31 @@ CALLER = Principal("tester", frozenset({"debug"}))
 def where_to_keep(db: str) -> dict[str, str]:
     """Return the settings for `db`: a SQLite file, `:memory:`, or the URL of a Redis."""
     return {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
+
+
+async def subscribe(
+    broker: ConversationWSBroker, connection_id: str, request: SubscribeRequest, principal: Principal = CALLER
+) -> Subscription:
+    """Let a caller in and subscribe its connection, as transports do."""
+    following = broker.doors.following
+    return await following.subscribe(connection_id, await following.admit(principal, request))
+
+
+async def read_messages(
+    broker: ConversationWSBroker,
+    principal: Principal,
+    conv_id: str,
+    *,
+    since: int,
+    epoch: str | None,
+    profile: str,
+    channels: str | None,
+    limit: int,
+    wait_s: float,
+) -> MessagesPage:
+    """Return a page of messages, as `GET /api/messages` does."""
+    request = SubscribeRequest(conv_id, profile=profile, channels=channels, since=since, epoch=epoch)
+    return await broker.doors.reading.messages(principal, request, limit=limit, wait_s=wait_s)
 
 
 class Core:
@@ -38,6 +65,7 @@ class Core:
         ).model_copy(update={"upsert_interval_s": 0.02, "timeline_flush_interval_s": 0.02, **settings})
         self.pool = ConnectionPool()
         self.broker = ConversationWSBroker(self.settings, pool=self.pool, plugins=plugins, clock=clock)
+        self.parts = parts_of(self.broker)
 
     async def __aenter__(self) -> Core:
         await self.broker.start()
@@ -55,15 +83,13 @@ class Core:
             client = Client(since=since if isinstance(since, int) else None)
         peer = Peer(self.pool, client, buffer_bytes=buffer_bytes)
         asked = SubscribeRequest(conv_id, **request)  # type: ignore[arg-type]
-        return peer, await self.broker.subscribe(peer.id, asked, CALLER)
+        return peer, await subscribe(self.broker, peer.id, asked)
 
     async def disconnect(self, peer: Peer) -> None:
         """Drop a peer as a lost connection is dropped."""
-        subscription = self.broker.subscriptions.get(peer.id)
         peer.closed = (1006, "gone")
         self.pool.remove(peer.id)
-        if subscription is not None:
-            await self.broker.unsubscribe(subscription, "gone")
+        await self.broker.doors.following.unsubscribe(peer.id, "gone")
 
     async def say(self, conv_id: str, text: str, *, type: str = "note.said", **extra: object) -> int:
         """Publish one event and return its seq."""
@@ -72,7 +98,7 @@ class Core:
 
 def deafen(core: Core) -> None:
     """Have a node hear nothing of what others write: it finds that by looking, or when it is asked."""
-    log: Any = core.broker.log
+    log: Any = core.parts.log
     log.following.wakeups.listen = lambda channel, on: None
 
 

@@ -14,6 +14,7 @@ from broker.clock import Clock, SystemClock
 from broker.envelope import SEM, Draft, Envelope, seal
 from broker.plugins import PluginHost
 from broker.runs.limits import RunLimits
+from broker.runs.ports import ConversationPorts
 from broker.runs.service import RunService
 from broker.runs.state import Run
 from broker.runs.store import RunStore
@@ -123,10 +124,12 @@ class Bench:
             plugins=self.host,
             clock=self.clock,
             settings=Settings(),
-            publish=self.process.mortal(self.journal).publish,
-            timeline=self.journal,
-            hold=lambda conv_id: self._hold(conv_id, 1),
-            release=lambda conv_id: self._hold(conv_id, -1),
+            conversations=ConversationPorts(
+                publish=self.process.mortal(self.journal).publish,
+                timeline=self.journal,
+                hold=lambda conv_id: self._hold(conv_id, 1),
+                release=lambda conv_id: self._hold(conv_id, -1),
+            ),
             limits=limits,
         )
 

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route, WebSocketRoute
 from tests.support.core import until, where_to_keep
+from tests.support.lines_transport import LinesTransport
 from tests.support.wire import Client
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from websockets.client import ClientProtocol
@@ -33,6 +34,7 @@ from broker.settings import Settings
 from transports.http import problems
 from transports.http.caller import Api
 from transports.http.recovery import recovery_router
+from transports.plugin_connections import PluginConnections
 from transports.pool import ConnectionPool
 from transports.sse import make_sse_endpoint
 from transports.websocket import make_websocket_endpoint
@@ -70,10 +72,13 @@ class SocketServer:
         self._listeners: dict[str, socket.socket] = {}
 
     def _app(self) -> FastAPI:
-        app = FastAPI(openapi_url=None)
-        app.include_router(recovery_router(Api(self.broker)))
-        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(self.broker, self.pool)))
-        app.router.routes.append(Route("/sse", make_sse_endpoint(self.broker, self.pool), methods=["GET"]))
+        app, doors = FastAPI(openapi_url=None), self.broker.doors
+        app.include_router(recovery_router(Api(doors)))
+        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, self.pool)))
+        app.router.routes.append(Route("/sse", make_sse_endpoint(doors, self.pool), methods=["GET"]))
+        lines = LinesTransport()
+        lines.serve(self.broker.handle, PluginConnections(doors, self.pool))
+        app.router.routes.append(lines.route)
         problems.install(app)
         return app
 
@@ -274,23 +279,26 @@ class WebSocketPeer(_SocketPeer):
         super().leave()
 
 
-class EventStreamPeer(_SocketPeer):
-    """A client of `/sse`. last_event_id: as an EventSource keeps it, None before the first."""
+class LinesPeer(_SocketPeer):
+    """A client of `/lines`: frames as lines over plain HTTP streaming."""
 
-    def __init__(self, client: Client, last_event_id: str | None = None) -> None:
+    path = "/lines"
+    separator = b"\n"
+
+    def __init__(self, client: Client) -> None:
         super().__init__(client, "asgi")
-        self.last_event_id = last_event_id
         self._http = h11.Connection(h11.CLIENT)
         self._text = b""
         self._request = b""
 
     async def connect(self, server: SocketServer, query: dict[str, str]) -> None:
-        headers = [("Host", "127.0.0.1"), ("Accept", "text/event-stream")]
-        if self.last_event_id is not None:
-            headers.append(("Last-Event-ID", self.last_event_id))
-        request = h11.Request(method="GET", target=f"/sse?{urlencode(query)}", headers=headers)
+        headers = [("Host", "127.0.0.1"), *self.headers()]
+        request = h11.Request(method="GET", target=f"{self.path}?{urlencode(query)}", headers=headers)
         self._request = self._http.send(request) + self._http.send(h11.EndOfMessage())
         await self.open(server)
+
+    def headers(self) -> list[tuple[str, str]]:
+        return []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -308,9 +316,27 @@ class EventStreamPeer(_SocketPeer):
                 self.ended(0)
                 self.transport.close()
                 break
-        *complete, self._text = self._text.split(b"\n\n")
+        *complete, self._text = self._text.split(self.separator)
         for block in complete:
             self._take_block(block.decode())
+
+    def _take_block(self, block: str) -> None:
+        self.client.take(block)
+
+
+class EventStreamPeer(LinesPeer):
+    """A client of `/sse`. last_event_id: as an EventSource keeps it, None before the first."""
+
+    path = "/sse"
+    separator = b"\n\n"
+
+    def __init__(self, client: Client, last_event_id: str | None = None) -> None:
+        super().__init__(client)
+        self.last_event_id = last_event_id
+
+    def headers(self) -> list[tuple[str, str]]:
+        last = [("Last-Event-ID", self.last_event_id)] if self.last_event_id is not None else []
+        return [("Accept", "text/event-stream"), *last]
 
     def _take_block(self, block: str) -> None:
         assert "\r" not in block

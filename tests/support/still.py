@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.support.core import Core
 
 from broker.clock import ManualClock
+from broker.testing import parts_of
 
 NEVER_S = 3600
 
@@ -22,5 +23,5 @@ class StillCore(Core):
     async def __aenter__(self) -> StillCore:
         await super().__aenter__()
         # What it settles after a start, it settles in the background: that opens conversations.
-        await self.broker.library.stop()
+        await parts_of(self.broker).library.stop()
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 from tests.support.push_faults import PushFaults, Replies
@@ -21,10 +21,13 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
+        self._accepting: set[asyncio.Task[None]] = set()
         self._marker: bytes | None = None
         self._drop: bytes | None = None
         self._late: bytes | None = None
         self._late_s = 0.0
+        self._part_markers: Sequence[bytes] = ()
+        self._part_after = 0
         self.swallowed = 0
         self.dropped = 0
         self.delayed = 0
@@ -39,6 +42,7 @@ class TcpProxy:
         assert self._server is not None
         self._server.close()
         self.rejoin()
+        await asyncio.gather(*self._accepting, return_exceptions=True)  # those that a partition has held back
         self.cut()
         for task in list(self._pumps):
             task.cancel()
@@ -48,6 +52,10 @@ class TcpProxy:
     def port(self) -> int:
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
+
+    @property
+    def parted(self) -> bool:
+        return not self._open.is_set()
 
     @property
     def url(self) -> str:
@@ -64,6 +72,10 @@ class TcpProxy:
     def delay_replies_with(self, marker: bytes | None, delay_s: float = 0.0) -> None:
         """Hold back what the server sends as long as it contains `marker`, and all behind it; None: no more."""
         self._late, self._late_s = marker, delay_s
+
+    def part_at(self, markers: Sequence[bytes], *, after: int) -> None:
+        """Part before a request that contains one of `markers` is handed on; `after` such requests are let through."""
+        self._part_markers, self._part_after = markers, after
 
     def cut(self) -> None:
         """Break every connection."""
@@ -88,6 +100,10 @@ class TcpProxy:
         return await asyncio.open_connection("127.0.0.1", self._target)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
         await self._open.wait()
         try:
             server_reader, server_writer = await self._connect()
@@ -143,6 +159,11 @@ class TcpProxy:
         if self._marker is not None and self._marker in data:
             self._marker = None
             swallowing.set()
+        if any(marker in data for marker in self._part_markers):
+            self._part_after -= 1
+            if self._part_after < 0:
+                self._part_markers = ()
+                self.part()
         return True
 
     async def _pump(
@@ -156,6 +177,7 @@ class TcpProxy:
             while data := await reader.read(65_536):
                 await self._open.wait()
                 if pass_on(data):
+                    await self._open.wait()
                     if hold is not None:
                         await hold(data)
                     writer.write(data)

@@ -25,7 +25,9 @@ class Speaker:
         self.peer = peer
         self.closed: list[tuple[int, str]] = []
         self.subscription = subscription
-        self.messages = ClientMessages(core.broker, lambda code, reason: self.closed.append((code, reason)))
+        self.messages = ClientMessages(
+            core.broker.doors.following, lambda code, reason: self.closed.append((code, reason))
+        )
 
     def say(self, message: Any) -> None:
         self.messages.take(message if isinstance(message, str | bytes) else orjson.dumps(message).decode())
@@ -197,10 +199,10 @@ async def test_a_connection_that_goes_while_its_view_changes_leaves_nothing(core
         for _ in range(5):
             await asyncio.sleep(0)
         assert subscription.status == "closed"
-    conversation = core.broker.conversations.get("c1")
+    conversation = core.parts.conversations.get("c1")
     assert conversation is not None
     await until(lambda: not [task for task in asyncio.all_tasks() if "_run_recovery" in repr(task.get_coro())])
-    assert (conversation.subscriptions, len(core.broker.subscriptions), len(core.pool)) == (0, 0, 0)
+    assert (conversation.subscriptions, len(core.parts.registry), len(core.pool)) == (0, 0, 0)
     assert conversation.audiences == {}
     assert not conversation.in_use
 

@@ -15,11 +15,14 @@ from tests.support.wire import Client
 from broker.broker import ConversationWSBroker
 from broker.errors import StoreUnavailable
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.app import create_api, create_broker
 
 
 class Stream:
     """The server's and the client's side of one `GET /sse` over ASGI. body: what came so far."""
+
+    path = "/sse"
 
     def __init__(self, app: Any, query: str, headers: dict[str, str], spec_version: str) -> None:
         self.status = 0
@@ -38,8 +41,8 @@ class Stream:
             "http_version": "1.1",
             "method": "GET",
             "scheme": "http",
-            "path": "/sse",
-            "raw_path": b"/sse",
+            "path": self.path,
+            "raw_path": self.path.encode(),
             "root_path": "",
             "query_string": query.encode(),
             "headers": [(b"host", b"127.0.0.1"), *((k.encode(), v.encode()) for k, v in headers.items())],
@@ -97,7 +100,7 @@ class Served:
 
     def __init__(self, broker: ConversationWSBroker) -> None:
         self.broker = broker
-        self.pool = broker.dispatcher._pool
+        self.pool = parts_of(broker).dispatcher._pool
         self._app = create_api(broker)
 
     def stream(self, query: str = "conv_id=c1", spec_version: str = "2.3", **headers: str) -> Stream:
@@ -108,7 +111,7 @@ class Served:
         return await self.broker.publisher("c1").publish(type, {"text": text}, id=id)
 
     async def nothing_left(self) -> None:
-        await until(lambda: not len(self.pool) and not len(self.broker.subscriptions))
+        await until(lambda: not len(self.pool) and not len(parts_of(self.broker).registry))
 
 
 @asynccontextmanager
@@ -252,7 +255,7 @@ async def test_a_drain_says_so_and_ends_the_response() -> None:
 async def test_a_subscription_that_is_refused_late_ends_the_stream(caplog: pytest.LogCaptureFixture) -> None:
     """The answer has begun by then, and an exception of ours would be one of the server's."""
     async with serving() as served:
-        subscriptions: Any = served.broker.subscriptions
+        subscriptions: Any = parts_of(served.broker).subscriptions
 
         async def too_late(*asked: object) -> None:
             raise StoreUnavailable("the store went away in this very moment")

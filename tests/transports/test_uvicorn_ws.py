@@ -45,31 +45,31 @@ class Recorder:
         self.on_message: Callable[[FastConnection, str | bytes], object] | None = None
         self.connection: FastConnection
 
-    def on_text(self, connection: FastConnection, text: str) -> None:
-        self._message(connection, text)
+    def on_text(self, text: str) -> None:
+        self._message(text)
 
-    def on_binary(self, connection: FastConnection, data: bytes) -> None:
-        self._message(connection, data)
+    def on_binary(self, data: bytes) -> None:
+        self._message(data)
 
-    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
-        assert not connection.writable
+    def on_closed(self, code: int, reason: str) -> None:
+        assert not self.connection.writable
         self.calls.append(("closed", code, reason))
 
-    def on_pause(self, connection: FastConnection) -> None:
-        assert not connection.writable
+    def on_pause(self) -> None:
+        assert not self.connection.writable
         self.calls.append(("pause",))
 
-    def on_resume(self, connection: FastConnection) -> None:
-        assert connection.writable
+    def on_resume(self) -> None:
+        assert self.connection.writable
         self.calls.append(("resume",))
 
-    def _message(self, connection: FastConnection, message: str | bytes) -> None:
+    def _message(self, message: str | bytes) -> None:
         self.calls.append((message,))
         if self.echo:
             data = message.encode() if isinstance(message, str) else message
-            connection.write(encode_text_frame(data) if isinstance(message, str) else encode_binary_frame(data))
+            self.connection.write(encode_text_frame(data) if isinstance(message, str) else encode_binary_frame(data))
         if self.on_message is not None:
-            self.on_message(connection, message)
+            self.on_message(self.connection, message)
 
     @property
     def messages(self) -> list[str | bytes]:
@@ -659,7 +659,8 @@ class TestServer:
             takeover = takeover_of(websocket.scope)
             assert takeover is not None
             await websocket.accept(subprotocol="conversation.v1")
-            takeover(recorder).write(encode_text_frame(name.encode()))
+            recorder.connection = takeover(recorder)
+            recorder.connection.write(encode_text_frame(name.encode()))
 
         with LiveServer(api, LOOPS[kind]) as server:
             with connect(server.url + "/ws/hello", subprotocols=["conversation.v1"]) as client:  # type: ignore[list-item]

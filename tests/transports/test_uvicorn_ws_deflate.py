@@ -30,22 +30,23 @@ class Echo:
     """Echoes messages, compressed where that was agreed on. Keeps what it was told."""
 
     def __init__(self, compressed: bool) -> None:
+        self.connection: FastConnection
         self.calls: list[Any] = []
         self._encode = MessageDeflater(level=6).encode_frame if compressed else encode_frame
 
-    def on_text(self, connection: FastConnection, text: str) -> None:
+    def on_text(self, text: str) -> None:
         self.calls.append(text)
-        connection.write(self._encode(TEXT, text.encode()))
+        self.connection.write(self._encode(TEXT, text.encode()))
 
-    def on_binary(self, connection: FastConnection, data: bytes) -> None:
+    def on_binary(self, data: bytes) -> None:
         self.calls.append(data)
-        connection.write(self._encode(BINARY, data))
+        self.connection.write(self._encode(BINARY, data))
 
-    def on_closed(self, connection: FastConnection, code: int, reason: str) -> None:
+    def on_closed(self, code: int, reason: str) -> None:
         self.calls.append((code, reason))
 
-    def on_pause(self, connection: FastConnection) -> None: ...
-    def on_resume(self, connection: FastConnection) -> None: ...
+    def on_pause(self) -> None: ...
+    def on_resume(self) -> None: ...
 
 
 class App:
@@ -76,7 +77,8 @@ class App:
         takeover = takeover_of(scope)
         assert takeover is not None
         echo = Echo(compressed)
-        self.readers.append(takeover(echo)._reader)
+        echo.connection = takeover(echo)
+        self.readers.append(echo.connection._reader)
         assert DEFLATE_EXTENSION not in scope["extensions"]
         self.handlers.append(echo)
 
@@ -220,7 +222,7 @@ def test_many_small_bombs_do_not_stop_the_loop(server: LiveServer, app: App) -> 
         echo = app.last
         said = echo.calls
 
-        def watched(connection: FastConnection, text: str) -> None:
+        def watched(text: str) -> None:
             said.append(len(text))
             if len(said) == 1:
                 server.loop.call_soon(lambda: between.append(len(said)))

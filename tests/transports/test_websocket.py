@@ -18,6 +18,7 @@ from broker.errors import AuthenticationFailed, InvalidConversationId, InvalidIn
 from broker.hookspecs import hookimpl
 from broker.security import Credentials, Principal
 from broker.settings import Settings
+from broker.testing import parts_of
 from transports.app import create_api, create_broker
 from transports.websocket import parse_subscribe_request
 
@@ -108,7 +109,7 @@ class Served:
     def __init__(self, broker: ConversationWSBroker, door: Door) -> None:
         self.broker = broker
         self.door = door
-        self.pool = broker.dispatcher._pool
+        self.pool = parts_of(broker).dispatcher._pool
         self._app = create_api(broker)
 
     def connect(self, query: str = "conv_id=c1", *, token: str = "good", **options: Any) -> Peer:
@@ -118,8 +119,8 @@ class Served:
         return await self.broker.publisher("c1").publish("note.said", {"text": text})
 
     async def nothing_left(self) -> None:
-        await until(lambda: not len(self.pool) and not len(self.broker.subscriptions))
-        for conversation in self.broker.conversations.all():
+        await until(lambda: not len(self.pool) and not len(parts_of(self.broker).registry))
+        for conversation in parts_of(self.broker).conversations.all():
             await until(lambda conversation=conversation: not conversation.in_use)
             assert (conversation.subscriptions, conversation.audiences) == (0, {})
 
@@ -300,7 +301,7 @@ async def test_a_peer_that_leaves_while_it_is_asked_who_it_is(served: Served) ->
 
 async def test_a_dropped_connection_ends_its_endpoint(served: Served) -> None:
     peer = await served.connect().live()
-    (subscription,) = served.broker.subscriptions.all()
+    (subscription,) = parts_of(served.broker).registry.all()
     served.pool.close(subscription.connection_id, 4500, "for a test")
     await peer.ended()
     assert peer.close_code == 4500

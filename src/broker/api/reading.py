@@ -1,30 +1,24 @@
-"""What callers from outside the process ask for, with their permissions checked: reading, polling, publishing.
-
-Transports call this; in-process producers use `ConversationWSBroker.publish` and need no permission.
-"""
+"""Reading over HTTP: recovery by long poll, and the timeline by pages. Permissions are asked for here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-import orjson
-from pydantic import ValidationError
-
-from broker.api.publishing import RESERVED_PREFIXES, _dedupe_prefix
-from broker.conversations.reader import TimelinePage
+from broker.conversations.conversation import Conversation
+from broker.conversations.manager import ConversationManager
+from broker.conversations.reader import TimelinePage, TimelineReader
+from broker.delivery.admission import Admission
+from broker.delivery.notices import Notices
 from broker.delivery.start import decide_start
-from broker.envelope import TIMELINE, Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft, Unavailable
+from broker.delivery.subscription import SubscribeRequest
+from broker.envelope import TIMELINE
+from broker.errors import Unavailable
+from broker.eventlog.base import EventLog
+from broker.phase import Phase
 from broker.security import Principal
-from broker.views.frames import event_messages, reset_message, through_message
+from broker.views.frames import event_messages, reset_message, state_messages, through_message
 from broker.views.view import View
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
-    from broker.conversations.conversation import Conversation
 
 STATE_PAGE_ENTITIES = 1000
 PAGE_BYTES_MAX = 1_048_576
@@ -47,49 +41,54 @@ class MessagesPage:
     more: bool = False
 
 
-class Outside:
-    """The checked face of a broker."""
+class Reading:
+    """What callers may read over HTTP: pages of frames, and pages of the timeline."""
 
-    def __init__(self, broker: ConversationWSBroker) -> None:
-        self._broker = broker
-        self._publishing: set[tuple[str, str]] = set()
-
-    # -- reading --------------------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        admission: Admission,
+        conversations: ConversationManager,
+        log: EventLog,
+        reader: TimelineReader,
+        notices: Notices,
+        phase: Phase,
+    ) -> None:
+        self._admission = admission
+        self._conversations = conversations
+        self._log = log
+        self._reader = reader
+        self._notices = notices
+        self._phase = phase
 
     async def messages(
         self,
         principal: Principal,
-        conv_id: str,
+        request: SubscribeRequest,
         *,
-        since: int,
-        epoch: str | None,
-        profile: str,
-        channels: str | None,
         limit: int,
         wait_s: float,
     ) -> MessagesPage:
-        """Return the frames after `since` as the view shows them; wait up to `wait_s` seconds if there are none yet.
+        """Return the frames after `request.since` as the view shows them; wait up to `wait_s` seconds if there are none yet.
 
         Hidden envelopes move the position by a closing `ws.through` frame. With a view that has state, the entities
-        that changed up to the page's end follow the events. Raises what `subscribe` raises; Unavailable ends the waiting.
+        that changed up to the page's end follow the events. Raises what `Admission.admit` raises; Unavailable ends the waiting.
         """
-        broker = self._broker
-        view = broker.views.compile(principal, profile, channels)
-        await broker.authorize_following(principal, conv_id, view.channel_names)
+        view = (await self._admission.admit(principal, request)).view
+        conv_id, since, epoch = request.conv_id, request.since or 0, request.epoch
         deadline_s = time.monotonic() + wait_s
         while True:
-            conversation = await broker.conversations.open(conv_id)
+            conversation = await self._conversations.open(conv_id)
             conversation.holds += 1
             try:
                 page = await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
                 left_s = deadline_s - time.monotonic()
                 if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):
-                    page.frames += broker.subscriptions.notices.page(view)
+                    page.frames += self._notices.page(view)
                     return page
-                if broker.lifecycle.draining:
+                if self._phase.draining:
                     raise Unavailable("this process is shutting down: ask again, another one has what comes next")
                 # Asleep only if nothing came, and nobody erased the conversation, while the page was read.
-                if page.head_seq >= conversation.position and broker.conversations.get(conv_id) is conversation:
+                if page.head_seq >= conversation.position and self._conversations.get(conv_id) is conversation:
                     await conversation.next_dispatch(left_s)
             finally:
                 conversation.holds -= 1
@@ -100,17 +99,17 @@ class Outside:
     async def _page(
         self, conversation: Conversation, view: View, *, since: int, epoch: str | None, limit: int
     ) -> MessagesPage:
-        broker, conv_id = self._broker, conversation.conv_id
-        state = await broker.log.state(conv_id)
+        conv_id = conversation.conv_id
+        state = await self._log.state(conv_id)
         start = await decide_start(
-            broker.log,
+            self._log,
             conv_id,
             state,
             head=conversation.position,
             since=since,
             epoch=epoch,
             hydrate=False,
-            has_state=view.state,
+            has_state=view.shows_state,
         )
         page = MessagesPage(
             epoch=state.epoch,
@@ -130,7 +129,7 @@ class Outside:
         head = conversation.position
         events = scanned = 0
         while cursor < head and events < limit and scanned < PAGE_BYTES_MAX:
-            stretch = await broker.log.read(conv_id, after=cursor, upto=head, limit=limit - events)
+            stretch = await self._log.read(conv_id, after=cursor, upto=head, limit=limit - events)
             if stretch.trimmed_seq > cursor:  # retention overtook this reading
                 if not events:
                     return await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
@@ -142,7 +141,7 @@ class Outside:
             told = shown[-1].seq if shown else told
             cursor = max(cursor, stretch.through)
         page.more = cursor < head
-        if view.state:
+        if view.shows_state:
             upto = cursor if page.more else None
             page.frames.extend(await self._state_frames(conversation, view, start.state_after or 0, upto))
         if told < cursor:
@@ -156,11 +155,11 @@ class Outside:
         frames: list[bytes] = []
         after_position = 0
         while True:
-            found = await self._broker.timeline.page_of(
+            found = await self._reader.page_of(
                 conversation, since_version=since_version, after_position=after_position, limit=STATE_PAGE_ENTITIES
             )
             entities = [entity for entity in found.entities if upto is None or entity.version <= upto]
-            messages = self._broker.dispatcher.state_messages(conversation, view, entities)
+            messages = state_messages(conversation.conv_id, view, entities)
             frames.extend(message.text for message in messages)
             if not found.more:
                 return frames
@@ -182,135 +181,14 @@ class Outside:
         newest: with everything that the log has now, also where this process still has to read it.
         The profile's filters and transforms apply to it as to `timeline.upsert` frames (I14).
         """
-        broker = self._broker
-        view = broker.views.compile(principal, profile, None)
         # State is what this shows, also for a profile that has none of it: who may not see it is not let in this way.
-        shown = sorted({*view.channel_names, TIMELINE})
-        await broker.access.authorize(principal, "read", check_conv_id(conv_id), shown)
-        if broker.conversations.get(conv_id) is None:
-            state = await broker.log.state(conv_id)
+        view = await self._admission.view(principal, conv_id, profile, shows=(TIMELINE,))
+        if self._conversations.get(conv_id) is None:
+            state = await self._log.state(conv_id)
             if not state.exists:
                 return TimelinePage(conv_id, 0, state.epoch, [])
         if newest:
-            await broker.conversations.current(conv_id)
-        while True:
-            page = await broker.timeline.page(
-                conv_id, since_version=since_version, after_position=after_position, limit=limit
-            )
-            if not view.filters and not view.transforms:
-                return page
-            shown_entities = broker.dispatcher.entities_as_shown(conv_id, view, page.entities)
-            if shown_entities or not page.more:
-                page.entities = shown_entities
-                return page
-            after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
-
-    # -- publishing -----------------------------------------------------------------------------------------------
-
-    async def publish(
-        self, principal: Principal, conv_id: str, drafts: Sequence[Draft], *, idempotency_key: str | None
-    ) -> tuple[list[int], str]:
-        """Publish drafts of a caller, checked against their declared types; return (seqs, epoch).
-
-        A repeated `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
-        InvalidDraft, IdempotencyMismatch, IdempotencyPending, PermissionDenied and what `publish` raises.
-        """
-        broker = self._broker
-        await broker.access.authorize(principal, "publish", check_conv_id(conv_id))
-        broker.availability.admit()
-        for draft in drafts:
-            self.check(draft)
-        epoch = (await broker.log.state(conv_id)).epoch
-        if idempotency_key is None:
-            return await broker.publish(conv_id, drafts), epoch
-        pending = (conv_id, idempotency_key)
-        if pending in self._publishing:
-            raise IdempotencyPending(idempotency_key)
-        self._publishing.add(pending)
-        try:
-            prefix = _dedupe_prefix(idempotency_key)
-            keyed = [
-                Draft(draft.type, draft.data, draft.id, draft.channel, f"{prefix}{index}/{len(drafts)}")
-                for index, draft in enumerate(drafts)
-            ]
-            before = await self._answered(conv_id, idempotency_key, keyed)
-            return before if before is not None else await broker.publish(conv_id, keyed), epoch
-        finally:
-            self._publishing.discard(pending)
-
-    def check(self, draft: Draft) -> None:
-        """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""
-        if draft.type.startswith(RESERVED_PREFIXES):
-            raise InvalidDraft(
-                f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
-            )
-        declared = self._broker.catalog.event_types.get(draft.type)
-        if declared is None or declared.model is None:
-            return
-        try:
-            declared.model.model_validate(draft.data)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "data"
-            raise InvalidDraft(
-                f"data of {draft.type} does not fit its type: {place}: {first['msg']}", type=draft.type, field=place
-            ) from exc
-
-    async def _answered(self, conv_id: str, key: str, drafts: Sequence[Draft]) -> list[int] | None:
-        """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""
-        log, catalog = self._broker.log, self._broker.catalog
-        seqs: list[int] = []
-        for draft in drafts:
-            assert draft.dedupe_key is not None
-            seq = await log.find(conv_id, draft.dedupe_key) or 0
-            found = (await log.read(conv_id, after=seq - 1, upto=seq, limit=1)).envelopes if seq else []
-            for known in found:
-                if known.type != draft.type or known.data != orjson.loads(encode_json(dict(draft.data))):
-                    raise IdempotencyMismatch(key)
-            seqs.append(seq if found else 0)
-        if not any(seqs) and not await log.find_prefix(conv_id, _dedupe_prefix(key)):
-            return None
-        for draft, seq in zip(drafts, seqs, strict=True):
-            # What is not there was dropped at that time, for its debug channel was off; or this is another request.
-            if not seq and not catalog.channel(draft.channel or catalog.channel_of(draft.type)).switchable:
-                raise IdempotencyMismatch(key)
-        return seqs
-
-    # -- what there is --------------------------------------------------------------------------------------------
-
-    def profiles(self, principal: Principal) -> list[dict[str, Any]]:
-        """Return the profiles that the caller may choose, with the channels that each has for them."""
-        offered = []
-        for profile in self._broker.catalog.profiles.values():
-            if not principal.may(profile.permission):
-                continue
-            try:
-                view = self._broker.views.compile(principal, profile.name, None)
-            except Exception:  # names a channel that this caller may not see: not offered
-                continue
-            offered.append(
-                {
-                    "name": profile.name,
-                    "description": profile.description,
-                    "channels": view.channel_names,
-                    "slow": profile.slow,
-                    "view": view.key,
-                }
-            )
-        return offered
-
-    def channels(self, principal: Principal) -> list[dict[str, Any]]:
-        """Return the channels that the caller may see."""
-        return [
-            {
-                "name": channel.name,
-                "kind": channel.kind,
-                "default": channel.default,
-                "description": channel.description,
-                "permission": channel.permission,
-                "switchable": channel.switchable,
-                "on": self._broker.catalog.is_on(channel),
-            }
-            for channel in self._broker.catalog.channels.values()
-            if principal.may(channel.permission)
-        ]
+            await self._conversations.current(conv_id)
+        return await self._reader.page_seen(
+            view, conv_id, since_version=since_version, after_position=after_position, limit=limit
+        )

@@ -12,7 +12,7 @@ import orjson
 import typer
 
 from broker.cli.terminal import span, table
-from broker.telemetry import escape_controls
+from broker.logs import escape_controls
 
 EXIT_INCOMPLETE = 1
 DEFAULT_URL = "http://127.0.0.1:8000/"

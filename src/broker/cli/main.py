@@ -9,17 +9,20 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from importlib.metadata import version
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import orjson
 import typer
 
 from broker.cli.cluster import DEFAULT_URL, Token, Url
 from broker.cli.cluster import app as cluster_app
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
+from broker.logs import escape_controls
 from broker.sequence import parse_seq
 from broker.settings import GROUPS, Settings, describe, load_settings, variable
-from broker.telemetry import escape_controls
+
+if TYPE_CHECKING:
+    from broker.client import BrokerClient
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -33,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-plugins_app = typer.Typer(help="Look at plugins.", no_args_is_help=True, rich_markup_mode=None)
+plugins_app = typer.Typer(help="Look at plugins, switch and release them.", no_args_is_help=True, rich_markup_mode=None)
 timeline_app = typer.Typer(help="Look after timelines.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(timeline_app, name="timeline")
@@ -218,9 +221,9 @@ def publish(
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as exc:
-        raise InvalidInput(f"JSON {shown(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
+        raise InvalidInput(f"JSON {quoted(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
     if not isinstance(value, dict):
-        raise InvalidInput(f"JSON {shown(text)} is no object: give {_DATA_EXAMPLE}")
+        raise InvalidInput(f"JSON {quoted(text)} is no object: give {_DATA_EXAMPLE}")
 
     async def run() -> int:
         async with BrokerClient(url, token=token) as client:
@@ -266,6 +269,39 @@ def plugins_list(
         print(escape_controls(f"    errors: {plugin.get('errors', 0)}, time spent: {spent_ms:.1f} ms"))
     if not found:
         print("no plugins are loaded; see --plugins-dir")
+
+
+PluginName = Annotated[str, typer.Argument(help="The plugin, as `broker plugins list` names it.")]
+
+
+@plugins_app.command("release")
+def plugins_release(name: PluginName, url: Url = DEFAULT_URL, token: Token = None) -> None:
+    """Take a plugin's hooks out of quarantine on a running server, once what was wrong is mended."""
+    released = _run(_with_client(url, token, lambda client: client.release_plugin(name)))["released"]
+    print(f"{name} was released" if released else f"{name} was not in quarantine")
+
+
+@plugins_app.command("enable")
+def plugins_enable(name: PluginName, url: Url = DEFAULT_URL, token: Token = None) -> None:
+    """Switch a plugin on again on a running server."""
+    _run(_with_client(url, token, lambda client: client.switch_plugin(name, True)))
+    print(f"{name} is on")
+
+
+@plugins_app.command("disable")
+def plugins_disable(name: PluginName, url: Url = DEFAULT_URL, token: Token = None) -> None:
+    """Switch a plugin off on a running server until it ends: none of its hooks is called, its filters are gone too."""
+    _run(_with_client(url, token, lambda client: client.switch_plugin(name, False)))
+    print(f"{name} is off")
+
+
+async def _with_client(
+    url: str, token: str | None, ask: Callable[[BrokerClient], Coroutine[Any, Any, dict[str, Any]]]
+) -> dict[str, Any]:
+    from broker.client import BrokerClient
+
+    async with BrokerClient(url, token=token) as client:
+        return await ask(client)
 
 
 def _loaded_plugins(plugins_dir: str | None) -> list[dict[str, Any]]:

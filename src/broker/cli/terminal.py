@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
+from broker.logs import escape_controls
 from broker.sequence import PER_MS
-from broker.telemetry import escape_controls
 
 MAX_DETAIL_CHARS = 2000
 _TYPE_COLUMN = 22

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
+from broker.conversations.recent import RecentEvents
 from broker.eventlog.base import Committed
 from broker.timeline.projector import ConversationTimeline
 from broker.views.view import View
-
-if TYPE_CHECKING:
-    from broker.conversations.recent import RecentEvents
 
 
 class Conversation:
@@ -29,7 +26,7 @@ class Conversation:
         "holds",
         "inbox",
         "last_active_s",
-        "opened",
+        "opening",
         "recent",
         "subscriptions",
         "timeline",
@@ -48,7 +45,7 @@ class Conversation:
         self.holds = 0
         self.waiters: list[asyncio.Future[None]] = []
         self.last_active_s = now_s
-        self.opened: asyncio.Future[None] | None = None
+        self.opening: asyncio.Future[None] | None = None
 
     @property
     def position(self) -> int:

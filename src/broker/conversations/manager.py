@@ -12,7 +12,7 @@ from broker.clock import Clock
 from broker.conversations.conversation import Conversation
 from broker.envelope import check_conv_id
 from broker.errors import BrokerError, StoreUnavailable
-from broker.eventlog.base import EventLog, Interest
+from broker.eventlog.base import EventLog, SharedLog
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
 from broker.timeline.store import TimelineStore
@@ -45,7 +45,7 @@ class ConversationManager:
         page_events: int = 512,
     ) -> None:
         self._log = log
-        self._interest = log if isinstance(log, Interest) else None
+        self._interest = log if isinstance(log, SharedLog) else None
         self._store = store
         self._handlers = handlers
         self._clock = clock
@@ -69,8 +69,12 @@ class ConversationManager:
         return len(self._open)
 
     def close(self) -> None:
-        """Take note that nothing is folded any more: whoever waits for that is told."""
+        """Fold nothing any more; whoever waits for that is told."""
         self._closed = True
+        self.wake_all()
+
+    def wake_all(self) -> None:
+        """Wake all long polls."""
         for conversation in self.all():
             conversation.wake()
 
@@ -88,7 +92,7 @@ class ConversationManager:
         Raises InvalidConversationId, StoreError.
         """
         conversation = self._open.get(conv_id)
-        while (before := self._erasing.get(conv_id) or (conversation.opened if conversation else None)) is not None:
+        while (before := self._erasing.get(conv_id) or (conversation.opening if conversation else None)) is not None:
             await asyncio.shield(before)
             # Whoever waits is woken some turns later: it may have been evicted by then, and nobody serves that one.
             conversation = self._open.get(conv_id)
@@ -112,7 +116,7 @@ class ConversationManager:
             head = state.head_seq
             if before and (head < before or state.epoch != conversation.epoch):
                 # Another life of the log, or one that lost its end: what is folded here is not what it has.
-                if self._open.get(conv_id) is conversation and conversation.opened is None:
+                if self._open.get(conv_id) is conversation and conversation.opening is None:
                     self.on_lost(conversation)
                 continue
             if conversation.position < head and self._interest is not None:
@@ -130,10 +134,18 @@ class ConversationManager:
                     f"conversation {conv_id} is behind its log: folded up to {conversation.position} of {head}"
                 ) from None
 
+    async def head_seq(self, conv_id: str) -> int:
+        """Return a conversation's newest seq, from memory where no other process writes. Raises StoreError."""
+        conversation = self._open.get(conv_id)
+        # Where others write too, this process may not have read it yet, and all have to say the same.
+        if conversation is not None and not conversation.busy and self._interest is None:
+            return conversation.position
+        return (await self._log.state(conv_id)).head_seq
+
     def _begin(self, conv_id: str) -> Conversation:
         timeline = ConversationTimeline(conv_id, self._handlers)
         conversation = Conversation(conv_id, timeline, "", self._clock.monotonic_s())
-        conversation.opened = asyncio.get_running_loop().create_future()
+        conversation.opening = asyncio.get_running_loop().create_future()
         self._open[conv_id] = conversation
         if self._interest is not None:
             self._interest.interest(conv_id, True)
@@ -149,22 +161,22 @@ class ConversationManager:
             self._interest.interest(conv_id, False)
 
     async def _load(self, conversation: Conversation) -> None:
-        opened = conversation.opened
-        assert opened is not None
+        opening = conversation.opening
+        assert opening is not None
         try:
             await self._restore(conversation)
         except BaseException as exc:
             if self._open.get(conversation.conv_id) is conversation:
                 self._remove(conversation.conv_id)
             if isinstance(exc, BrokerError):
-                opened.set_exception(exc)
-                opened.exception()  # whoever waits gets it; nobody waiting is no error of its own
+                opening.set_exception(exc)
+                opening.exception()  # whoever waits gets it; nobody waiting is no error of its own
             else:  # above all: whoever asked first has hung up; those who wait try by themselves
-                opened.set_result(None)
+                opening.set_result(None)
             raise
-        conversation.opened = None
+        conversation.opening = None
         conversation.busy = False
-        opened.set_result(None)
+        opening.set_result(None)
         if conversation.timeline.dirty:
             self.touch(conversation)
         self.on_opened(conversation)
@@ -290,8 +302,8 @@ class ConversationManager:
         try:
             conversation = self._open.get(conv_id)
             if conversation is not None:
-                if conversation.opened is not None:
-                    await asyncio.wait({conversation.opened})
+                if conversation.opening is not None:
+                    await asyncio.wait({conversation.opening})
                 self.forget(conversation)
             yield
         finally:
@@ -308,5 +320,5 @@ class ConversationManager:
         conversation.timeline = ConversationTimeline(conv_id, self._handlers)
         conversation.timeline.complete = True
         conversation.wake()
-        if conversation.opened is None:
+        if conversation.opening is None:
             self.on_closed(conversation, reason)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
 from broker.timeline.entity import Entity
 from broker.timeline.store import TimelineStore, stored_page
+from broker.views.frames import entities_as_shown
+from broker.views.view import View
 
 
 @dataclass(slots=True)
@@ -44,6 +46,30 @@ class TimelineReader:
             )
         finally:
             self._conversations.release(conv_id)
+
+    async def page_seen(
+        self, view: View, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+    ) -> TimelinePage:
+        """As `page`, with what `view` hides left out and what it changes changed, as in `timeline.upsert` frames (I14)."""
+        while True:
+            page = await self.page(conv_id, since_version=since_version, after_position=after_position, limit=limit)
+            if not view.filters and not view.transforms:
+                return page
+            seen = entities_as_shown(conv_id, view, page.entities)
+            if seen or not page.more:
+                page.entities = seen
+                return page
+            after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
+
+    async def pages_seen(self, view: View, conv_id: str) -> AsyncIterator[TimelinePage]:
+        """Yield the pages of a whole conversation as `view` shows it, by position. Raises StoreError."""
+        after = 0
+        while True:
+            page = await self.page_seen(view, conv_id, after_position=after)
+            yield page
+            if not page.more or not page.entities:
+                return
+            after = page.entities[-1].position
 
     async def page_of(
         self, conversation: Conversation, *, since_version: int = 0, after_position: int = 0, limit: int = 1000

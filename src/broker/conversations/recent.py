@@ -187,7 +187,7 @@ class RecentEvents:
 
     def state_messages(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
         """Return the upserts of `entities` as `view` shows them."""
-        if not view.state:
+        if not view.shows_state:
             return []
         known = self._entities.setdefault(view if view.filters or view.transforms else None, {})
         messages = []

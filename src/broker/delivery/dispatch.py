@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from broker.clock import Clock
@@ -12,7 +11,7 @@ from broker.conversations.conversation import Audience, Conversation
 from broker.delivery.pool import Pool
 from broker.envelope import CONTROL, Envelope
 from broker.timeline.entity import Entity
-from broker.views.frames import Message, event_frame, state_frame, through_message, upsert_envelope
+from broker.views.frames import Message, event_frame, shown_upserts, state_frame, through_message, upsert_envelope
 from broker.views.view import View
 
 logger = logging.getLogger(__name__)
@@ -86,10 +85,10 @@ class Dispatcher:
                 else:
                     audience.prev = envelopes[-1].seq
                     audience.hidden = 0
-                if upserts and view.state:
+                if upserts and view.shows_state:
                     # State before the events that made it: a connection that breaks in the middle of this write resumes
                     # after the last event it got, and must have the state up to there.
-                    messages = self._state_messages(view, upserts) + messages
+                    messages = shown_upserts(view, upserts) + messages
                 if audience.hidden >= self._through_events:
                     messages.append(self._through(audience))
                 if messages:
@@ -103,7 +102,7 @@ class Dispatcher:
         """Send entities whose upsert was held back (trailing edge)."""
         upserts = self._upserts(conversation, show)
         for audience in list(conversation.audiences.values()):
-            if audience.view.state and (messages := self._state_messages(audience.view, upserts)):
+            if audience.view.shows_state and (messages := shown_upserts(audience.view, upserts)):
                 self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
 
     def _event_messages(
@@ -138,18 +137,10 @@ class Dispatcher:
         return messages
 
     def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:
-        if not show or not any(audience.view.state for audience in conversation.audiences.values()):
+        if not show or not any(audience.view.shows_state for audience in conversation.audiences.values()):
             return []
         envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in show]
         return [(envelope, state_frame(envelope)) for envelope in envelopes]
-
-    def _state_messages(self, view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
-        messages = []
-        for envelope, frame in upserts:
-            shown = view.show_state(envelope)
-            if shown is not None:
-                messages.append(Message(frame if shown is envelope else state_frame(shown)))
-        return messages
 
     def _through(self, audience: Audience) -> Message:
         audience.hidden = 0
@@ -187,20 +178,3 @@ class Dispatcher:
             return False
         conversation.audiences[view.key] = audience
         return True
-
-    def state_messages(self, conversation: Conversation, view: View, entities: Sequence[Entity]) -> list[Message]:
-        """Return the upserts of `entities` as this view shows them."""
-        if not view.state:
-            return []
-        envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in entities]
-        return self._state_messages(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
-
-    def entities_as_shown(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Entity]:
-        """Return entities as a view with filters or transforms shows them; hidden ones are left out."""
-        shown = []
-        for entity in entities:
-            seen = view.show_state(upsert_envelope(conv_id, entity))
-            if seen is not None:
-                props = seen.data.get("entity", {}).get("props", {})
-                shown.append(replace(entity, props=props))
-        return shown

@@ -1,22 +1,20 @@
-"""Notices: what the server tells its clients about itself (`ws.notice`), to those whose view has the channel `control`.
+"""Notices: what the server tells its clients about itself. `ws.notice` of outages, `ws.bye` before it closes a connection.
 
-Each is told once per connection, also to one that connects, or catches up, later on. A notice has no position: it is not
-in the log, which is just what cannot be written while the store is away.
+A notice goes to those whose view has the channel `control`, once per connection, also to one that connects, or catches
+up, later on. It has no position: it is not in the log, which is just what cannot be written while the store is away.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import random
 
 from broker.delivery.dispatch import Dispatcher
 from broker.delivery.pool import Pool
+from broker.delivery.registry import OpenSubscriptions
+from broker.delivery.subscription import Subscription
 from broker.envelope import CONTROL
 from broker.views.frames import control_message
 from broker.views.view import View
-
-if TYPE_CHECKING:
-    from broker.delivery.subscription import Subscription
-    from broker.delivery.subscriptions import Subscriptions
 
 SOURCE = "store"
 AWAY = control_message(
@@ -36,11 +34,15 @@ BACK = control_message(
 )
 
 
-class Notices:
-    """Tells the connections of a process of outages. `current` is what somebody who connects now is told, if anything."""
+RECONNECT_SPREAD_MS = 5000
+"""After a restart clients come back spread over this time, so that they are no stampede."""
 
-    def __init__(self, subscriptions: Subscriptions, dispatcher: Dispatcher, pool: Pool) -> None:
-        self._subscriptions = subscriptions
+
+class Notices:
+    """Tells the connections of a process of outages, and says good-bye to them."""
+
+    def __init__(self, registry: OpenSubscriptions, dispatcher: Dispatcher, pool: Pool) -> None:
+        self._registry = registry
         self._dispatcher = dispatcher
         self._pool = pool
         self._away = 0
@@ -53,7 +55,7 @@ class Notices:
         self._away = self._outages if away is not None else 0
         message = AWAY if away is not None else BACK
         live = {}
-        for subscription in self._subscriptions.all():
+        for subscription in self._registry.all():
             if not self._owed(subscription) or not self._pool.writable(subscription.connection_id):
                 continue  # told when it has caught up
             if subscription.status == "live":
@@ -79,3 +81,21 @@ class Notices:
 
     def _owed(self, subscription: Subscription) -> bool:
         return subscription.told_outage != self._away and CONTROL in subscription.view.channels
+
+    def bye(self, subscription: Subscription, reason: str, *, reconnect: bool) -> None:
+        """Tell a connection that it is about to be closed, and when to come back if it should."""
+        if subscription.status == "starting":  # the first frame is `ws.hello`; this one is told by its close code
+            return
+        data = {
+            "reason": reason,
+            "retryAfterMs": random.randrange(RECONNECT_SPREAD_MS) if reconnect else 0,
+            "reconnect": reconnect,
+        }
+        self._dispatcher.deliver(
+            subscription.connection_id, [control_message("ws.bye", data, subscription.connection_id)]
+        )
+
+    def announce_drain(self) -> None:
+        """Tell every client that this process goes away, and when to come back."""
+        for subscription in self._registry.all():
+            self.bye(subscription, "drain", reconnect=True)

@@ -7,20 +7,33 @@ behind it has a task; that task ends with the join.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 from collections import deque
 
 from broker.conversations.reader import TimelineReader
 from broker.delivery.dispatch import Dispatcher
+from broker.delivery.notices import Notices
 from broker.delivery.pool import Pool
 from broker.delivery.recent_keeper import RecentKeeper
+from broker.delivery.start import Start
 from broker.delivery.subscription import Subscription
 from broker.envelope import Envelope
+from broker.errors import BrokerError, StoreUnavailable
+from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
-from broker.views.frames import Message, control_message, event_messages, reset_message, through_message
+from broker.views.frames import Message, control_message, event_messages, reset_message, state_messages, through_message
+
+logger = logging.getLogger(__name__)
 
 STATE_PAGE_ENTITIES = 256
 CHUNK_BYTES = 65_536
 """What is handed to a connection at once before its buffer is looked at again."""
+
+
+AWAY_RETRY_S = 1.0
+"""How long a connection that catches up waits after the store refused to be read, half more or less."""
 
 
 class Recovery:
@@ -33,6 +46,8 @@ class Recovery:
         dispatcher: Dispatcher,
         pool: Pool,
         recent: RecentKeeper,
+        availability: Availability,
+        notices: Notices,
         *,
         page_events: int,
         page_bytes: int,
@@ -42,29 +57,107 @@ class Recovery:
         self._dispatcher = dispatcher
         self._pool = pool
         self._recent = recent
+        self._availability = availability
+        self._notices = notices
         self._page_events = page_events
         self._page_bytes = page_bytes
         self.resets_late = 0
 
-    def at_once(self, subscription: Subscription, state_after: int | None) -> list[Message] | None:
+    # -- the task of a connection that is behind ------------------------------------------------------------------
+
+    def open(self, subscription: Subscription, start: Start, opening: list[Message]) -> None:
+        """Send the opening frames of a subscription; it is live at once if nothing is missing, else it catches up."""
+        conversation = subscription.conversation
+        subscription.cursor = subscription.viewed_after = start.after
+        # Where it starts elsewhere than at the client's own position (hydrated, or the beginning is gone) the chain of
+        # `prev` begins anew: from 0, which fits every client.
+        subscription.told = start.after if start.after == subscription.request.since else 0
+        subscription.state_cursor = start.after
+        if start.reset is not None:
+            # The client's own position is void: this frame is where it starts to count again.
+            opening.append(through_message(conversation.conv_id, start.after))
+            subscription.told = start.after
+        missed = self._at_once(subscription, start.state_after)
+        if missed is not None:
+            opening.extend(missed)
+            if self._dispatcher.deliver(subscription.connection_id, opening) and self._dispatcher.join(
+                subscription.connection_id, conversation, subscription.view
+            ):
+                subscription.status = "live"
+                self._notices.catch_up(subscription)
+            return
+        self._dispatcher.deliver(subscription.connection_id, opening)
+        self.begin(subscription, state_after=start.state_after, lag=False)
+
+    def begin(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
+        """Start to catch a connection up from its cursor, in a task that ends when it is live.
+
+        state_after: entities with a higher version come first, None: no state does. lag: it is behind because it is slow.
+        """
+        subscription.status = "behind"
+        if state_after is not None and subscription.view.shows_state:
+            # At once: a change of view may cancel the task before it has begun, and goes on from here.
+            subscription.state_cursor = state_after
+        subscription.task = asyncio.get_running_loop().create_task(
+            self._run(subscription, state_first=state_after is not None, lag=lag)
+        )
+
+    async def end(self, subscription: Subscription) -> None:
+        """Stop catching a connection up; it stays where it is."""
+        task, subscription.task = subscription.task, None
+        if task is not None:
+            task.cancel()
+            # Not gather: cancelled from outside, it hides by whom (anyio scopes need to know).
+            await asyncio.wait([task])
+
+    async def _run(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
+        try:
+            while not await self._recovered(subscription, state_first=state_first, lag=lag):
+                await asyncio.sleep(random.uniform(0.5, 1.5) * AWAY_RETRY_S)
+                await self._availability.until_back()
+            self._notices.catch_up(subscription)
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            # The client keeps its position and comes back; a half-told story would be worse than none.
+            if not isinstance(exc, BrokerError):
+                logger.exception("connection %s: catching up failed", subscription.connection_id)
+            self._notices.bye(subscription, "catching up failed", reconnect=True)
+            self._pool.close(subscription.connection_id, 4500, "catching up failed")
+        finally:
+            if subscription.task is asyncio.current_task():
+                subscription.task = None
+
+    async def _recovered(self, subscription: Subscription, *, state_first: bool, lag: bool) -> bool:
+        """Catch a connection up; False: the store went away, it goes on from where it is when that is back."""
+        try:
+            await self._catch_up(subscription, state_first=state_first, lag=lag)
+        except StoreUnavailable as exc:
+            self._availability.suspect(exc)
+            return subscription.status == "closed"
+        return True
+
+    # -- what it gets ---------------------------------------------------------------------------------------------
+
+    def _at_once(self, subscription: Subscription, state_after: int | None) -> list[Message] | None:
         """Return all frames that bring a new subscription up to date, if they are few and memory has them.
 
         The caller sends them and joins it to its audience in the same turn of the event loop. state_after: entities with a
-        higher version are among them, None: no state. None: it has to `run`.
+        higher version are among them, None: no state. None: it has to catch up in a task.
         """
         conversation, view = subscription.conversation, subscription.view
         messages: list[Message] = []
         recent = self._recent.at(conversation, subscription.cursor)
         if recent is None and subscription.cursor != conversation.position:
             return None
-        if state_after is not None and view.state:
+        if state_after is not None and view.shows_state:
             entities = conversation.timeline.changed_since(state_after)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 return None
             if recent is not None:
                 messages.extend(recent.state_messages(conversation.conv_id, view, entities))
             else:
-                messages.extend(self._dispatcher.state_messages(conversation, view, entities))
+                messages.extend(state_messages(conversation.conv_id, view, entities))
         events = recent.messages(view, subscription.cursor, subscription.told) if recent is not None else []
         messages.extend(events)
         if sum([len(message.text) for message in messages]) > CHUNK_BYTES:
@@ -72,24 +165,24 @@ class Recovery:
         subscription.cursor = conversation.position
         if events:
             subscription.told = events[-1].position or subscription.told
-        messages.extend(self.closing_messages(subscription))
+        messages.extend(self._closing_messages(subscription))
         return messages
 
-    async def run(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
+    async def _catch_up(self, subscription: Subscription, *, state_first: bool, lag: bool) -> None:
         """Bring `subscription` up to date and make it live.
 
         state_first: send entities newer than its state cursor before anything else. lag: it is behind because it is
         slow: merge neighbours.
         Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
         """
-        if state_first and subscription.view.state and not await self._send_state(subscription):
+        if state_first and subscription.view.shows_state and not await self._send_state(subscription):
             return
         if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
             return
         while subscription.status != "closed":
             if subscription.cursor < subscription.conversation.position:
                 # State before the events that made it, as in dispatch.
-                behind = subscription.view.state and subscription.state_cursor <= subscription.cursor
+                behind = subscription.view.shows_state and subscription.state_cursor <= subscription.cursor
                 if behind and not await self._send_state(subscription):
                     return
                 if not await self._send_page(subscription, lag):
@@ -113,7 +206,7 @@ class Recovery:
             # The first page's version is what all pages have at least; what changed later is sent before going live.
             version = page.version if version is None else version
             if not await self._send(
-                subscription, self._dispatcher.state_messages(conversation, subscription.view, page.entities)
+                subscription, state_messages(conversation.conv_id, subscription.view, page.entities)
             ):
                 return False
             if not page.more:
@@ -125,7 +218,7 @@ class Recovery:
 
     async def _send_page(self, subscription: Subscription, lag: bool) -> bool:
         upto = subscription.conversation.position
-        if subscription.view.state:
+        if subscription.view.shows_state:
             upto = min(upto, subscription.state_cursor)
         recent = self._recent.at(subscription.conversation, subscription.cursor)
         if recent is not None and upto == recent.through and not lag and not subscription.history:
@@ -175,7 +268,7 @@ class Recovery:
         self.resets_late += 1
         conversation = subscription.conversation
         # The cursor moves when this is sent, not before: a change of view may end the wait for it.
-        after = conversation.position if subscription.view.state else trimmed_seq
+        after = conversation.position if subscription.view.shows_state else trimmed_seq
         subscription.end_view(subscription.cursor, after)
         reset = reset_message(
             "expired",
@@ -187,7 +280,7 @@ class Recovery:
         if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
             return False
         subscription.state_cursor = 0
-        return not subscription.view.state or await self._send_state(subscription)
+        return not subscription.view.shows_state or await self._send_state(subscription)
 
     async def _skip_ahead(self, subscription: Subscription) -> bool:
         """Policy `drop_oldest`: of what was missed keep the newest page, tell how many events were skipped."""
@@ -231,22 +324,22 @@ class Recovery:
         conversation = subscription.conversation
         view = subscription.view
         messages: list[Message] = []
-        if view.state:
+        if view.shows_state:
             entities = conversation.timeline.changed_since(subscription.state_cursor)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 await self._send_state(subscription)
                 return subscription.status == "closed"
-            messages.extend(self._dispatcher.state_messages(conversation, view, entities))
+            messages.extend(state_messages(conversation.conv_id, view, entities))
         if not self._pool.writable(subscription.connection_id):
             return not await self._pool.wait_writable(subscription.connection_id)
-        messages.extend(self.closing_messages(subscription, lag=lag))
+        messages.extend(self._closing_messages(subscription, lag=lag))
         if self._dispatcher.deliver(subscription.connection_id, messages) and self._dispatcher.join(
             subscription.connection_id, conversation, view
         ):
             subscription.status = "live"
         return True
 
-    def closing_messages(self, subscription: Subscription, *, lag: bool = False) -> list[Message]:
+    def _closing_messages(self, subscription: Subscription, *, lag: bool = False) -> list[Message]:
         """Return the frames that end a catch-up: `ws.through` where hidden events came last, then `ws.caught_up`.
 
         lag: it was live before, so it was told so, and is not told again: that it was slow is nothing it has to know.

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from broker.conversations.conversation import Conversation
+from broker.delivery.recent_keeper import RecentKeeper
 from broker.eventlog.base import EventLog, LogState
 from broker.sequence import PER_MS
+from broker.views.view import View
 
 ResetReason = Literal["expired", "epoch", "ahead"]
+
+STATE_OVERLAP_S = 2.0
+"""A resume is sent the entities of this time before its position again (and of `upsert_interval_s`): the upsert of a
+growing entity may have been held back when the connection broke. The client drops those it has by their version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +77,42 @@ def resumed(after: int, *, since: int, hydrate: bool, overlap_s: float) -> Start
     # its state was complete asks for both.
     state_after = 0 if hydrate else max(since - int(overlap_s * 1000) * PER_MS, 0)  # a seq is a time
     return Start(after=after, state_after=state_after, reset=None, recovered=True)
+
+
+class Starts:
+    """Decides where connections start: from the recent end where it can, else by asking the log.
+
+    upsert_interval_s: how long an upsert may be held back; a resume is sent the state of that time again.
+    """
+
+    def __init__(self, log: EventLog, recent: RecentKeeper, *, upsert_interval_s: float) -> None:
+        self._log = log
+        self._recent = recent
+        self._overlap_s = upsert_interval_s + STATE_OVERLAP_S
+
+    async def decide(
+        self, conversation: Conversation, view: View, *, since: int | None, epoch: str | None, hydrate: bool
+    ) -> Start:
+        """Return where a connection that asks for `since` of `epoch` starts. Raises StoreError."""
+        if since is None:  # nothing to look up: the common case costs no read
+            return Start(conversation.position, 0 if hydrate else None, None, False)
+        if await self._recent.resumed(conversation, since, epoch) is not None:
+            start = resumed(since, since=since, hydrate=hydrate, overlap_s=self._overlap_s)
+            if start.state_after and view.shows_state:
+                await self._recent.state_at_hand(conversation, start.state_after)
+            return start
+        return await decide_start(
+            self._log,
+            conversation.conv_id,
+            await self._log.state(conversation.conv_id),
+            head=conversation.position,
+            since=since,
+            epoch=epoch,
+            hydrate=hydrate,
+            has_state=view.shows_state,
+            overlap_s=self._overlap_s,
+        )
+
+    async def reaching_back(self, conversation: Conversation, since: int) -> int:
+        """Return the position at or after `since` from which everything is retained. Raises StoreError."""
+        return max(since, (await self._log.state(conversation.conv_id)).trimmed_seq)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from broker.conversations.conversation import Conversation
+from broker.interfaces import OpenConnection
 from broker.security import Principal
 from broker.views.view import View
 
@@ -102,6 +103,17 @@ class Subscription:
     @property
     def conv_id(self) -> str:
         return self.conversation.conv_id
+
+    def as_seen(self) -> OpenConnection:
+        """Return what plugins see of it."""
+        return OpenConnection(
+            self.connection_id,
+            self.conv_id,
+            self.profile,
+            tuple(self.view.channel_names),
+            self.principal.subject,
+            self.opened_at_ms,
+        )
 
     def end_view(self, through: int, next_after: int) -> None:
         """Remember that the present view has shown what there was up to `through`; what follows begins after `next_after`."""

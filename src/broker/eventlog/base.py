@@ -71,7 +71,7 @@ class Follower(Protocol):
     def position(self, conv_id: str) -> tuple[str, int] | None:
         """Return epoch and position of an open conversation (all up to there came through the sink or was read), else None.
 
-        None also while it is being opened: the log is asked again by `Interest.opened`.
+        None also while it is being opened: the log is asked again by `SharedLog.opened`.
         """
         ...
 
@@ -81,7 +81,7 @@ class Follower(Protocol):
 
 
 @runtime_checkable
-class Interest(Protocol):
+class SharedLog(Protocol):
     """What a log offers in addition when other processes write to it too: their appends reach the sink as well.
 
     Only for conversations that this process is interested in. The sink sees each conversation's envelopes in order, an

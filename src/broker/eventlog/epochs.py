@@ -17,7 +17,7 @@ def epoch_of(life: str, erasures: int) -> str:
     return f"{life}.{erasures}" if erasures else life
 
 
-class Promises:
+class PromisedEpochs:
     """Keeps what was told of conversations that do not exist yet: they begin with the epoch that their clients know.
 
     Without, the erasure of any other conversation before the first envelope would reset those clients. The oldest of

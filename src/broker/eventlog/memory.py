@@ -13,7 +13,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, LogState, Page, Sink
-from broker.eventlog.epochs import Promises, epoch_of
+from broker.eventlog.epochs import PromisedEpochs, epoch_of
 from broker.sequence import next_seq
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class MemoryEventLog:
         self._clock = clock
         self._life = secrets.token_hex(8)
         self._erasures = 0
-        self._promises = Promises()
+        self._promises = PromisedEpochs()
         self._conversations: dict[str, _Conversation] = {}
         self._sink: Sink | None = None
         self._pending: list[tuple[str, list[Envelope], asyncio.Future[None]]] = []

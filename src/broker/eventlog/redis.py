@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -10,14 +11,15 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import Envelope
-from broker.errors import StoreUnavailable
+from broker.errors import StoreError, StoreUnavailable
 from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, Sink
 from broker.eventlog.epochs import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys
-from broker.eventlog.redis_scripts import BACKLOG, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
 from broker.redis.connection import RedisConnection
+from broker.redis.script import Command
 from broker.sequence import PER_MS, seq_from_stream_id, stream_id_from_seq
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,10 @@ _LOOK_ENTRIES = 10_000
 _INDEX_PAGE = 200
 _BACKLOGS_AT_ONCE = 500
 _INDEX_WAIT_S = 0.5
+_INDEX_RETRY_S = 1.0
+_INDEX_NOTES = 1000  # per command
+_INDEX_STALE_MS = 10_000
+"""A place that is older than this is not about to be corrected by the node that appended: it has gone."""
 _INDEX_LAG_MS = 250
 """By how much a conversation's place in the index may be older than its newest envelope: a round trip for every append
 would double what appends cost a node whose publishers wait for each."""
@@ -45,9 +51,10 @@ class RedisEventLog:
     def __init__(self, connection: RedisConnection, clock: Clock | None = None) -> None:
         """clock: gives the seqs their time; None: the server's clock, the only one that all nodes share."""
         self._connection = connection
+        self._clock = clock
         connection.register(*SCRIPTS)
         self._sink: Sink | None = None
-        self._appends = Appends(connection, clock, self._new_epoch, self._landed)
+        self._appends = Appends(connection, clock, self._begin, self._landed)
         self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
         self._index: dict[str, int] = {}
         """Times that have to be noted in the index of conversations."""
@@ -65,7 +72,6 @@ class RedisEventLog:
         self._sink = sink
         if first:
             try:
-                await self._appends.start()
                 await self._life()
             except BaseException:
                 self._sink = None
@@ -150,10 +156,14 @@ class RedisEventLog:
 
     # -- the epoch --------------------------------------------------------------------------------------------------
 
-    async def _life(self) -> tuple[str, int]:
-        """Return the identity of this data set, given to it by whoever comes first, and how much was erased in it."""
-        _, life, erasures = await self._connection.all(
+    async def _life(self, *before: Command) -> tuple[str, int]:
+        """Return the identity of this data set, given to it by whoever comes first, and how much was erased in it.
+
+        before: what is done first, in the same round trip.
+        """
+        *_, life, erasures = await self._connection.all(
             [
+                *before,
                 ("HSETNX", LIFE, "life", secrets.token_hex(8)),
                 ("HGET", LIFE, "life"),
                 ("HGET", LIFE, "erasures"),
@@ -161,8 +171,12 @@ class RedisEventLog:
         )
         return life.decode(), int(erasures or 0)
 
-    async def _new_epoch(self) -> str:
-        return epoch_of(*await self._life())
+    async def _begin(self, conv_ids: Sequence[str]) -> str:
+        """Return the epoch with which these conversations begin, noted in the index before: whoever dies in between leaves
+        one too many there, which reading corrects, and no conversation that is on no list."""
+        time_ms = self._clock.wall_ms() if self._clock is not None else ""
+        parts = [conv_ids[at : at + _INDEX_NOTES] for at in range(0, len(conv_ids), _INDEX_NOTES)]
+        return epoch_of(*await self._life(*(BEGIN.command((INDEX,), (time_ms, *part)) for part in parts)))
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +191,7 @@ class RedisEventLog:
             ]
         )
         if epoch is None:
-            return LogState(epoch_of(life.decode(), int(erasures or 0)) if life else await self._new_epoch())
+            return LogState(epoch_of(life.decode(), int(erasures or 0)) if life else epoch_of(*await self._life()))
         return LogState(epoch.decode(), _seq(head), _seq(trimmed), count, int(size or 0))
 
     async def read(
@@ -237,6 +251,8 @@ class RedisEventLog:
             start += _INDEX_PAGE
             names = [row.decode() for row in rows[::2]]
             heads = await self._connection.all([("HGET", log_keys(name)[1], "head") for name in names])
+            with contextlib.suppress(StoreError):  # a Redis that takes no writes can be read all the same
+                await self._correct_index(rows, heads)
             for name, head in zip(names, heads, strict=True):
                 if head is not None and (before_seq is None or _seq(head) < before_seq):
                     found.append((_seq(head), name))
@@ -251,6 +267,23 @@ class RedisEventLog:
         last = found[limit - 1][0] if len(found) > limit else 0
         return [(name, head) for head, name in found if head >= last]
 
+    async def _correct_index(self, rows: Sequence[bytes], heads: Sequence[bytes | None]) -> None:
+        """Take out of the index what is erased, and put in its place what a node that died had not noted."""
+        found = list(zip(rows[::2], rows[1::2], heads, strict=True))
+        gone = [name for name, _, head in found if head is None]
+        if gone:
+            # Taken out, then looked at again: one may have begun in between.
+            await self._connection.one(("ZREM", INDEX, *gone))
+            logs = [log_keys(name.decode())[1] for name in gone]
+            heads = await self._connection.all([("HGET", log, "head") for log in logs])
+            found += [(name, b"0", head) for name, head in zip(gone, heads, strict=True)]
+        behind: list[bytes | int] = []
+        for name, noted, head in found:
+            if head is not None and _seq(head) // PER_MS > float(noted) + _INDEX_STALE_MS:
+                behind += (_seq(head) // PER_MS, name)
+        if behind:
+            await self._connection.one(("ZADD", INDEX, "GT", *behind))
+
     def _note_in_index(self, conv_id: str, time_ms: int) -> None:
         """Have the index say when a conversation was written to: at once, or soon if what it says is young."""
         if time_ms - self._indexed.get(conv_id, 0) >= _INDEX_LAG_MS:
@@ -258,9 +291,7 @@ class RedisEventLog:
             self._index_now()
             return
         self._index_later[conv_id] = time_ms
-        if self._index_timer is None:
-            loop = asyncio.get_running_loop()
-            self._index_timer = loop.call_later(_INDEX_LAG_MS / 1000, self._index_everything)
+        self._index_soon(_INDEX_LAG_MS / 1000)
 
     def _index_everything(self) -> asyncio.Task[None] | None:
         """Begin to write also what could wait; return the task that does, None if there is nothing to write."""
@@ -268,7 +299,8 @@ class RedisEventLog:
             self._index_timer.cancel()
             self._index_timer = None
         later, self._index_later = self._index_later, {}
-        self._index.update(later)
+        for conv_id, time_ms in later.items():
+            self._index[conv_id] = max(time_ms, self._index.get(conv_id, 0))
         return self._index_now()
 
     def _index_now(self) -> asyncio.Task[None] | None:
@@ -277,19 +309,30 @@ class RedisEventLog:
         return self._indexing
 
     async def _write_index(self) -> None:
-        """Note in the index what was written to. Together for all conversations, beside the appends."""
+        """Note in the index what was written to. Together for all conversations, beside the appends.
+
+        What cannot be noted is noted later: a conversation that is not in the index is on no list.
+        """
+        entries: dict[str, int] = {}
         try:
             while self._index:
                 entries, self._index = self._index, {}
-                arguments: list[Any] = []
-                for conv_id, time_ms in entries.items():
-                    arguments += (time_ms, conv_id)
-                await self._connection.all([("ZADD", INDEX, "GT", *arguments)])
+                pairs = list(entries.items())
+                for start in range(0, len(pairs), _INDEX_NOTES):
+                    arguments = [part for name, at in pairs[start : start + _INDEX_NOTES] for part in (at, name)]
+                    await self._connection.one(("ZADD", INDEX, "GT", *arguments))
                 self._remember_indexed(entries)
         except Exception as exc:
-            logger.warning("the index of conversations is behind: %s", exc)
+            logger.warning("the index of conversations is behind, it is written to again: %s", exc)
+            for conv_id, time_ms in entries.items():
+                self._index_later[conv_id] = max(time_ms, self._index_later.get(conv_id, 0))
+            self._index_soon(_INDEX_RETRY_S)
         finally:
             self._indexing = None
+
+    def _index_soon(self, delay_s: float) -> None:
+        if self._index_timer is None and self._sink is not None:
+            self._index_timer = asyncio.get_running_loop().call_later(delay_s, self._index_everything)
 
     def _remember_indexed(self, entries: dict[str, int]) -> None:
         self._indexed.update(entries)

@@ -71,35 +71,31 @@ class Flight:
 
 
 class Appends:
-    """Takes appends, sees them through. deliver: gets every round trip's flights before their publishers are answered."""
+    """Takes appends, sees them through. begin: prepares new conversations and returns their epoch.
+
+    deliver: gets every round trip's flights before their publishers are answered.
+    """
 
     def __init__(
         self,
         connection: RedisConnection,
         clock: Clock | None,
-        new_epoch: Callable[[], Awaitable[str]],
+        begin: Callable[[Sequence[str]], Awaitable[str]],
         deliver: Callable[[list[Flight]], None],
     ) -> None:
         self._connection = connection
         self._clock = clock
-        self._new_epoch = new_epoch
+        self._begin = begin
         self._deliver = deliver
         self._queues: dict[str, list[_Append]] = {}
         self._flying: set[str] = set()
         self._launching = False
         self._trips: set[asyncio.Task[None]] = set()
         self._count = 0
-        self._server_ahead_ms = 0.0
-        """Server's clock minus the loop's."""
 
     def flying(self, conv_id: str) -> bool:
         """Say whether an append of this conversation is under way."""
         return conv_id in self._flying
-
-    async def start(self) -> None:
-        """Learn what time it is in Redis. Raises StoreUnavailable."""
-        seconds, micros = await self._connection.one(("TIME",), lane="append")
-        self._note_time(int(seconds) * 1000 + int(micros) // 1000)
 
     def submit(self, conv_id: str, envelopes: list[Envelope], fence: str = "") -> asyncio.Future[None]:
         """Queue an append; the future is done when it is durable and delivered, or has its StoreError or RunEnded.
@@ -157,7 +153,7 @@ class Appends:
             await self._send(trip)
         except BrokerError as exc:
             for flight in trip:
-                if flight.committed is None:
+                if not flight.epoch:  # not landed
                     flight.error = flight.error or exc
         except Exception as exc:
             logger.exception("appending to Redis failed")
@@ -191,52 +187,39 @@ class Appends:
         epoch = ""
         left = trip
         while left:
-            deadline_ms = int(until_s * 1000 + self._server_ahead_ms)
-            patience_s = max(0.0, until_s - loop.time())
-            commands = [self._command(flight, deadline_ms, epoch) for flight in left]
+            patience_s = until_s - loop.time()
+            if patience_s <= 0:
+                raise StoreUnavailable("Redis did not take the append in time: nothing was written")
+            commands = [self._command(flight, epoch) for flight in left]
             replies = await self._connection.execute(commands, lane="append", patience_s=patience_s)
-            again = []
-            for flight, reply in zip(left, replies, strict=True):
-                word = self._take(flight, reply)
-                if word == "late" and loop.time() >= until_s:
-                    flight.error = StoreUnavailable("Redis did not take the append in time: nothing was written")
-                elif word is not None:
-                    again.append(flight)
-                    if word == "new" and not epoch:
-                        epoch = await self._new_epoch()
-            left = again
+            left = [flight for flight, reply in zip(left, replies, strict=True) if self._is_new(flight, reply)]
+            if left:
+                epoch = await self._begin([flight.conv_id for flight in left])
 
-    def _take(self, flight: Flight, reply: Any) -> str | None:
-        """Take a reply; return why the flight has to be sent again, None if it is settled."""
+    def _is_new(self, flight: Flight, reply: Any) -> bool:
+        """Take a reply; say whether the flight has to be sent again, with the epoch of a new conversation."""
         if isinstance(reply, RedisReplyError):
             try:
                 self._connection.checked(reply)
             except StoreError as exc:
                 flight.error = exc
-            return None
-        word, now, *rest = reply.decode().split(" ")
-        self._note_time(int(now))
+            return False
+        word, *rest = reply.decode().split(" ")
         if word == "fenced":
             flight.error = RunEnded(
                 f"a run of {flight.conv_id} was taken over by another node: this one writes no more"
             )
-            return None
-        if word != "ok":
-            return str(word)
-        flight.landed(rest[0], rest[1], rest[2:])
-        return None
+        elif word == "ok":
+            flight.landed(rest[0], rest[1], rest[2:])
+        return bool(word == "new")
 
-    def _note_time(self, server_ms: int) -> None:
-        self._server_ahead_ms = server_ms - asyncio.get_running_loop().time() * 1000
-
-    def _command(self, flight: Flight, deadline_ms: int, epoch: str) -> Command:
-        """Return the append. Redis refuses it after the deadline, so that one that was given up is not made later on."""
+    def _command(self, flight: Flight, epoch: str) -> Command:
         conv_id = flight.conv_id
         name = topic(conv_id)
         keys = (*log_keys(conv_id), f"{name}:append:{self._connection.node}", f"{name}:run-state")
         clock = self._clock.wall_ms() if self._clock is not None else ""
         arguments: list[bytes | str | int] = [
-            flight.id, deadline_ms, clock, epoch, self._connection.node, self._connection.announce,
+            flight.id, clock, epoch, self._connection.node, self._connection.announce,
             live_channel(conv_id),
             flight.fence,
         ]  # fmt: skip

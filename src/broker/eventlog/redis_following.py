@@ -19,7 +19,7 @@ from broker.eventlog.redis_scripts import READ
 from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
 from broker.redis.script import RedisReplyError
-from broker.sequence import seq_from_stream_id, stream_id_from_seq
+from broker.sequence import MAX_SEQ, seq_from_stream_id, stream_id_from_seq
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,15 @@ class Following:
             return
         followed.hot_until_s = asyncio.get_running_loop().time() + HOT_S
         parts = payload.split(" ")
-        if len(parts) != 3:  # erased
+        try:
+            head = seq_from_stream_id(parts[1])
+        except (IndexError, ValueError):  # erased, or whatever somebody published: Redis itself is asked
             self._check_soon(conv_id)
             return
-        followed.head = max(followed.head, seq_from_stream_id(parts[1]))
+        if len(parts) != 3 or head > MAX_SEQ:
+            self._check_soon(conv_id)
+            return
+        followed.head = max(followed.head, head)
         if parts[2] != self._connection.node or not self._own_under_way(conv_id):
             self._look(conv_id)
 
@@ -202,18 +207,18 @@ class Following:
     async def _read(self, conv_ids: list[str]) -> None:
         """Read what follows the positions, one page each, and hand it on in one go."""
         assert self._follower is not None
-        asked: list[tuple[str, str, int]] = []
+        asked: list[tuple[str, str, int, int]] = []
         for conv_id in conv_ids:
             known = self._follower.position(conv_id)
             if known is not None and conv_id in self._followed:
-                asked.append((conv_id, *known))
+                asked.append((conv_id, *known, self._followed[conv_id].head))
         try:
             replies = await self._connection.execute(
                 [
                     READ.command(
                         log_keys(conv_id)[:2], (stream_id_from_seq(after), "+", READ_LIMIT, READ_BYTES, int(after > 0))
                     )
-                    for conv_id, _, after in asked
+                    for conv_id, _, after, _ in asked
                 ]
             )
         except BrokerError:  # Redis is away: the check of all positions goes on looking
@@ -225,7 +230,7 @@ class Following:
         self.reads += len(asked)
         committed: list[Committed] = []
         again: list[str] = []
-        for (conv_id, epoch, after), reply in zip(asked, replies, strict=True):
+        for (conv_id, epoch, after, heard), reply in zip(asked, replies, strict=True):
             if isinstance(reply, RedisReplyError):
                 continue
             stretch = Stretch(conv_id, reply) if reply is not None else None
@@ -235,7 +240,8 @@ class Following:
             if stretch.envelopes:
                 committed.append(Committed(conv_id, after, stretch.envelopes, own=False))
             if followed := self._followed.get(conv_id):
-                followed.head = max(followed.head, stretch.head_seq)
+                # What was heard before it asked may never have been true; what was heard since then may be newer.
+                followed.head = stretch.head_seq if followed.head == heard else max(followed.head, stretch.head_seq)
                 again.append(conv_id)
         if committed:
             self._deliver(committed)

@@ -22,37 +22,34 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 """
 
 # KEYS stream, log, keys, append, run-state.
-# ARGV: append id, deadline (ms, server's clock), clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
+# ARGV: append id, clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
 #       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each.
-# Reply: `ok <now> <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `late <now>`, `new <now>`,
-#       `fenced <now>`: then nothing was done.
+# Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `new`, `fenced`: then nothing was
+#       done.
 APPEND = Script(
     _PARTS
     + """
-local stamp = redis.call('TIME')
-local now = tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000)
-local now_text = string.format('%.0f', now)
 local done = redis.call('GET', KEYS[4])
 if done then
   local blank = string.find(done, ' ', 1, true)
   if string.sub(done, 1, blank - 1) == ARGV[1] then return string.sub(done, blank + 1) end
 end
-if now > tonumber(ARGV[2]) then return 'late ' .. now_text end
-if ARGV[8] ~= '' and redis.call('HGET', KEYS[5], 'holder') ~= ARGV[8] then return 'fenced ' .. now_text end
+if late then return late end
+if ARGV[7] ~= '' and redis.call('HGET', KEYS[5], 'holder') ~= ARGV[7] then return 'fenced' end
 local log = redis.call('HMGET', KEYS[2], 'epoch', 'head')
 local epoch, head = log[1], log[2]
 if not epoch then
-  epoch = ARGV[4]
-  if epoch == '' then return 'new ' .. now_text end
+  epoch = ARGV[3]
+  if epoch == '' then return 'new' end
   local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
   head = found[1] and found[1][1] or '0-0'
 end
 local ms, n = parts(head)
-local clock = ARGV[3] == '' and now or tonumber(ARGV[3])
-local reply = {'ok', now_text, epoch, head}
+local clock = ARGV[2] == '' and now or tonumber(ARGV[2])
+local reply = {'ok', epoch, head}
 local size, fresh = 0, false
-local packed, at = ARGV[9], 1
+local packed, at = ARGV[8], 1
 local function take(length) at = at + length return string.sub(packed, at - length, at - 1) end
 while at <= #packed do
   local t, i, c, m, k, d
@@ -84,9 +81,18 @@ if fresh then
   local last = text(ms, n)
   redis.call('HSET', KEYS[2], 'epoch', epoch, 'head', last)
   redis.call('HINCRBY', KEYS[2], 'bytes', size)
-  redis.pcall(ARGV[6], ARGV[7], head .. ' ' .. last .. ' ' .. ARGV[5])
+  redis.pcall(ARGV[5], ARGV[6], head .. ' ' .. last .. ' ' .. ARGV[4])
 end
 return answer
+""",
+    recognises=True,
+)
+
+# KEYS the index. ARGV: clock (ms, '' = the server's), conversations that are about to begin.
+BEGIN = Script(
+    """
+local time = ARGV[1] == '' and string.format('%.0f', now) or ARGV[1]
+for at = 2, #ARGV do redis.call('ZADD', KEYS[1], 'NX', time, ARGV[at]) end
 """
 )
 
@@ -112,7 +118,8 @@ while more == 0 do
   ask = math.min(ask * 2, 128)
 end
 return cjson.encode({log[1], log[2], log[3] or '0-0', more, known, out})
-"""
+""",
+    reads=True,
 )
 
 # KEYS stream, log. ARGV: after, most entries to count. Reply: now (ms), head or '', first ID after or '', count.
@@ -131,7 +138,8 @@ while count < most do
   if #got < ask then break end
 end
 return {now, redis.call('HGET', KEYS[2], 'head') or '', first, count}
-"""
+""",
+    reads=True,
 )
 
 # KEYS stream, log, keys. ARGV: through, most entries to remove. Reply: how many were removed.
@@ -179,7 +187,8 @@ while drop < count - 1 and drop < look do
   ask = math.min(ask * 4, 128)
 end
 return last
-"""
+""",
+    reads=True,
 )
 
 # KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel. Reply: 1 if the conversation existed.
@@ -192,4 +201,4 @@ return existed
 """
 )
 
-SCRIPTS = (APPEND, READ, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE)
+SCRIPTS = (APPEND, BEGIN, READ, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE)

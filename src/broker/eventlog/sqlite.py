@@ -15,7 +15,7 @@ import orjson
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
-from broker.eventlog.epochs import Promises, epoch_of
+from broker.eventlog.epochs import PromisedEpochs, epoch_of
 from broker.eventlog.sqlite_append import Append, Appends, Heads
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
@@ -53,7 +53,7 @@ class SqliteEventLog:
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
-        self._promises = Promises()
+        self._promises = PromisedEpochs()
         self._heads = Heads(self._promises)
         self._appends = Appends(self._heads, clock)
         database.register("event_log", _TABLES)

@@ -14,7 +14,7 @@ import orjson
 from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import Committed, Sink
-from broker.eventlog.epochs import Promises
+from broker.eventlog.epochs import PromisedEpochs
 from broker.sequence import next_seq
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
@@ -80,7 +80,7 @@ class Head:
 class Heads:
     """The conversations' rows, cached. Belongs to the writer thread."""
 
-    def __init__(self, promises: Promises) -> None:
+    def __init__(self, promises: PromisedEpochs) -> None:
         self._promises = promises
         self._cached: OrderedDict[str, Head] = OrderedDict()
         self._next_conv: int | None = None

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from broker.envelope import Draft, Envelope, check_conv_id, encode_json, seal
-from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, shown
+from broker.clock import Clock
+from broker.conversations.manager import ConversationManager
+from broker.conversations.reader import TimelineReader
+from broker.delivery.admission import Admission
+from broker.envelope import TIMELINE, Draft, Envelope, check_conv_id, encode_json, seal
+from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
+from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
 from broker.library.rebuild import CUT, KINDS, drafts_of, in_talking_order
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore
-from broker.runs.store import ConversationState
+from broker.plugins.access import Access
+from broker.runs.store import ConversationState, RunStore
 from broker.security import Principal
 from broker.timeline.entity import Entity
 from broker.timeline.projector import ConversationTimeline
+from broker.views.catalog import Catalog
 from broker.views.view import View
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
 
 MAX_IMPORT_LINES = 1_000_000
 _BATCH_DRAFTS = 200
@@ -33,13 +37,42 @@ Timed = tuple[Draft, int]
 """A draft and its time in Unix ms: what is copied keeps its dates."""
 
 
+@dataclass(frozen=True, slots=True)
+class CopySources:
+    """What copies are made from and published with.
+
+    check: raises InvalidDraft for a draft that does not fit its type. max_envelope_bytes: limit of one envelope.
+    """
+
+    access: Access
+    admission: Admission
+    conversations: ConversationManager
+    reader: TimelineReader
+    log: EventLog
+    catalog: Catalog
+    run_store: RunStore
+    clock: Clock
+    check: Callable[[Draft], None]
+    publish: PublishTimed
+    erase: Callable[[str], Awaitable[None]]
+    max_envelope_bytes: int
+
+
+class PublishTimed(Protocol):
+    """Publishes drafts that happened before (conversations/ingest.py)."""
+
+    async def __call__(
+        self, conv_id: str, drafts: Sequence[Draft], *, times_ms: Sequence[int] | None = None
+    ) -> list[int]: ...
+
+
 class Copier:
     """Makes conversations out of other ones. Checks permissions; everything passes the caller's view (I14)."""
 
-    def __init__(self, broker: ConversationWSBroker, store: LibraryStore) -> None:
-        self._broker = broker
+    def __init__(self, sources: CopySources, store: LibraryStore) -> None:
+        self._sources = sources
         self._store = store
-        self._text_bytes = broker.settings.max_envelope_bytes - broker.settings.max_envelope_bytes // 16
+        self._text_bytes = sources.max_envelope_bytes - sources.max_envelope_bytes // 16
 
     # -- fork -----------------------------------------------------------------------------------------------------
 
@@ -52,16 +85,17 @@ class Copier:
         What was not over is so in the copy, as partial. Raises
         NotFound for an unknown message, Conflict for one that is still being written and for a `new_id` that exists.
         """
-        entities = in_talking_order(await self._shown_entities(principal, conv_id))
+        view = await self._sources.admission.view(principal, conv_id, "default", shows=(TIMELINE,))
+        entities = in_talking_order(await self._shown_entities(view, conv_id))
         new_id = await self._new_id(principal, new_id)
         place = next((i for i, one in enumerate(entities) if one.id == message_id and one.kind == "message"), None)
         if place is None:
             raise NotFound(
-                f"conversation {conv_id!r} has no message {shown(message_id)}: its timeline lists those it has",
+                f"conversation {conv_id!r} has no message {quoted(message_id)}: its timeline lists those it has",
                 message_id=message_id[:256],
             )
         if entities[place].growing or entities[place].props.get("streaming"):
-            raise Conflict(f"message {shown(message_id)} is still being written: wait for its end, or stop the run")
+            raise Conflict(f"message {quoted(message_id)} is still being written: wait for its end, or stop the run")
         unheard = {entity.id for entity in entities if entity.kind == "run" and entity.props.get("status") == "queued"}
         kept = [
             entity
@@ -71,32 +105,29 @@ class Copier:
         origin = (await self._store.entries([conv_id])).get(conv_id)
         entry = LibraryEntry(
             new_id,
-            self._broker.clock.wall_ms(),
+            self._sources.clock.wall_ms(),
             title=title if title is not None else (origin.title if origin else None),
             metadata=origin.metadata if origin else {},
             forked_from=ForkedFrom(conv_id, message_id),
         )
-        timed = await self._timed(principal, conv_id, kept)
+        timed = await self._timed(view, conv_id, kept)
         made = await self._fill(entry, timed)
         await self._copy_engine_data(conv_id, new_id, {entity.id for entity in kept})
         return made
 
-    async def _shown_entities(self, principal: Principal, conv_id: str) -> list[Entity]:
+    async def _shown_entities(self, view: View, conv_id: str) -> list[Entity]:
         found: list[Entity] = []
-        after = 0
-        while True:
-            page = await self._broker.outside.timeline_page(principal, conv_id, after_position=after, newest=True)
-            found += page.entities
-            if not page.more or not page.entities:
-                break
-            after = page.entities[-1].position
+        if (await self._sources.log.state(conv_id)).exists:
+            await self._sources.conversations.current(conv_id)
+            async for page in self._sources.reader.pages_seen(view, conv_id):
+                found += page.entities
         if not found:
             raise NotFound(f"conversation {conv_id!r} does not exist, or has nothing to copy", conv_id=conv_id)
         return found
 
-    async def _timed(self, principal: Principal, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
+    async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
         own = {entity.id for entity in entities if entity.kind not in KINDS}
-        events = await self._events_of(principal, conv_id, own) if own else {}
+        events = await self._events_of(view, conv_id, own) if own else {}
         timed: list[Timed] = []
         for entity in entities:
             timed += events.get(entity.id) or _with_times(
@@ -104,9 +135,8 @@ class Copier:
             )
         return timed
 
-    async def _events_of(self, principal: Principal, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
+    async def _events_of(self, view: View, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
         """Return the retained events of entities that only their plugin knows how to make, by the first entity's id."""
-        view = self._broker.views.compile(principal, "default", None)
         found: dict[str, list[Timed]] = {}
         async for envelope in self._retained(conv_id, view):
             keys = self._keys(envelope)
@@ -117,7 +147,7 @@ class Copier:
 
     async def _copy_engine_data(self, conv_id: str, new_id: str, message_ids: set[str]) -> None:
         """Let the copy go on with the same engine, and with what the engine wants handed back with its messages."""
-        runs = self._broker.runs.store
+        runs = self._sources.run_store
         for message_id, data in (await runs.opaque(conv_id)).items():
             if message_id in message_ids:
                 await runs.save_opaque(new_id, message_id, data)
@@ -133,40 +163,22 @@ class Copier:
 
         Of the past whose events retention has removed, the events are made anew from the timeline.
         """
-        broker = self._broker
-        view = broker.views.compile(principal, profile, None)
-        await broker.access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
-        state = await broker.log.state(conv_id)
+        state = await self._sources.log.state(check_conv_id(conv_id))
+        # What retention has removed is told by the timeline: who may not see that is not let in this way.
+        shows = (TIMELINE,) if state.trimmed_seq else ()
+        view = await self._sources.admission.view(principal, conv_id, profile, shows=shows)
         entry = (await self._store.entries([conv_id])).get(conv_id)
         if not state.exists:
             raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
-        return self._lines(principal, conv_id, view, entry, profile)
+        return self._lines(conv_id, view, entry, state.trimmed_seq)
 
-    async def _lines(
-        self, principal: Principal, conv_id: str, view: View, entry: LibraryEntry | None, profile: str
-    ) -> AsyncIterator[bytes]:
-        broker = self._broker
+    async def _lines(self, conv_id: str, view: View, entry: LibraryEntry | None, trimmed: int) -> AsyncIterator[bytes]:
         count = 0
-        yield header_line(conv_id, broker.clock.wall_ms())
-        trimmed = (await broker.log.state(conv_id)).trimmed_seq
+        yield header_line(conv_id, self._sources.clock.wall_ms())
         older: set[str] = set()
-        after = 0
-        while trimmed:
-            page = await broker.outside.timeline_page(
-                principal, conv_id, after_position=after, profile=profile, newest=True
-            )
-            past = [entity for entity in page.entities if entity.position <= trimmed]
-            for entity in past:
-                older.add(entity.id)
-                drafts = drafts_of(entity, close=False, max_text_bytes=self._text_bytes)
-                for draft, time_ms in _with_times(drafts, entity):
-                    shown_one = view.show(self._sealed(conv_id, draft, time_ms))
-                    if shown_one is not None:
-                        count += 1
-                        yield envelope_line(shown_one)
-            if not page.more or len(past) < len(page.entities):
-                break
-            after = page.entities[-1].position
+        async for envelope in self._trimmed(conv_id, view, trimmed, older):
+            count += 1
+            yield envelope_line(envelope)
         prompts: set[str] = set()
         async for envelope in self._retained(conv_id, view, after=trimmed):
             keys = self._keys(envelope)
@@ -176,23 +188,40 @@ class Copier:
                 prompts.add(envelope.id)
             elif trimmed and len(keys) > 1 and not prompts.issuperset(keys[1:]) and not older.issuperset(keys[1:]):
                 # A prompt that waited stands where its run began; what it said itself is not retained any more.
-                found = await broker.timeline.get(conv_id, keys[1:])
+                found = await self._sources.reader.get(conv_id, keys[1:])
                 for entity in found.values():
                     prompts.add(entity.id)
-                    for draft, time_ms in _with_times(
-                        drafts_of(entity, close=False, max_text_bytes=self._text_bytes), entity
-                    ):
-                        shown_one = view.show(self._sealed(conv_id, draft, time_ms))
-                        if shown_one is not None:
-                            count += 1
-                            yield envelope_line(shown_one)
+                    for shown_one in self._made_anew(conv_id, view, entity):
+                        count += 1
+                        yield envelope_line(shown_one)
             count += 1
             yield envelope_line(envelope)
         yield end_line(entry, count)
 
+    async def _trimmed(self, conv_id: str, view: View, trimmed: int, older: set[str]) -> AsyncIterator[Envelope]:
+        """Yield what retention has removed, made anew from the timeline; `older` gets the entities that it is made of."""
+        if not trimmed:
+            return
+        await self._sources.conversations.current(conv_id)
+        async for page in self._sources.reader.pages_seen(view, conv_id):
+            past = [entity for entity in page.entities if entity.position <= trimmed]
+            for entity in past:
+                older.add(entity.id)
+                for shown_one in self._made_anew(conv_id, view, entity):
+                    yield shown_one
+            if len(past) < len(page.entities):
+                return
+
+    def _made_anew(self, conv_id: str, view: View, entity: Entity) -> Iterator[Envelope]:
+        drafts = drafts_of(entity, close=False, max_text_bytes=self._text_bytes)
+        for draft, time_ms in _with_times(drafts, entity):
+            shown_one = view.show(self._sealed(conv_id, draft, time_ms))
+            if shown_one is not None:
+                yield shown_one
+
     async def _retained(self, conv_id: str, view: View, *, after: int = 0) -> AsyncIterator[Envelope]:
         """Yield the retained envelopes after `after` as `view` shows them, up to the head of this moment."""
-        log = self._broker.log
+        log = self._sources.log
         state = await log.state(conv_id)
         position = after or state.trimmed_seq
         while True:
@@ -208,7 +237,7 @@ class Copier:
                 return
 
     def _keys(self, envelope: Envelope) -> tuple[str, ...]:
-        handler = self._broker.catalog.handlers.get(envelope.type)
+        handler = self._sources.catalog.handlers.get(envelope.type)
         try:
             return handler.keys(envelope) if handler is not None else ()
         except Exception:  # it went to the dead letters, and belongs to no entity
@@ -222,11 +251,11 @@ class Copier:
         What is unfinished in the file ends where it stands. Raises BadLine, Conflict, PermissionDenied, InvalidInput.
         """
         new_id = await self._new_id(principal, new_id)
-        await self._broker.access.authorize(principal, "publish", new_id)
+        await self._sources.access.authorize(principal, "publish", new_id)
         imported, timeline = await self._read(principal, body, new_id)
         check_metadata(imported.metadata)
         check_title(imported.title)
-        now_ms = self._broker.clock.wall_ms()
+        now_ms = self._sources.clock.wall_ms()
         timed = imported.drafts
         last_ms = timed[-1][1] if timed else now_ms
         timed += [(draft, last_ms) for draft in _endings(timeline)]
@@ -237,21 +266,21 @@ class Copier:
 
     async def _read(self, principal: Principal, body: bytes, new_id: str) -> tuple[Imported, ConversationTimeline]:
         """Check every line, and fold what it says: what is open at the end has to be closed."""
-        timeline = ConversationTimeline(new_id, self._broker.catalog.handlers)
+        timeline = ConversationTimeline(new_id, self._sources.catalog.handlers)
         timeline.complete = True
 
         def check(draft: Draft) -> None:
-            channel = self._broker.catalog.channel(str(draft.channel))
+            channel = self._sources.catalog.channel(str(draft.channel))
             if channel.kind == "state":
                 raise InvalidDraft(f"channel {channel.name!r} is derived state: leave these lines out")
             if not principal.may(channel.permission):
                 raise PermissionDenied(f"channel {channel.name!r} takes the permission {channel.permission!r}")
-            self._broker.outside.check(draft)
+            self._sources.check(draft)
             envelope = self._sealed(new_id, draft, 0)
             envelope.seq = timeline.position + 1
             timeline.fold([envelope])
 
-        latest_ms = self._broker.clock.wall_ms() + _CLOCK_SLACK_MS
+        latest_ms = self._sources.clock.wall_ms() + _CLOCK_SLACK_MS
         imported = Imported()
         lines = read_lines(imported, body, check, max_lines=MAX_IMPORT_LINES, latest_ms=latest_ms)
         for number in lines:
@@ -263,12 +292,12 @@ class Copier:
 
     async def _new_id(self, principal: Principal, new_id: str | None) -> str:
         new_id = check_conv_id(new_id) if new_id is not None else f"c-{secrets.token_hex(8)}"
-        await self._broker.access.authorize(principal, "create", new_id)
+        await self._sources.access.authorize(principal, "create", new_id)
         return new_id
 
     def _sealed(self, conv_id: str, draft: Draft, time_ms: int) -> Envelope:
-        channel = draft.channel or self._broker.catalog.channel_of(draft.type)
-        limit = self._broker.settings.max_envelope_bytes
+        channel = draft.channel or self._sources.catalog.channel_of(draft.type)
+        limit = self._sources.max_envelope_bytes
         return seal(conv_id, draft, channel, draft.id or "", time_ms, limit)
 
     async def _fill(self, entry: LibraryEntry, timed: Sequence[Timed]) -> LibraryEntry:
@@ -276,18 +305,20 @@ class Copier:
 
         A process that dies half-way leaves a pending conversation, which the next start erases.
         """
-        broker, conv_id = self._broker, entry.conv_id
-        taken = (await broker.log.state(conv_id)).exists
+        conv_id = entry.conv_id
+        taken = (await self._sources.log.state(conv_id)).exists
         if taken or not await self._store.create(replace(entry, pending=True)):
             raise Conflict(f"conversation {conv_id!r} exists already: choose another id, or none", conv_id=conv_id)
         try:
             for batch in _batches(timed):
-                await broker.publish(conv_id, [draft for draft, _ in batch], times_ms=[time for _, time in batch])
+                await self._sources.publish(
+                    conv_id, [draft for draft, _ in batch], times_ms=[time for _, time in batch]
+                )
             done = await self._store.change(conv_id, lambda known: replace(known, pending=False))
             if done is None:
                 raise Conflict(f"conversation {conv_id!r} was erased while it was being copied", conv_id=conv_id)
         except BaseException:
-            await asyncio.shield(broker.erase(conv_id))
+            await asyncio.shield(self._sources.erase(conv_id))
             raise
         return done
 
@@ -350,7 +381,7 @@ def check_title(title: str | None) -> None:
     """Raise InvalidInput for a title that is no line of text of 1 to 200 characters."""
     if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and title.isprintable()):
         raise InvalidInput(
-            f"title {shown(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
+            f"title {quoted(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
         )
 
 

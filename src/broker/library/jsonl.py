@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from broker.envelope import Draft, Envelope, check_channel_name, check_event_type
-from broker.errors import BrokerError, InvalidInput, shown
+from broker.errors import BrokerError, InvalidInput, quoted
 from broker.library.store import LibraryEntry
 
 FORMAT = "conversation-broker.conversation"
@@ -128,16 +128,16 @@ def _object(number: int, line: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as exc:
         raise BadLine(number, f"no valid JSON: {exc}") from exc
     if not isinstance(value, dict):
-        raise BadLine(number, f"{shown(value)} is no JSON object")
+        raise BadLine(number, f"{quoted(value)} is no JSON object")
     return value
 
 
 def _check_header(value: Mapping[str, Any]) -> None:
     if value.get("format") != FORMAT:
-        raise BadLine(1, f"format is {shown(value.get('format'))}: the first line of an export has {FORMAT!r}")
+        raise BadLine(1, f"format is {quoted(value.get('format'))}: the first line of an export has {FORMAT!r}")
     version = value.get("version")
     if version != VERSION:
-        raise BadLine(1, f"version is {shown(version)}, this server reads {VERSION}: import it with a newer one")
+        raise BadLine(1, f"version is {quoted(version)}, this server reads {VERSION}: import it with a newer one")
 
 
 def _take_end(found: Imported, number: int, value: Mapping[str, Any]) -> None:
@@ -145,13 +145,13 @@ def _take_end(found: Imported, number: int, value: Mapping[str, Any]) -> None:
     count = value.get("envelopes")
     if value["end"] is not True or count != len(found.drafts):
         raise BadLine(
-            number, f"envelopes is {shown(count)}, but {len(found.drafts)} were read: lines are missing or added"
+            number, f"envelopes is {quoted(count)}, but {len(found.drafts)} were read: lines are missing or added"
         )
     title, metadata = value.get("title"), value.get("metadata", {})
     if title is not None and not isinstance(title, str):
-        raise BadLine(number, f"title is {shown(title)}: a text or null is required")
+        raise BadLine(number, f"title is {quoted(title)}: a text or null is required")
     if not isinstance(metadata, dict):
-        raise BadLine(number, f"metadata is {shown(metadata)}: an object is required")
+        raise BadLine(number, f"metadata is {quoted(metadata)}: an object is required")
     found.title, found.metadata = title, metadata
 
 
@@ -159,11 +159,11 @@ def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None]
     _known_keys(number, value, _ENVELOPE_KEYS)
     time_ms, data, entity_id = value.get("timeMs"), value.get("data"), value.get("id")
     if not isinstance(time_ms, int) or isinstance(time_ms, bool) or not 0 <= time_ms <= latest_ms:
-        raise BadLine(number, f"timeMs is {shown(time_ms)}: Unix milliseconds that are not in the future are required")
+        raise BadLine(number, f"timeMs is {quoted(time_ms)}: Unix milliseconds that are not in the future are required")
     if not isinstance(data, dict):
-        raise BadLine(number, f"data is {shown(data)}: an object is required")
+        raise BadLine(number, f"data is {quoted(data)}: an object is required")
     if not isinstance(entity_id, str):
-        raise BadLine(number, f"id is {shown(entity_id)}: a text is required")
+        raise BadLine(number, f"id is {quoted(entity_id)}: a text is required")
     try:
         draft = Draft(check_event_type(value.get("type")), data, entity_id, check_channel_name(value.get("channel")))
         check(draft)
@@ -174,4 +174,4 @@ def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None]
 
 def _known_keys(number: int, value: Mapping[str, Any], known: frozenset[str]) -> None:
     if unknown := value.keys() - known:
-        raise BadLine(number, f"unknown field {shown(min(unknown))}: known are {', '.join(sorted(known))}")
+        raise BadLine(number, f"unknown field {quoted(min(unknown))}: known are {', '.join(sorted(known))}")

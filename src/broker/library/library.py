@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from broker.conversations.manager import ConversationManager
+from broker.conversations.reader import TimelineReader
 from broker.envelope import check_conv_id
 from broker.errors import BrokerError, NotFound, PermissionDenied
+from broker.eventlog.base import EventLog
 from broker.library.copying import Copier, check_metadata, check_title
 from broker.library.indexing import messages_of
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
+from broker.plugins.access import Access
 from broker.security import Principal
 from broker.sequence import PER_MS
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
+from broker.timeline.store import TimelineStore
 
 logger = logging.getLogger(__name__)
 
-MAX_LIST = 200
 EXAMINED_PER_PAGE = 1000
 """Conversations looked at for one page: a caller who may see few of many gets a short page and goes on."""
 HEAL_S = 10.0
@@ -65,10 +66,25 @@ class ListPage:
 class Library:
     """What exists, and what it is called."""
 
-    def __init__(self, broker: ConversationWSBroker, store: LibraryStore) -> None:
-        self._broker = broker
+    def __init__(
+        self,
+        store: LibraryStore,
+        access: Access,
+        conversations: ConversationManager,
+        log: EventLog,
+        timeline: TimelineStore,
+        reader: TimelineReader,
+        copier: Copier,
+        erase: Callable[[str], Awaitable[None]],
+    ) -> None:
         self._store = store
-        self._copier = Copier(broker, store)
+        self._access = access
+        self._conversations = conversations
+        self._log = log
+        self._timeline = timeline
+        self._reader = reader
+        self._copier = copier
+        self._erase = erase
         self._task: asyncio.Task[None] | None = None
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -104,25 +120,25 @@ class Library:
     async def _erase_half(self, conv_ids: Sequence[str]) -> None:
         for conv_id in conv_ids:
             logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
-            await self._broker.erase(conv_id)
+            await self._erase(conv_id)
 
     async def _note_newest(self, floor: int) -> None:
         """Note the conversations that were written to after `floor`: shortly before the process died."""
-        newest = await self._broker.log.conversations(limit=HEAL_CONVERSATIONS_MAX)
+        newest = await self._log.conversations(limit=HEAL_CONVERSATIONS_MAX)
         for conv_id, head_seq in newest:
             if head_seq <= floor:
                 return
-            if await self._broker.stores.timeline.cursor(conv_id) >= head_seq:
+            if await self._timeline.cursor(conv_id) >= head_seq:
                 continue  # what was saved of a timeline was noted with it: only what is still to be folded can lack
             await self._note(conv_id, head_seq // PER_MS)
 
     async def _note(self, conv_id: str, created_at_ms: int) -> None:
         """Note a whole conversation. created_at_ms: for one that has no entity, and so nothing but its existence."""
-        conversations = self._broker.conversations
+        conversations = self._conversations
         conversation = await conversations.open(conv_id)
         conversations.hold(conv_id)
         try:
-            entities = await self._broker.timeline.entities(conv_id)
+            entities = await self._reader.entities(conv_id)
             created_at_ms = entities[0].created_at_ms if entities else created_at_ms
             # In parts: splitting texts into terms takes time, and between the parts others have their turn.
             for start in range(0, max(1, len(entities)), _NOTE_ENTITIES):
@@ -144,7 +160,7 @@ class Library:
         query: words, each of which a message or the title has, or begins with. A page may be shorter than `limit` though
         more follow, and a little longer where conversations share a seq. Raises PermissionDenied.
         """
-        await self._broker.access.authorize(principal, "list", None)
+        await self._access.authorize(principal, "list", None)
         terms = query_terms(query) if query is not None else None
         if terms == [] and query is not None and query.strip():
             return ListPage([], None)  # signs only: nothing has them
@@ -164,7 +180,7 @@ class Library:
     async def _batch(self, terms: Sequence[str] | None, before: int | None, limit: int) -> Found:
         if terms:
             return await self._store.search(terms, before_seq=before, limit=limit)
-        batch = await self._broker.log.conversations(before_seq=before, limit=limit)
+        batch = await self._log.conversations(before_seq=before, limit=limit)
         return Found(batch, batch[-1][1] if len(batch) >= limit else None)
 
     async def _readable(self, principal: Principal, batch: Sequence[tuple[str, int]]) -> list[ConversationInfo]:
@@ -184,7 +200,7 @@ class Library:
 
     async def _may_read(self, principal: Principal, conv_id: str) -> bool:
         try:
-            await self._broker.access.authorize(principal, "read", conv_id)
+            await self._access.authorize(principal, "read", conv_id)
         except PermissionDenied:
             return False
         return True
@@ -193,11 +209,11 @@ class Library:
 
     async def get(self, principal: Principal, conv_id: str) -> ConversationInfo:
         """Return one conversation. Raises NotFound, PermissionDenied."""
-        await self._broker.access.authorize(principal, "read", check_conv_id(conv_id))
+        await self._access.authorize(principal, "read", check_conv_id(conv_id))
         return await self._existing(conv_id)
 
     async def _existing(self, conv_id: str) -> ConversationInfo:
-        state = await self._broker.log.state(conv_id)
+        state = await self._log.state(conv_id)
         entry = (await self._store.entries([conv_id])).get(conv_id)
         if entry is None and state.exists:
             await self._note(conv_id, state.head_seq // PER_MS)
@@ -212,7 +228,7 @@ class Library:
         changes: `title` (None: the automatic one again) and `metadata`, a JSON merge patch (RFC 7396): keys are set, null
         removes them, objects are merged. What is absent stays. Raises InvalidInput, NotFound, PermissionDenied.
         """
-        await self._broker.access.authorize(principal, "act", check_conv_id(conv_id))
+        await self._access.authorize(principal, "act", check_conv_id(conv_id))
         known = await self._existing(conv_id)
         if "title" in changes:
             check_title(changes["title"])

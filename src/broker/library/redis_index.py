@@ -55,6 +55,8 @@ local function has(conv, count, wanted, from)
   end
   return #open == 0
 end
+"""
+_PLACE = """
 local function place(conv, old, seq, count)
   if old and old < seq then redis.call('ZREM', KEYS[2], old .. ' ' .. conv) end
   if old and old > seq then seq = old end
@@ -66,6 +68,7 @@ end
 # KEYS as shard_keys. ARGV: conversation, seq, terms of messages.
 ADD = Script(
     _HAS
+    + _PLACE
     + """
 local conv = ARGV[1]
 local old, count = pieces(conv)
@@ -96,6 +99,7 @@ return 1
 # KEYS as shard_keys. ARGV: conversation, all terms of its title.
 SET_TITLE = Script(
     _HAS
+    + _PLACE
     + """
 local conv = ARGV[1]
 local old, count = pieces(conv)
@@ -202,7 +206,8 @@ while true do
 end
 out[1] = tostring(looks)
 return out
-"""
+""",
+    reads=True,
 )
 
 SCRIPTS = (ADD, SET_TITLE, REMOVE, SEARCH)

@@ -127,8 +127,7 @@ return 1
 # KEYS copies. ARGV: for how long (ms), '1' to prolong what is there only, then conversations.
 HOLD = Script(
     """
-local stamp = redis.call('TIME')
-local till = string.format('%.0f', tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000) + tonumber(ARGV[1]))
+local till = string.format('%.0f', now + tonumber(ARGV[1]))
 for at = 3, #ARGV do
   if ARGV[2] == '1' then redis.call('ZADD', KEYS[1], 'XX', till, ARGV[at])
   else redis.call('ZADD', KEYS[1], till, ARGV[at]) end
@@ -143,7 +142,8 @@ ABANDONED = Script(
 local stamp = redis.call('TIME')
 local now = string.format('%.0f', tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000))
 return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[1])
-"""
+""",
+    reads=True,
 )
 
 SCRIPTS = (NOTE, CREATE, CHANGE, FORGET_ORIGIN, HOLD, ABANDONED)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from broker.errors import InvalidInput, NotFound, StoreError, shown
+from broker.clock import Clock
+from broker.errors import InvalidInput, NotFound, StoreError, quoted
 from broker.nodes.base import Answer, NodeRecord, Nodes, Question, Switch
 from broker.nodes.this_node import ThisNode, worst_first
+from broker.runs.service import RunService
 from broker.runs.state import STATUSES, Run
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
+from broker.views.catalog import Catalog
 
 CONNECTION_STATUSES = ("starting", "behind", "live", "parked")
 
@@ -45,10 +45,12 @@ class _Gathered:
 class Overview:
     """The operators' view of a broker and of the nodes that share its store. Whoever asks is authorised already."""
 
-    def __init__(self, broker: ConversationWSBroker, nodes: Nodes, this_node: ThisNode) -> None:
-        self._broker = broker
+    def __init__(self, nodes: Nodes, this_node: ThisNode, runs: RunService, catalog: Catalog, clock: Clock) -> None:
         self._nodes = nodes
         self._this_node = this_node
+        self._runs = runs
+        self._catalog = catalog
+        self._clock = clock
 
     # -- nodes ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +98,7 @@ class Overview:
         """
         if status is not None and status not in CONNECTION_STATUSES:
             raise InvalidInput(
-                f"status {shown(status)} does not exist: use {', '.join(CONNECTION_STATUSES)}", status=status
+                f"status {quoted(status)} does not exist: use {', '.join(CONNECTION_STATUSES)}", status=status
             )
         question = {"about": "connections", "conv_id": conv_id, "status": status, "subject": subject, "limit": limit}
         gathered = await self._gather(question, node)
@@ -127,10 +129,10 @@ class Overview:
         """
         if status is not None and status not in STATUSES:
             raise InvalidInput(
-                f"status {shown(status)} does not exist: use {', '.join(sorted(STATUSES))}", status=status
+                f"status {quoted(status)} does not exist: use {', '.join(sorted(STATUSES))}", status=status
             )
         records = {record.node: record for record in await self._nodes.list()}
-        runs, holders = await self._broker.runs.unsettled()
+        runs, holders = await self._runs.unsettled()
         rows = [
             self._run_row(run, self._nodes.node if holders is None else holders.get(run.conv_id), records)
             for run in runs
@@ -167,14 +169,14 @@ class Overview:
     async def channels(self) -> dict[str, Any]:
         """Return the channels that can be switched: whether they are on, since when and by whom. Raises StoreError."""
         switches = await self._nodes.switches()
-        catalog = self._broker.catalog
+        catalog = self._catalog
         names = sorted(name for name, channel in catalog.channels.items() if channel.switchable)
         return {"channels": [self._channel_row(name, switches.get(name)) for name in names]}
 
     def _channel_row(self, name: str, switch: Switch | None) -> dict[str, Any]:
         return {
             "channel": name,
-            "enabled": switch.on if switch is not None else name in self._broker.settings.debug_channels,
+            "enabled": switch.on if switch is not None else self._catalog.on_by_setting(name),
             "source": "switched" if switch is not None else "setting",
             "sinceMs": switch.since_ms if switch is not None else None,
             "by": switch.by if switch is not None else None,
@@ -186,11 +188,11 @@ class Overview:
         This node obeys when the call returns, the others at once or with their next heartbeat, nodes that start later
         from their start on. Raises UnknownChannel, InvalidInput for a channel without a switch, StoreError.
         """
-        catalog = self._broker.catalog
+        catalog = self._catalog
         if not catalog.channel(name).switchable:
             raise InvalidInput(f"channel {name!r} is always on: only debug channels can be switched", channel=name)
         known = (await self._nodes.switches()).get(name)
-        wanted = None if on is None else Switch(on, self._broker.clock.wall_ms(), by)
+        wanted = None if on is None else Switch(on, self._clock.wall_ms(), by)
         if wanted is not None and known is not None and known.on == wanted.on:
             wanted = known  # since when it has been so is what somebody wants to read
         await self._nodes.switch(name, wanted)
@@ -211,7 +213,7 @@ class Overview:
             if problem is not None:
                 raise StoreError(problem)
             known = ", ".join(f"{record.node} ({record.host})" for record in nodes)
-            raise NotFound(f"node {shown(node)} is not on the list of nodes; there are {known}", node=node)
+            raise NotFound(f"node {quoted(node)} is not on the list of nodes; there are {known}", node=node)
         gathered = _Gathered(wanted, problem=problem)
         others = [record.node for record in wanted if record.node != own.node and not record.silent]
         is_wanted = any(record.node == own.node for record in wanted)

@@ -30,16 +30,10 @@ def answers(question: str) -> str:
     return f"{BEATS}:answers:{question}"
 
 
-_NOW = """
-local stamp = redis.call('TIME')
-local now = tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000)
-"""
-
 # KEYS beats, about, inbox, channels. ARGV: node, record, ms after which a silent node is forgotten.
 # Reply: questions waiting, switches as name, JSON, name, JSON, …
 BEAT = Script(
-    _NOW
-    + """
+    """
 redis.call('ZADD', KEYS[1], now, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 local gone = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
@@ -67,8 +61,9 @@ return 1
 
 # KEYS beats, about. ARGV: ms after which a silent node is forgotten. Reply: node, ms since its heartbeat, record, … per node.
 LIST = Script(
-    _NOW
-    + """
+    """
+local stamp = redis.call('TIME')
+local now = tonumber(stamp[1]) * 1000 + math.floor(tonumber(stamp[2]) / 1000)
 local out = {}
 local beats = redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], '+inf', 'WITHSCORES')
 for at = 1, #beats, 2 do
@@ -80,7 +75,8 @@ for at = 1, #beats, 2 do
   end
 end
 return out
-"""
+""",
+    reads=True,
 )
 
 # KEYS lists. ARGV: text, ms after which a list that nobody reads expires.

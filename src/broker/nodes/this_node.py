@@ -7,19 +7,22 @@ import heapq
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from broker.clock import Clock
 from broker.conversations.conversation import Conversation
+from broker.conversations.manager import ConversationManager
+from broker.delivery.registry import OpenSubscriptions
 from broker.delivery.subscription import Subscription
-from broker.errors import BrokerError, StoreError, shown
-from broker.eventlog.base import Backlog, Backlogs
-from broker.nodes.base import Answer, NodeNumbers, NodeRecord, NodeState, Question, Switch
+from broker.errors import BrokerError, StoreError, quoted
+from broker.eventlog.base import Backlog, Backlogs, EventLog
+from broker.nodes.base import Answer, NodeNumbers, NodeRecord, Nodes, NodeState, Question, Switch
+from broker.phase import Phase
+from broker.runs.service import RunService
 from broker.sequence import PER_MS
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
+from broker.views.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +43,39 @@ _RANK = {"parked": 0, "behind": 1, "starting": 2}
 class ThisNode:
     """The `NodeSelf` of a broker."""
 
-    def __init__(self, broker: ConversationWSBroker) -> None:
-        self._broker = broker
-        self._started_at_ms = broker.clock.wall_ms()
+    def __init__(
+        self,
+        nodes: Nodes,
+        conversations: ConversationManager,
+        registry: OpenSubscriptions,
+        describe: Callable[[Subscription], dict[str, Any]],
+        runs: RunService,
+        log: EventLog,
+        catalog: Catalog,
+        clock: Clock,
+        phase: Phase,
+    ) -> None:
+        """describe: returns what operators see of one connection."""
+        self._nodes = nodes
+        self._conversations = conversations
+        self._registry = registry
+        self._describe = describe
+        self._runs = runs
+        self._log = log
+        self._catalog = catalog
+        self._clock = clock
+        self._phase = phase
+        self._started_at_ms = clock.wall_ms()
         self._host = socket.gethostname()
         self._version = version("conversation-broker")
 
     @property
     def node(self) -> str:
-        return self._broker.stores.nodes.node
+        return self._nodes.node
 
     def record(self) -> NodeRecord:
-        broker = self._broker
         position, oldest = 0, 0
-        for conversation in broker.conversations.all():
+        for conversation in self._conversations.all():
             position = max(position, conversation.position)
             if conversation.inbox:
                 first = conversation.inbox[0].envelopes[0].seq
@@ -66,31 +88,25 @@ class ThisNode:
             self._started_at_ms,
             self._state,
             NodeNumbers(
-                connections=len(broker.subscriptions),
-                conversations=len(broker.conversations),
-                runs=broker.runs.at_work,
+                connections=len(self._registry),
+                conversations=len(self._conversations),
+                runs=self._runs.at_work,
                 position=position,
-                waiting_ms=max(0, broker.clock.wall_ms() - oldest // PER_MS) if oldest else 0,
+                waiting_ms=max(0, self._clock.wall_ms() - oldest // PER_MS) if oldest else 0,
             ),
         )
 
     @property
     def _state(self) -> NodeState:
-        if self._broker.lifecycle.draining:
+        if self._phase.draining:
             return "draining"
-        return "ready" if self._broker.lifecycle.started else "starting"
+        return "ready" if self._phase.started else "starting"
 
     def apply(self, switches: Mapping[str, Switch]) -> None:
-        catalog, settings = self._broker.catalog, self._broker.settings
-        for name, channel in catalog.channels.items():
-            if not channel.switchable:
-                continue
+        for name, on in self._catalog.obey({name: switch.on for name, switch in switches.items()}):
             switch = switches.get(name)
-            wanted = switch.on if switch is not None else name in settings.debug_channels
-            if wanted != catalog.is_on(channel):
-                catalog.switch(name, on=wanted)
-                by = f"by {shown(switch.by)}" if switch is not None else "as set at the start"
-                logger.info("debug channel %s is %s now, %s", name, "on" if wanted else "off", by)
+            by = f"by {quoted(switch.by)}" if switch is not None else "as set at the start"
+            logger.info("debug channel %s is %s now, %s", name, "on" if on else "off", by)
 
     # -- questions --------------------------------------------------------------------------------------------------
 
@@ -113,11 +129,10 @@ class ThisNode:
     async def _connections(self, question: Question) -> Answer:
         """Return the connections that fit, at most `limit` of them, and how many fit."""
         wanted = {name: question[name] for name in ("conv_id", "status", "subject") if question.get(name) is not None}
-        found = [one for one in self._broker.subscriptions.all() if _fits(one, wanted)]
+        found = [one for one in self._registry.all() if _fits(one, wanted)]
         shown_ones = heapq.nsmallest(int(question["limit"]), found, key=_worst_first)
         rows = [
-            {"node": self.node, **self._broker.subscriptions.describe(one), "behindMs": None, "behindEvents": None}
-            for one in shown_ones
+            {"node": self.node, **self._describe(one), "behindMs": None, "behindEvents": None} for one in shown_ones
         ]
         await self._measure([row for row in rows if row["behind"]][:MEASURED_CONNECTIONS])
         return {"total": len(found), "connections": rows}
@@ -135,12 +150,12 @@ class ThisNode:
 
     async def _lag(self) -> Answer:
         """Return this node as it is now, and how far it is behind the log, over all conversations that it has open."""
-        candidates = [one for one in self._broker.conversations.all() if one.opened is None]
+        candidates = [one for one in self._conversations.all() if one.opening is None]
         looked = heapq.nlargest(
             CONVERSATIONS_LOOKED_AT, candidates, key=lambda one: (bool(one.inbox), one.last_active_s)
         )
         considered = len(looked)
-        if not isinstance(self._broker.log, Backlogs):
+        if not isinstance(self._log, Backlogs):
             looked = [one for one in looked if one.inbox]  # nobody else writes: what is not dispatched is here
         backlogs = await self._backlogs([(one.conv_id, one.position) for one in looked])
         behind = [
@@ -160,11 +175,11 @@ class ThisNode:
         return {"record": self.record().to_json(), "lag": lag}
 
     async def _backlogs(self, positions: list[tuple[str, int]]) -> list[Backlog]:
-        log = self._broker.log
+        log = self._log
         if isinstance(log, Backlogs):
             return await log.backlogs(positions, most=EVENTS_COUNTED)
         found = []
-        now_ms = self._broker.clock.wall_ms()
+        now_ms = self._clock.wall_ms()
         for conv_id, after in positions:
             page = await log.read(conv_id, after=after, limit=EVENTS_COUNTED)
             first = page.envelopes[0].seq if page.envelopes else 0

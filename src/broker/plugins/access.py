@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.errors import AuthenticationFailed, PermissionDenied, PluginError, shown
+from broker.errors import AuthenticationFailed, PermissionDenied, PluginError, quoted
 from broker.plugins.host import PluginHost
 from broker.security import Action, Credentials, Principal
 from broker.settings import Settings
@@ -21,6 +21,11 @@ class Access:
         self._settings = settings
         self._plugins = plugins
         self._local = Principal("local", frozenset({"debug"}) if settings.debug_channels else frozenset())
+
+    @property
+    def asks(self) -> bool:
+        """Whether any plugin is asked who may do what."""
+        return self._plugins.has("authorize")
 
     async def authenticate(self, credentials: Credentials) -> Principal:
         """Return the caller. Raises AuthenticationFailed when no plugin knows the credentials."""
@@ -52,7 +57,7 @@ class Access:
         for plugin, allowed in answers:
             if allowed is not True:
                 if allowed is not False:  # neither yes nor no, such as an empty list of what may be read: fails closed
-                    misfit = PluginError(f"returned {shown(allowed)}: True, False or None is required")
+                    misfit = PluginError(f"returned {quoted(allowed)}: True, False or None is required")
                     self._plugins.report(plugin, "authorize", misfit)
                 raise PermissionDenied(
                     f"{principal.subject!r} may not {action} conversation {conv_id!r} (plugin {plugin!r})",

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pluggy
 
 from broker import hookspecs
-from broker.errors import BrokerError, PluginError, shown
+from broker.errors import BrokerError, PluginError, quoted
 from broker.plugins.checks import HookSpec, argument_names, read_specs
 from broker.plugins.isolation import HookRecord, Isolation, brief, refusing
 from broker.plugins.rules import EMITTERS, FAIL_CLOSED, ITEM_TYPES, PROPAGATE
@@ -205,11 +205,11 @@ class HookCalls:
         item_type = ITEM_TYPES.get(implementation.record.hook)
         if result is not None and item_type is not None:
             if not isinstance(result, Iterable) or isinstance(result, str | bytes | dict):
-                raise PluginError(f"returned {shown(result)}: a list of {item_type.__name__} is required")
+                raise PluginError(f"returned {quoted(result)}: a list of {item_type.__name__} is required")
             result = list(result)
             for item in result:
                 if not isinstance(item, item_type):
-                    raise PluginError(f"returned a list with {shown(item)} in it: {item_type.__name__} is required")
+                    raise PluginError(f"returned a list with {quoted(item)} in it: {item_type.__name__} is required")
         implementation.record.streak.failures = 0
         return result
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clock import Clock
-from broker.conversations.conversation import Conversation
-from broker.errors import PluginError, shown
+from broker.errors import PluginError, quoted
+from broker.interfaces import OpenConversation
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
 
@@ -50,7 +50,7 @@ class RestartPolicy:
 class _Open:
     """An open conversation. tasks: by plugin, those that still run or wait for their restart."""
 
-    conversation: Conversation
+    conversation: OpenConversation
     publisher: Publisher
     tasks: dict[str, set[asyncio.Task[None]]] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
@@ -76,7 +76,7 @@ class EmitterSupervisor:
         self._closed = False
         plugins.subscribe_changes(self._follow_plugins)
 
-    async def start(self, conversation: Conversation, publisher: Publisher) -> None:
+    async def start(self, conversation: OpenConversation, publisher: Publisher) -> None:
         """Start what the plugins have for a conversation that was opened. Does not wait for anything."""
         if self._closed or conversation.conv_id in self._open:
             return
@@ -220,13 +220,13 @@ def _emitters(answer: Any) -> list[Any]:
     if isinstance(answer, Coroutine | AbstractAsyncContextManager):
         return [answer]
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
-        raise PluginError(f"returned {shown(answer)}: a coroutine, an async context manager or a list is required")
+        raise PluginError(f"returned {quoted(answer)}: a coroutine, an async context manager or a list is required")
     made = list(answer)
     for each in made:
         if not isinstance(each, Coroutine | AbstractAsyncContextManager):
             _drop(made)
             raise PluginError(
-                f"returned a list with {shown(each)} in it: coroutines and async context managers are required"
+                f"returned a list with {quoted(each)} in it: coroutines and async context managers are required"
             )
     return made
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from broker.clock import Clock, SystemClock
-from broker.errors import NotFound, PluginError, shown
+from broker.errors import NotFound, PluginError, quoted
 from broker.plugins.calls import HookCalls
 from broker.plugins.checks import check_hooks
 from broker.plugins.isolation import Isolation, IsolationLimits, brief
@@ -90,7 +90,7 @@ class PluginHost(HookCalls):
     def load_directory(self, directory: Path) -> None:
         """Load every plugin of a folder, by name. Raises PluginError, also when it is no folder."""
         if not directory.is_dir():
-            raise PluginError(f"plugins directory {shown(str(directory))} is not a folder: name one that exists")
+            raise PluginError(f"plugins directory {quoted(str(directory))} is not a folder: name one that exists")
         for found in from_directory(directory.resolve()):
             self._register(found)
 
@@ -261,6 +261,6 @@ class PluginHost(HookCalls):
         plugin = self._plugins.get(name)
         if plugin is None:
             raise NotFound(
-                f"plugin {shown(name)} is not loaded; loaded: {', '.join(self._plugins) or 'none'}", plugin=name
+                f"plugin {quoted(name)} is not loaded; loaded: {', '.join(self._plugins) or 'none'}", plugin=name
             )
         return plugin

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from broker.clock import Clock
 from broker.envelope import Envelope
-from broker.errors import PluginError, shown
+from broker.errors import PluginError, quoted
 from broker.plugins.rules import AWAITED_LATER, may_quarantine
 from broker.timeline.handlers import LateEnvelope
 
@@ -181,7 +181,7 @@ class Isolation:
         always raises PluginError: for a filter or transform that means that everything is withheld.
         """
         if not callable(made):
-            return self._refusing(record, f"returned {shown(made)}: a callable is required")
+            return self._refusing(record, f"returned {quoted(made)}: a callable is required")
         if is_async_callable(made):
             if record.hook in AWAITED_LATER:
                 return self._guard_async(record, made)
@@ -206,7 +206,7 @@ class Isolation:
                     result.close()
                     raise PluginError("returned a coroutine, which nobody awaits here")
                 if has_to_be is not None and not isinstance(result, has_to_be):
-                    raise PluginError(f"returned {shown(result)}: {has_to_be.__name__} is required")
+                    raise PluginError(f"returned {quoted(result)}: {has_to_be.__name__} is required")
             except LateEnvelope:
                 raise
             except Exception as exc:

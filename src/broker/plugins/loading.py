@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from broker.errors import PluginError, shown
+from broker.errors import PluginError, quoted
 
 ENTRY_POINT_GROUP = "broker.plugins"
 
@@ -106,7 +106,7 @@ def check_name(name: str, where: str) -> None:
     """Raise PluginError for a name that could not be part of an environment variable or a report."""
     if not _NAME.match(name):
         raise PluginError(
-            f"plugin name {shown(name)} ({where}) is not usable: 1 to 64 of the characters a-z 0-9 _, starting with a "
+            f"plugin name {quoted(name)} ({where}) is not usable: 1 to 64 of the characters a-z 0-9 _, starting with a "
             "letter; rename it, or set __plugin_name__ (a file that is no plugin: start its name with '_')",
             plugin=name[:64],
         )

@@ -20,7 +20,6 @@ ITEM_TYPES: Mapping[str, type] = {
     "register_timeline_handlers": TimelineHandler,
     "register_engine_profiles": EngineProfile,
     "register_tools": Tool,
-    "register_pages": Mapping,
 }
 """Hooks that answer with several of something, and of what."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from broker.errors import PluginError, shown
+from broker.errors import PluginError, quoted
 from broker.plugins.checks import closest
 
 
@@ -27,7 +27,7 @@ def read_settings(plugin: str, model: Any) -> BaseModel:
     """
     if not (inspect.isclass(model) and issubclass(model, BaseModel)):
         raise PluginError(
-            f"plugin {plugin!r}, hook register_settings: returned {shown(model)}, a pydantic model class is required",
+            f"plugin {plugin!r}, hook register_settings: returned {quoted(model)}, a pydantic model class is required",
             plugin=plugin,
             hook="register_settings",
         )
@@ -95,4 +95,4 @@ def _shown(model: type[BaseModel], field: str, value: object) -> str:
         return "(hidden)"
     if info is not None and any(secret.__name__ in str(info.annotation) for secret in (SecretStr, SecretBytes)):
         return "(hidden)"
-    return shown(value)
+    return quoted(value)

@@ -2,6 +2,9 @@
 
 Every command that goes through `execute` must be harmless to repeat: it is repeated, for a bounded time, when the
 connection breaks before its answer came. The client library repeats nothing (see docs/decisions/0004-redis-streams.md).
+
+What writes has a deadline by the server's own clock, after which Redis does nothing of it (see `Script`), and its caller
+is not told of a failure before: so nothing is made after it was reported as failed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from redis.asyncio.client import PubSub
 
 from broker.errors import StoreError, StoreUnavailable
-from broker.redis.script import Command, RedisReplyError, RedisUnreachable, Script
+from broker.redis.script import PLAIN_SCRIPTS, Command, RedisReplyError, RedisUnreachable, Script, with_deadline
 from broker.redis.servers import PROBE, RedisServers
 from broker.redis.topology import Topology, parse_redis_url
 
@@ -28,10 +31,17 @@ PATIENCE_S = 5.0
 TIMEOUT_S = 3.0
 RETRY_S = 0.05
 RETRY_MAX_S = 0.5
+LEAST_DEADLINE_S = 1.0
+"""The deadline of a command whose caller has no patience at all: it needs a moment to get there."""
+CLOCK_S = 5.0
+CLOCK_LONGEST_S = 60.0
+"""How old may be what is known of a server's clock, which may be set at any time: then it is asked along with the next
+command, or before it."""
+_TIME: Command = ("TIME",)
 
 _PASSING = frozenset({"LOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "BUSY", "READONLY"})
 """Refusals that end by themselves: the server loads its file, a slot moves, a failover is under way."""
-_MENDED = frozenset({"NOSCRIPT", "MOVED", "ASK"})
+_MENDED = frozenset({"NOSCRIPT", "MOVED", "ASK", "LATE"})
 """Refusals after which the next try, at once, is expected to succeed."""
 _REFUSED = frozenset({"OOM", "MISCONF", "NOREPLICAS", "READONLY", "UNKILLABLE"})
 """Refusals of writes that somebody has to do something about."""
@@ -59,6 +69,9 @@ class RedisConnection:
         self._timeout_s = timeout_s
         self._servers = RedisServers(self.topology, timeout_s)
         self._scripts: dict[str, Script] = {}
+        self._clocks: dict[str, tuple[float, float]] = {}
+        """By how many ms each server's clock is ahead of the loop's, and when that was found out."""
+        self.register(*PLAIN_SCRIPTS)
         self._closed = False
         self._away = False
         self.on_away: Callable[[Exception], None] | None = None
@@ -106,6 +119,8 @@ class RedisConnection:
         """Return a reply; raise the StoreError that an error reply stands for."""
         if not isinstance(reply, RedisReplyError):
             return reply
+        if reply.code == "LATE":
+            raise StoreUnavailable("Redis did not get to it in time: nothing was written", code_redis=reply.code)
         if reply.code in _REFUSED:
             raise StoreUnavailable(
                 f"Redis refuses to write: {reply}; {_REMEDIES.get(reply.code, 'look at its log')}",
@@ -120,22 +135,25 @@ class RedisConnection:
 
         Commands of one key keep their order. lane: calls of one lane share a connection and wait for each other's
         replies. Raises StoreUnavailable when Redis could not be reached for `patience_s` seconds: then some commands
-        may have been carried out.
+        may have been carried out, but none will be any more. patience_s=0, one attempt, does not wait for that.
         """
         if not commands:
             return []
+        commands = [command if command[0] == "EVALSHA" else with_deadline(command) or command for command in commands]
         replies: list[Any] = [None] * len(commands)
         pending: Sequence[int] = range(len(commands))
         asked: dict[int, str] = {}
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + (self.patience_s if patience_s is None else patience_s)
+        patience_s = self.patience_s if patience_s is None else patience_s
+        deadline_s = loop.time() + patience_s
+        writes_until_s = loop.time() + (patience_s or LEAST_DEADLINE_S)
         delay_s = RETRY_S
         at_once = 5
         problem: Exception | None = None
         while True:
             if self._closed:
                 raise StoreUnavailable(_CLOSED) from problem
-            pending, problem = await self._attempt(commands, pending, replies, lane, asked)
+            pending, problem = await self._attempt(commands, pending, replies, lane, asked, writes_until_s)
             if not pending:
                 if self._away:
                     self._away = False
@@ -149,6 +167,8 @@ class RedisConnection:
             if loop.time() + delay_s >= deadline_s or self._closed:
                 if isinstance(problem, RedisReplyError):
                     return replies
+                if patience_s and not self._closed and any(map(self._has_deadline, commands)):
+                    await asyncio.sleep(writes_until_s - loop.time())
                 raise StoreUnavailable(f"{problem}; check that it runs and that --redis-url is right") from problem
             await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
             delay_s = min(delay_s * 2, RETRY_MAX_S)
@@ -165,7 +185,13 @@ class RedisConnection:
     # -- one attempt ------------------------------------------------------------------------------------------------
 
     async def _attempt(
-        self, commands: Sequence[Command], pending: Sequence[int], replies: list[Any], lane: str, asked: dict[int, str]
+        self,
+        commands: Sequence[Command],
+        pending: Sequence[int],
+        replies: list[Any],
+        lane: str,
+        asked: dict[int, str],
+        until_s: float,
     ) -> tuple[list[int], Exception | None]:
         """Send what is pending; fill in replies; return what has to be tried again, and why.
 
@@ -183,9 +209,9 @@ class RedisConnection:
             return list(pending), exc
         if len(groups) == 1:
             ((where, indexes),) = groups.items()
-            return await self._send(*where, commands, indexes, replies, lane, asked)
+            return await self._send(*where, commands, indexes, replies, lane, asked, until_s)
         results = await asyncio.gather(
-            *(self._send(*where, commands, indexes, replies, lane, asked) for where, indexes in groups.items())
+            *(self._send(*where, commands, indexes, replies, lane, asked, until_s) for where, indexes in groups.items())
         )
         again = sorted(index for indexes, _ in results for index in indexes)
         return again, next((problem for _, problem in results if problem is not None), None)
@@ -199,16 +225,21 @@ class RedisConnection:
         replies: list[Any],
         lane: str,
         asked: dict[int, str],
+        until_s: float,
     ) -> tuple[list[int], Exception | None]:
         servers = self._servers
         batch = [commands[index] for index in indexes]
         try:
+            batch = await self._until(server, lane, batch, until_s)
             if asking:
                 got = (await servers.lane(server, lane).call([part for one in batch for part in (("ASKING",), one)]))[
                     1::2
                 ]
             else:
                 got = await servers.lane(server, lane).call(batch)
+            if len(got) > len(indexes):  # the time was asked for, too
+                self._note_time(server, got.pop())
+                batch.pop()
             missing = {
                 str(command[1])
                 for command, reply in zip(batch, got, strict=True)
@@ -217,25 +248,70 @@ class RedisConnection:
             if missing:
                 await servers.lane(server, lane).call([("SCRIPT", "LOAD", self._scripts[sha].text) for sha in missing])
         except RedisUnreachable as exc:
+            self._clocks.pop(server, None)  # another machine may answer next
             await servers.refresh(server)
             return indexes, exc
         again: list[int] = []
         problem: Exception | None = None
         for index, reply in zip(indexes, got, strict=True):
             replies[index] = reply
-            if isinstance(reply, RedisReplyError) and await self._passes(reply):
+            if isinstance(reply, RedisReplyError) and await self._passes(reply, server, until_s):
                 again.append(index)
                 problem = reply
                 if reply.code == "ASK" and reply.redirect is not None:
                     asked[index] = f"{reply.redirect.host}:{reply.redirect.port}"
-        if again and len(again) < len(indexes) and not servers.is_cluster:
-            # Not in a cluster, whose commands have different keys: those behind the first one that failed are repeated
-            # with it, so that commands of one key keep their order.
-            again = indexes[indexes.index(again[0]) :]
+        if again and len(again) < len(indexes):
+            # Those behind the first one that failed are repeated with it, so that commands of one key keep their order.
+            # In a cluster, where they have many keys, those of the same keys.
+            behind = indexes[indexes.index(again[0]) :]
+            if servers.is_cluster:
+                keys = {_key(commands[index]) for index in again}
+                behind = [index for index in behind if _key(commands[index]) in keys]
+            again = behind
         return again, problem
 
-    async def _passes(self, reply: RedisReplyError) -> bool:
+    def _has_deadline(self, command: Command) -> bool:
+        if command[0] != "EVALSHA":
+            return False
+        script = self._scripts.get(command[1])  # type: ignore[arg-type]
+        return script is not None and script.has_deadline
+
+    async def _until(self, server: str, lane: str, batch: list[Command], until_s: float) -> list[Command]:
+        """Return the commands with their deadline as the server's clock will show it. Raises RedisUnreachable.
+
+        What is known of the clock is renewed by a question that travels along (see `_send`), unless it is too old.
+        """
+        timed = [self._has_deadline(command) for command in batch]
+        if not any(timed):
+            return batch
+        now_s = asyncio.get_running_loop().time()
+        ahead_ms, known_s = self._clocks.get(server, (0.0, now_s - CLOCK_LONGEST_S))
+        if now_s - known_s >= CLOCK_LONGEST_S:
+            ahead_ms = self._note_time(server, (await self._servers.lane(server, lane).call([_TIME]))[0])
+        deadline_ms = int(until_s * 1000 + ahead_ms)
+        batch = [
+            (*command, deadline_ms) if has_deadline else command
+            for command, has_deadline in zip(batch, timed, strict=True)
+        ]
+        return [*batch, _TIME] if now_s - known_s >= CLOCK_S else batch
+
+    def _note_time(self, server: str, reply: Any) -> float:
+        if isinstance(reply, RedisReplyError):
+            raise RedisUnreachable(f"Redis does not tell its time: {reply}")
+        return self._note_clock(server, int(reply[0]) * 1000 + int(reply[1]) // 1000)
+
+    def _note_clock(self, server: str, server_ms: int) -> float:
+        """Take note of what a server's clock showed when it sent an answer: it is ahead by that much, or by a little more."""
+        now_s = asyncio.get_running_loop().time()
+        ahead_ms = server_ms - now_s * 1000
+        self._clocks[server] = ahead_ms, now_s
+        return ahead_ms
+
+    async def _passes(self, reply: RedisReplyError, server: str, until_s: float) -> bool:
         """Say whether it is worth trying again after this refusal, having done what makes it so."""
+        if reply.code == "LATE":  # too late indeed, or by a clock that was set
+            self._note_clock(server, int(str(reply).split(" ")[1]))
+            return asyncio.get_running_loop().time() < until_s
         if reply.redirect is not None:
             await self._servers.redirect(reply.redirect)
         elif reply.code == "READONLY":  # a failover
@@ -271,3 +347,8 @@ class RedisConnection:
     def watch_slots(self, on_change: Callable[[], None], on: bool) -> None:
         """Begin or cease to call `on_change` when slots of a cluster belong to other servers than before."""
         self._servers.watch_slots(on_change, on)
+
+
+def _key(command: Command) -> bytes | str | int | None:
+    """Return the first key of a command, by which a cluster finds its server; None for one without."""
+    return command[3] if command[0] == "EVALSHA" else command[1] if len(command) > 1 else None

@@ -91,6 +91,8 @@ class ServerSubscription:
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
             except* (RedisError, OSError, RedisUnreachable, RedisReplyError) as group:
                 problem = group.exceptions[0]
+            except* Exception as group:
+                logger.exception("listening to Redis failed; it goes on with another connection", exc_info=group)
             if isinstance(problem, ResponseError) and str(problem) != self._refused:
                 self._refused = str(problem)
                 logger.warning("Redis refuses to announce appends, they are found by looking: %s", problem)
@@ -153,9 +155,12 @@ class ServerSubscription:
     def _take(self, reply: Any) -> None:
         if not isinstance(reply, list) or len(reply) < 2 or not isinstance(reply[1], bytes):
             return  # a pong
-        kind, channel = reply[0], reply[1].decode()
+        kind, channel = reply[0], reply[1].decode(errors="replace")
         if kind in (b"smessage", b"message"):
-            self._on_message(channel, reply[2].decode())
+            try:
+                self._on_message(channel, reply[2].decode())
+            except Exception as exc:  # anybody may publish anything: it must not end the listening
+                logger.warning("an announcement on %s cannot be used: %r", channel, exc)
         elif kind in (b"ssubscribe", b"subscribe"):
             if channel in self._confirmed:
                 self._confirmed[channel] = True

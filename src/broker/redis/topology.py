@@ -110,18 +110,25 @@ def _packing(connection_class: type[AbstractConnection]) -> type[AbstractConnect
     return type(f"Quick{connection_class.__name__}", (_PacksQuickly, connection_class), {})
 
 
+class _Unusable(ValueError):
+    """What is wrong with a URL, in words that repeat nothing of it."""
+
+
 def parse_redis_url(url: str) -> Topology:
     """Return what a Redis URL means. Raises InvalidInput, which never repeats the password."""
     try:
         parts = urlsplit(url)
+        if "@" in parts.path or parts.fragment or parts.query:
+            raise _Unusable("write /, ?, # and @ in a password as %2F, %3F, %23 and %40")
         if parts.scheme == "redis+sentinel":
             return _sentinel(parts)
-        if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.query:
-            raise ValueError("unknown form")
+        if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+            raise _Unusable("unknown form")
         login = _login(parts, _db(parts.path.strip("/")), parts.scheme == "rediss")
         address = (parts.hostname, parts.port or DEFAULT_PORT)
-    except ValueError as exc:
-        raise InvalidInput(f"the Redis URL cannot be used ({exc}): write {_FORMS}", parameter="redis_url") from None
+    except ValueError as exc:  # those of Python show what they could not read, which may be a piece of the password
+        reason = str(exc) if isinstance(exc, _Unusable) else "its host or port is none"
+        raise InvalidInput(f"the Redis URL cannot be used ({reason}): write {_FORMS}", parameter="redis_url") from None
     return Topology((address,), login, name="{}:{}".format(*address))
 
 
@@ -129,10 +136,12 @@ def _sentinel(parts: SplitResult) -> Topology:
     service, _, db = parts.path.strip("/").partition("/")
     hosts = parts.netloc.rpartition("@")[2].split(",")
     if not service or not all(hosts):
-        raise ValueError("a Sentinel URL names the service")
+        raise _Unusable("a Sentinel URL names the service")
     addresses = []
     for host in hosts:
         name, _, port = host.partition(":")
+        if not name:
+            raise _Unusable("a Sentinel has no name")
         addresses.append((name, int(port) if port else SENTINEL_PORT))
     credentials = (
         urlsplit(f"redis://{parts.netloc.rpartition('@')[0]}@x") if "@" in parts.netloc else urlsplit("redis://x")
@@ -148,5 +157,5 @@ def _login(parts: SplitResult, db: int, tls: bool) -> Login:
 
 def _db(text: str) -> int:
     if text and not text.isdigit():
-        raise ValueError("the database is a number")
+        raise _Unusable("the database is a number")
     return int(text or 0)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from broker.envelope import check_conv_id
-from broker.errors import NotFound, shown
+from broker.errors import NotFound, quoted
 from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.leases import Leases
-from broker.runs.queue import Ended, Line, Lines
+from broker.runs.queue import ConversationQueue, Ended, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import ACTIVE, Run, Verdict
 from broker.runs.tool_round import decision_drafts
@@ -36,11 +36,11 @@ class ActionResult:
 class Actions:
     """Acts on runs. state: gives a conversation's whole state, which every answer holds."""
 
-    def __init__(self, runtime: Runtime, lines: Lines, *, state: State, on_ended: Ended) -> None:
+    def __init__(self, runtime: Runtime, queues: Queues, *, state: State, on_ended: Ended) -> None:
         self._runtime = runtime
         self._store = runtime.store
         self._clock = runtime.clock
-        self._lines = lines
+        self._queues = queues
         self._state = state
         self._on_ended = on_ended
         self._leases: Leases | None = None
@@ -63,14 +63,14 @@ class Actions:
         self, conv_id: str, call_ids: Sequence[str] | None, decision: Literal["approved", "denied"], by: str
     ) -> ActionResult:
         ids = None if call_ids is None else frozenset(call_ids)
-        async with self._lines.enter(check_conv_id(conv_id)) as line:
+        async with self._queues.enter(check_conv_id(conv_id)) as queue:
             active = await self._store.active(conv_id)
             run: Run | None = None
             outcomes: dict[str, str] = {}
             ours = True
             if active is not None:
                 # First who works there, then the decision: of one made after a take-over, nobody has begun anything.
-                ours = await self._is_ours(line)
+                ours = await self._is_ours(queue)
                 run, outcomes = await self._store.decide(
                     active.run_id, Verdict(decision, by, ids), self._clock.wall_ms()
                 )
@@ -82,19 +82,19 @@ class Actions:
                     try:
                         await self._runtime.publish(conv_id, [d for call in fresh for d in decision_drafts(run, call)])
                     finally:
-                        await self._wake(line, run, ours=ours)
+                        await self._wake(queue, run, ours=ours)
         status = decision if decision in outcomes.values() else "nothing_to_decide"
         return ActionResult(status, await self._state(conv_id), outcomes)
 
-    async def _wake(self, line: Line, run: Run, *, ours: bool) -> None:
+    async def _wake(self, queue: ConversationQueue, run: Run, *, ours: bool) -> None:
         """Let the run go on with a decision; one that awaits it since before a restart is taken up now."""
-        if line.task is not None:
-            line.task.decided()
+        if queue.task is not None:
+            queue.task.decided()
         elif not ours:
             await self._poke(run.conv_id)
         elif not self._runtime.closing:
-            self._lines.hold(line)
-            self._lines.work_on(line, run)
+            self._queues.hold(queue)
+            self._queues.work_on(queue, run)
             self._resumed(run.conv_id)
 
     async def cancel(self, conv_id: str, run_id: str | None = None) -> ActionResult:
@@ -107,7 +107,7 @@ class Actions:
         run = await (self._store.active(conv_id) if run_id is None else self._store.get(run_id))
         if run_id is not None and (run is None or run.conv_id != conv_id):
             raise NotFound(
-                f"conversation {conv_id} has no run {shown(run_id)}: its state lists those it has", run_id=run_id
+                f"conversation {conv_id} has no run {quoted(run_id)}: its state lists those it has", run_id=run_id
             )
         status = "nothing_to_cancel" if run is None else await self._cancel(run)
         return ActionResult(status, await self._state(conv_id))
@@ -116,24 +116,24 @@ class Actions:
         if run.ended:
             return f"already_{run.status}"
         work: asyncio.Task[None] | None = None
-        async with self._lines.enter(run.conv_id) as line:
-            # From the queue first: claims go through this line, so what waits now can be withdrawn.
+        async with self._queues.enter(run.conv_id) as queue:
+            # From the queue first: claims go through this queue, so what waits now can be withdrawn.
             cancelled = {"status": "cancelled", "cancel_requested": True}
             now = self._clock.wall_ms()
             withdrawn = await self._store.update(run.run_id, frozenset({"queued"}), cancelled, now)
             if withdrawn is not None:
                 await self._settle(withdrawn)
-                await self._lines.advance(line)
-                await self._lines.tell_places(run.conv_id)
+                await self._queues.advance(queue)
+                await self._queues.tell_places(run.conv_id)
                 return "withdrawn"
             asked = await self._store.update(run.run_id, ACTIVE, {"cancel_requested": True}, now)
             if asked is None:
                 ended = await self._store.get(run.run_id)
                 return f"already_{ended.status}" if ended else "already_erased"
-            ours = await self._is_ours(line)
-            if line.task is not None and line.task.run.run_id == run.run_id:
-                line.task.stop("cancelled")
-                work = line.work
+            ours = await self._is_ours(queue)
+            if queue.task is not None and queue.task.run.run_id == run.run_id:
+                queue.task.stop("cancelled")
+                work = queue.work
             elif not ours:
                 await self._poke(run.conv_id)
                 work = self._spawn(self._ended_elsewhere(run.run_id))
@@ -141,16 +141,16 @@ class Actions:
                 # Awaits approval since before a restart: nothing is at work, its end is all there is to do.
                 await self._settle(asked)
                 self._resumed(run.conv_id)
-                await self._lines.advance(line)
+                await self._queues.advance(queue)
                 return "cancelled"
         if work is not None:
             await self._until_ended(run.run_id, work)
         now_run = await self._store.get(run.run_id)
         return "cancelling" if now_run is None or not now_run.ended else now_run.status
 
-    async def _is_ours(self, line: Line) -> bool:
+    async def _is_ours(self, queue: ConversationQueue) -> bool:
         """Say whether what has to be done about a run is done here; else the node that works on it is to be poked."""
-        return self._keeper is None or await self._keeper.owns(line)
+        return self._keeper is None or await self._keeper.owns(queue)
 
     async def _poke(self, conv_id: str) -> None:
         if self._leases is not None:
@@ -186,8 +186,8 @@ class Actions:
     async def _advance_after(self, settled: asyncio.Task[None], conv_id: str) -> None:
         """Go on with the queue when a run has been settled at last: until then nothing can be claimed."""
         await asyncio.wait({settled})
-        async with self._lines.enter(conv_id) as line:
-            await self._lines.advance(line)
+        async with self._queues.enter(conv_id) as queue:
+            await self._queues.advance(queue)
 
     async def _until_ended(self, run_id: str, work: asyncio.Task[None]) -> None:
         deadline = asyncio.get_running_loop().time() + self._runtime.limits.stop_grace_s + 2.0
@@ -206,10 +206,10 @@ class Actions:
     async def move_to_front(self, conv_id: str, run_id: str) -> ActionResult:
         """Make a waiting prompt the next one. One that does not wait any more stays as it is, and the answer says so."""
         run = await self._own(conv_id, run_id)
-        async with self._lines.enter(conv_id):
+        async with self._queues.enter(conv_id):
             moved = await self._store.move_to_front(run_id, self._clock.wall_ms())
             if moved is not None:
-                await self._lines.tell_places(conv_id)
+                await self._queues.tell_places(conv_id)
         now = moved or await self._store.get(run_id) or run
         return ActionResult("moved" if moved else f"already_{now.status}", await self._state(conv_id))
 
@@ -217,7 +217,7 @@ class Actions:
         run = await self._store.get(run_id)
         if run is None or run.conv_id != check_conv_id(conv_id):
             raise NotFound(
-                f"conversation {conv_id} has no run {shown(run_id)}: its state lists those it has", run_id=run_id
+                f"conversation {conv_id} has no run {quoted(run_id)}: its state lists those it has", run_id=run_id
             )
         return run
 

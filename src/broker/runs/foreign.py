@@ -60,6 +60,15 @@ class TextJoiner:
         return "\ufffd" if half else ""
 
 
+def told(error: BaseException) -> str:
+    """Return what an exception says, cut to 500 characters, however badly it is made."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "its text cannot be read"
+    return clean_text(f"{type(error).__name__}: {text[:500]}")
+
+
 def clean_json(value: object, *, levels: int = MAX_NESTING) -> Any:
     """Return `value` as something that JSON carries.
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from broker.envelope import Draft, check_conv_id
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, StoreUnavailable, shown
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, StoreUnavailable, quoted
 from broker.runs.answer import new_message_id
 from broker.runs.ending import run_draft
 from broker.runs.plan import RunRequest, canonical_json, digest
-from broker.runs.queue import Line, Lines
+from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
 from broker.runs.store import KeyRecord
@@ -39,11 +39,11 @@ class SendResult:
 class Intake:
     """Accepts prompts. busy: those that are being accepted now."""
 
-    def __init__(self, runtime: Runtime, lines: Lines) -> None:
+    def __init__(self, runtime: Runtime, queues: Queues) -> None:
         self._runtime = runtime
         self._limits = runtime.limits
         self._clock = runtime.clock
-        self._lines = lines
+        self._queues = queues
         self._deciding: dict[tuple[str, str], str] = {}
         self._removing: set[asyncio.Task[None]] = set()
         self.busy: set[asyncio.Task[SendResult]] = set()
@@ -91,7 +91,7 @@ class Intake:
             )
         if key is not None and not (0 < len(key) <= self._limits.max_key_chars and key.isprintable()):
             raise InvalidInput(
-                f"idempotency key {shown(key)} is not usable: 1 to {self._limits.max_key_chars} printable characters",
+                f"idempotency key {quoted(key)} is not usable: 1 to {self._limits.max_key_chars} printable characters",
                 parameter="idempotency_key",
             )
 
@@ -101,7 +101,7 @@ class Intake:
             body_hash = digest(body)
         except (TypeError, ValueError) as exc:
             raise InvalidInput(
-                f"overrides {shown(request.overrides)} are no JSON: {exc}", parameter="overrides"
+                f"overrides {quoted(request.overrides)} are no JSON: {exc}", parameter="overrides"
             ) from exc
         if key is None:
             return None
@@ -112,8 +112,8 @@ class Intake:
     async def _accept(self, request: RunRequest, record: KeyRecord | None) -> SendResult:
         try:
             run = await self._resolve(request, record)
-            async with self._lines.enter(run.conv_id) as line:
-                return await self._prepare(line, run, record)
+            async with self._queues.enter(run.conv_id) as queue:
+                return await self._prepare(queue, run, record)
         finally:
             if record is not None:
                 self._deciding.pop((record.scope, record.key), None)
@@ -149,7 +149,7 @@ class Intake:
             updated_at_ms=now,
         )
 
-    async def _prepare(self, line: Line, run: Run, record: KeyRecord | None) -> SendResult:
+    async def _prepare(self, queue: ConversationQueue, run: Run, record: KeyRecord | None) -> SendResult:
         """Store the run, publish its prompt, and only then let it begin.
 
         Nobody begins a run that is not announced: a process that dies or stalls in between leaves nothing that is worked
@@ -170,8 +170,8 @@ class Intake:
                 if await self._taken_back(prepared.run):
                     raise
                 # Another node, asked again for the same, has announced it: then it is accepted.
-            self._lines.hold(line)
-            if await self._lines.admit(line, run.run_id):
+            self._queues.hold(queue)
+            if await self._queues.admit(queue, run.run_id):
                 return SendResult(run.conv_id, run.run_id, prepared.status, prepared.queue_position, run.message_id)
             # The conversation was erased meanwhile, or this took so long that another node gave it up: once more.
         raise StoreUnavailable(f"conversation {run.conv_id} is being erased again and again: send the prompt once more")
@@ -208,14 +208,14 @@ class Intake:
         run = await self._runtime.store.get(answer.run_id)
         if run is None or run.announced or run.status != "queued":
             return answer
-        async with self._lines.enter(answer.conv_id) as line:
+        async with self._queues.enter(answer.conv_id) as queue:
             run = await self._runtime.store.get(answer.run_id)
             if run is None:
                 return None
             if run.status == "queued" and not run.announced:
                 await self.announce(run, answer.queue_position)
-                self._lines.hold(line)
-                if not await self._lines.admit(line, run.run_id):
+                self._queues.hold(queue)
+                if not await self._queues.admit(queue, run.run_id):
                     return None
         return answer
 

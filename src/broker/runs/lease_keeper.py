@@ -12,7 +12,7 @@ from typing import Any
 
 from broker.errors import BrokerError
 from broker.runs.leases import Leases, TakenOver
-from broker.runs.queue import Line, Lines
+from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import ACTIVE, Run
 
@@ -29,21 +29,24 @@ AT_ONCE = 64
 STOP_S = 2.0
 """How long a node that goes down waits for what it is taking over at this moment."""
 
-Settle = Callable[[Line, TakenOver], Awaitable[None]]
+Settle = Callable[[ConversationQueue, TakenOver], Awaitable[None]]
 
 
 class LeaseKeeper:
     """Prolongs this node's leases, and takes over what other nodes have left."""
 
-    def __init__(self, runtime: Runtime, lines: Lines, leases: Leases, settle: Settle) -> None:
-        """settle: brings a taken conversation in order, given its line, entered, and what was found there."""
+    def __init__(self, runtime: Runtime, queues: Queues, leases: Leases, settle: Settle) -> None:
+        """settle: brings a taken conversation in order, given its queue, entered, and what was found there."""
         self._runtime = runtime
-        self._lines = lines
+        self._queues = queues
         self._leases = leases
         self._settle = settle
         self._watches: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._awaiting: set[str] = set()
+        self._queued_since_s: dict[str, float] = {}
+        """Since when this node has seen conversations with nothing but waiting prompts, by the loop's clock: the clocks of
+        nodes may differ, so the times in the runs say nothing about how long they have waited."""
         self._left_told = asyncio.Event()
         self._at_once = asyncio.Semaphore(AT_ONCE)
         self.taken_over = 0
@@ -69,7 +72,7 @@ class LeaseKeeper:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # until they are out of their lines nothing there is idle
+        await asyncio.gather(*tasks, return_exceptions=True)  # until they are out of their queues nothing there is idle
         await self.leave()
 
     async def leave(self) -> None:
@@ -78,13 +81,13 @@ class LeaseKeeper:
         self._awaiting.difference_update(idle)
         try:
             # Of what was left undone nobody can say how far it came: that lease ends by itself, as after a crash.
-            await self._leases.leave([conv_id for conv_id in idle if conv_id not in self._lines.broken])
+            await self._leases.leave([conv_id for conv_id in idle if conv_id not in self._queues.broken])
         except BrokerError as exc:
             log.warning("leases on %d conversations cannot be given back, they end by themselves: %s", len(idle), exc)
 
     def _is_idle(self, conv_id: str) -> bool:
-        line = self._lines.get(conv_id)
-        return line is None or (line.task is None and not line.users)
+        queue = self._queues.get(conv_id)
+        return queue is None or (queue.task is None and not queue.users)
 
     async def _every(self, work: Callable[[], Awaitable[None]]) -> None:
         interval_s = self._leases.lease_s / RENEWALS_PER_LEASE
@@ -100,7 +103,7 @@ class LeaseKeeper:
     @property
     def at_work(self) -> int:
         """In how many conversations this node has a run at work or waiting for a person's approval."""
-        return len(self._awaiting.union(line.conv_id for line in self._lines.working))
+        return len(self._awaiting.union(queue.conv_id for queue in self._queues.working))
 
     async def renew(self) -> None:
         """Prolong the leases on what is worked on here. Raises StoreError.
@@ -108,7 +111,7 @@ class LeaseKeeper:
         What another node has taken over is stopped; what was changed from another node is looked at, in case that its
         poke was lost.
         """
-        working = {line.conv_id: line for line in self._lines.working}
+        working = {queue.conv_id: queue for queue in self._queues.working}
         for conv_id in self._leases.held():
             # A process that goes down keeps its tokens: it gives back what they stand for.
             if conv_id not in self._awaiting and self._is_idle(conv_id) and not self._runtime.closing:
@@ -118,10 +121,10 @@ class LeaseKeeper:
             self.lost += 1
             self._awaiting.discard(conv_id)
             self._leases.forget(conv_id)
-            line = working.get(conv_id)
-            if line is not None and line.task is not None:
-                log.error("run %s of %s was taken over by another node", line.task.run.run_id, conv_id)
-                line.task.stop("lost")
+            queue = working.get(conv_id)
+            if queue is not None and queue.task is not None:
+                log.error("run %s of %s was taken over by another node", queue.task.run.run_id, conv_id)
+                queue.task.stop("lost")
         for conv_id in renewed.changed:
             self._look_soon(conv_id)
 
@@ -134,18 +137,24 @@ class LeaseKeeper:
         for run in await self._runtime.store.unsettled():
             by_conversation[run.conv_id].append(run)
         self._awaiting &= by_conversation.keys()
-        waited_since_ms = self._runtime.clock.wall_ms() - int(self._leases.lease_s * 1000)
+        waiting = {run.run_id for runs in by_conversation.values() for run in runs if not run.announced}
+        for run_id in self._runtime.unaccepted_since_s.keys() - waiting:  # accepted, refused or erased since
+            del self._runtime.unaccepted_since_s[run_id]
+        now_s = asyncio.get_running_loop().time()
+        known, self._queued_since_s = self._queued_since_s, {}
         free = []
         for conv_id, runs in by_conversation.items():
             if conv_id in self._awaiting or not self._is_idle(conv_id):
                 continue
-            fresh = all(run.status == "queued" and run.updated_at_ms > waited_since_ms for run in runs)
-            if at_start or not fresh:
-                free.append(conv_id)
+            if all(run.status == "queued" for run in runs):
+                since_s = self._queued_since_s[conv_id] = known.get(conv_id, now_s)
+                if now_s - since_s < self._leases.lease_s and not at_start:
+                    continue
+            free.append(conv_id)
         await self._side_by_side(self._take_over(conv_id) for conv_id in free)
-        for line in self._lines.held_idle():  # a prompt that was accepted here may have been answered elsewhere
-            async with self._lines.enter(line.conv_id) as entered:
-                await self._lines.advance(entered)
+        for queue in self._queues.held_idle():  # a prompt that was accepted here may have been answered elsewhere
+            async with self._queues.enter(queue.conv_id) as entered:
+                await self._queues.advance(entered)
 
     async def _side_by_side(self, works: Iterable[Coroutine[Any, Any, None]]) -> None:
         """Do all, whatever becomes of each; then raise the first error."""
@@ -162,16 +171,16 @@ class LeaseKeeper:
             await asyncio.shield(self._spawn(self._enter_and_take(conv_id)))
 
     async def _enter_and_take(self, conv_id: str) -> None:
-        async with self._lines.enter(conv_id) as line:
-            await self._take(line)
+        async with self._queues.enter(conv_id) as queue:
+            await self._take(queue)
 
-    async def _take(self, line: Line) -> bool:
+    async def _take(self, queue: ConversationQueue) -> bool:
         """Take the lease on a conversation and settle it; say whether it is this node's now. Inside `enter`.
 
         In there, because what a person decides here meanwhile must neither be overlooked nor undone.
         """
-        conv_id = line.conv_id
-        if line.task is not None or conv_id in self._awaiting:
+        conv_id = queue.conv_id
+        if queue.task is not None or conv_id in self._awaiting:
             return True
         if self._runtime.closing:
             return False
@@ -183,17 +192,17 @@ class LeaseKeeper:
         self.taken_over += 1
         if any(run.status == "awaiting_tool_approval" for run in taken.runs):
             self._awaiting.add(conv_id)
-        await self._settle(line, taken)
-        if line.task is not None:
+        await self._settle(queue, taken)
+        if queue.task is not None:
             self._awaiting.discard(conv_id)
         return True
 
-    async def owns(self, line: Line) -> bool:
+    async def owns(self, queue: ConversationQueue) -> bool:
         """Say whether this node may work in a conversation: it does, or nobody else does and it begins now.
 
         To be called inside `enter`. Raises StoreError.
         """
-        return await self._take(line)
+        return await self._take(queue)
 
     def resumed(self, conv_id: str) -> None:
         """Note that the run which awaited a person's approval is at work again, or has ended."""
@@ -226,31 +235,31 @@ class LeaseKeeper:
     def _listening(self) -> None:
         """Hints come from now on; those of before may have been missed."""
         self._left_told.set()
-        for conv_id in [*(line.conv_id for line in self._lines.working), *self._awaiting]:
+        for conv_id in [*(queue.conv_id for queue in self._queues.working), *self._awaiting]:
             self._look_soon(conv_id)
 
     def _look_soon(self, conv_id: str) -> None:
-        # Also while somebody is in the line: the conversation may be about to become this node's.
-        if self._lines.get(conv_id) is not None or conv_id in self._awaiting:
+        # Also while somebody is in the queue: the conversation may be about to become this node's.
+        if self._queues.get(conv_id) is not None or conv_id in self._awaiting:
             self._spawn(self._look_at(conv_id))
 
     async def _look_at(self, conv_id: str) -> None:
         """Do to the run at work what was asked for on another node."""
         try:
-            async with self._lines.enter(conv_id) as line:
+            async with self._queues.enter(conv_id) as queue:
                 run = await self._runtime.store.active(conv_id)
                 if run is None or self._runtime.closing:
                     return
-                if line.task is None and conv_id in self._awaiting and _goes_on(run):
+                if queue.task is None and conv_id in self._awaiting and _goes_on(run):
                     self._awaiting.discard(conv_id)
-                    self._lines.hold(line)
-                    self._lines.work_on(line, run)
-                if line.task is None or line.task.run.run_id != run.run_id:
+                    self._queues.hold(queue)
+                    self._queues.work_on(queue, run)
+                if queue.task is None or queue.task.run.run_id != run.run_id:
                     return
                 if run.cancel_requested:
-                    line.task.stop("cancelled")
+                    queue.task.stop("cancelled")
                 else:
-                    line.task.decided()
+                    queue.task.decided()
         except BrokerError as exc:
             log.warning("what was decided about %s is looked at later: %s", conv_id, exc)
         except Exception:

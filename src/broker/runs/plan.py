@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
 from broker.envelope import check_conv_id
-from broker.errors import EngineError, InvalidOverrides, PluginError, UnknownEngineProfile, shown
+from broker.errors import EngineError, InvalidOverrides, PluginError, UnknownEngineProfile, quoted
 from broker.runs.engine import EnginePlan, EngineProfile
 from broker.runs.ports import Plugins
 from broker.security import Principal
@@ -111,7 +111,7 @@ def check_overrides(profile: EngineProfile, overrides: Mapping[str, Any]) -> Non
         if key not in allowed:
             # A secret is not part of the signature: were it overridable, one caller's key could serve another's run.
             raise InvalidOverrides(
-                f"override {shown(key)} is not allowed by engine profile {profile.name!r}; "
+                f"override {quoted(key)} is not allowed by engine profile {profile.name!r}; "
                 f"allowed: {', '.join(allowed) or 'none'}",
                 key=str(key)[:120],
                 allowed=allowed,
@@ -120,7 +120,7 @@ def check_overrides(profile: EngineProfile, overrides: Mapping[str, Any]) -> Non
         error = next(iter(Draft202012Validator(schema).iter_errors(value)), None)
         if error is not None:
             raise InvalidOverrides(
-                f"override {key}={shown(value)} is not usable: {error.message[:200]}; "
+                f"override {key}={quoted(value)} is not usable: {error.message[:200]}; "
                 f"allowed by engine profile {profile.name!r}: {orjson.dumps(schema).decode()[:300]}",
                 key=key,
                 schema=dict(schema),

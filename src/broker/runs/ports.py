@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from broker.envelope import Draft
@@ -16,6 +17,10 @@ PublishFenced = Callable[[str, Sequence[Draft], str], Awaitable[list[int]]]
 
 Hold = Callable[[str], object]
 """`(conv_id)`: keep the conversation from being evicted (counted), or let go once."""
+
+
+Head = Callable[[str], Awaitable[int]]
+"""`(conv_id) -> seq`: the conversation's newest."""
 
 
 class Plugins(Protocol):
@@ -40,3 +45,23 @@ class TimelineReader(Protocol):
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         """Return those of the entities `ids` that exist."""
         ...
+
+
+def _keep(conv_id: str) -> None:
+    """Hold nothing: nobody evicts conversations here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationPorts:
+    """What runs ask of conversations.
+
+    publish: must work from the service's `start` until its `stop` returned. head: None: states say 0. publish_fenced: as
+    `publish`, for runs that are leased; needed where the run store leases.
+    """
+
+    publish: Publish
+    timeline: TimelineReader
+    hold: Hold = _keep
+    release: Hold = _keep
+    head: Head | None = None
+    publish_fenced: PublishFenced | None = None

@@ -1,6 +1,6 @@
-"""The line of prompts of each conversation, as one process works on it: one run at a time, in order (I10).
+"""The queue of prompts of each conversation, as one process works through it: one run at a time, in order (I10).
 
-What waits is in the store; what is here exists only while something goes on: a conversation at rest has no line, no
+What waits is in the store; what is here exists only while something goes on: a conversation at rest has no queue, no
 lock and no task.
 """
 
@@ -25,8 +25,8 @@ CLAIM_RETRY_S = 0.5
 Ended = Callable[[Run], Awaitable[None]]
 
 
-class Line:
-    """A conversation's line. users: how many are about to change it. task: the run at work. held: holds taken (I11).
+class ConversationQueue:
+    """The prompts of one conversation. users: how many are about to change it. task: the run at work. held: holds taken (I11).
 
     admitting: runs whose prompt is in the log, which the store could not be told yet.
     """
@@ -44,15 +44,15 @@ class Line:
         self.admitting: list[str] = []
 
 
-class Lines:
-    """All lines of this process."""
+class Queues:
+    """The queues of this process, one for each conversation in which something goes on."""
 
     def __init__(self, runtime: Runtime, *, hold: Hold, release: Hold, on_ended: Ended) -> None:
         self._runtime = runtime
         self._hold = hold
         self._release = release
         self._on_ended = on_ended
-        self._lines: dict[str, Line] = {}
+        self._queues: dict[str, ConversationQueue] = {}
         self.works: set[asyncio.Task[None]] = set()
         """Runs at work, until the last thing after their end is done."""
         self.came_to_rest = asyncio.Event()
@@ -62,76 +62,76 @@ class Lines:
         self.refused = 0
 
     @property
-    def working(self) -> list[Line]:
-        """Lines with a run at work."""
-        return [line for line in self._lines.values() if line.task is not None]
+    def working(self) -> list[ConversationQueue]:
+        """Queues with a run at work."""
+        return [queue for queue in self._queues.values() if queue.task is not None]
 
-    def held_idle(self) -> list[Line]:
-        """Return lines that keep their conversation in memory although nothing is at work here."""
-        return [line for line in self._lines.values() if line.held and line.task is None and not line.users]
+    def held_idle(self) -> list[ConversationQueue]:
+        """Return queues that keep their conversation in memory although nothing is at work here."""
+        return [queue for queue in self._queues.values() if queue.held and queue.task is None and not queue.users]
 
-    def get(self, conv_id: str) -> Line | None:
-        """Return the conversation's line if something goes on there."""
-        return self._lines.get(conv_id)
+    def get(self, conv_id: str) -> ConversationQueue | None:
+        """Return the conversation's queue if something goes on there."""
+        return self._queues.get(conv_id)
 
     @asynccontextmanager
-    async def enter(self, conv_id: str) -> AsyncIterator[Line]:
-        """Give exclusive access to a conversation's line: what changes queue or claims goes through here."""
-        line = self._lines.setdefault(conv_id, Line(conv_id))
-        line.users += 1
+    async def enter(self, conv_id: str) -> AsyncIterator[ConversationQueue]:
+        """Give exclusive access to a conversation's queue: what changes queue or claims goes through here."""
+        queue = self._queues.setdefault(conv_id, ConversationQueue(conv_id))
+        queue.users += 1
         try:
-            async with line.lock:
-                yield line
+            async with queue.lock:
+                yield queue
         finally:
-            line.users -= 1
-            self._tidy(line)
+            queue.users -= 1
+            self._tidy(queue)
 
-    def hold(self, line: Line) -> None:
-        """Keep the conversation in memory until its line is empty (I11)."""
-        if not line.held:
-            line.held = True
-            self._hold(line.conv_id)
+    def hold(self, queue: ConversationQueue) -> None:
+        """Keep the conversation in memory until its queue is empty (I11)."""
+        if not queue.held:
+            queue.held = True
+            self._hold(queue.conv_id)
 
-    async def admit(self, line: Line, run_id: str) -> bool:
+    async def admit(self, queue: ConversationQueue, run_id: str) -> bool:
         """Note that a run's prompt is in the log, and put the next run to work if none is active. Inside `enter`.
 
         False: the store does not know the run any more. While the store is unavailable this is tried again in the
         background.
         """
         try:
-            return await self._admit(line, run_id)
+            return await self._admit(queue, run_id)
         except StoreError as exc:
-            line.admitting.append(run_id)
-            self._try_again(line, exc)
+            queue.admitting.append(run_id)
+            self._try_again(queue, exc)
             return True
 
-    async def _admit(self, line: Line, run_id: str) -> bool:
+    async def _admit(self, queue: ConversationQueue, run_id: str) -> bool:
         store, now_ms = self._runtime.store, self._runtime.clock.wall_ms()
-        if self._runtime.closing or line.task is not None:
+        if self._runtime.closing or queue.task is not None:
             noted = await store.update(run_id, frozenset({"queued"}), {"announced": True}, now_ms)
             return noted is not None or await store.get(run_id) is not None
         admitted, claimed = await store.admit(run_id, now_ms)
         if claimed is not None:
-            self.work_on(line, claimed, waited=claimed.run_id != run_id)
+            self.work_on(queue, claimed, waited=claimed.run_id != run_id)
         return admitted is not None
 
-    async def advance(self, line: Line) -> None:
+    async def advance(self, queue: ConversationQueue) -> None:
         """Claim the next run if none is active, and put it to work. To be called inside `enter`. Never raises.
 
         While the store is unavailable this is tried again in the background.
         """
-        if self._runtime.closing or line.task is not None:
+        if self._runtime.closing or queue.task is not None:
             return
         try:
-            run = await self._runtime.store.claim(line.conv_id, self._runtime.clock.wall_ms())
+            run = await self._runtime.store.claim(queue.conv_id, self._runtime.clock.wall_ms())
             if run is not None:
-                self.work_on(line, run, waited=True)
-                await self.tell_places(line.conv_id)
-            elif await self._runtime.store.active(line.conv_id) is None and line.held:
-                line.held = False
-                self._release(line.conv_id)
+                self.work_on(queue, run, waited=True)
+                await self.tell_places(queue.conv_id)
+            elif await self._runtime.store.active(queue.conv_id) is None and queue.held:
+                queue.held = False
+                self._release(queue.conv_id)
         except StoreError as exc:
-            self._try_again(line, exc)
+            self._try_again(queue, exc)
 
     async def tell_places(self, conv_id: str) -> None:
         """Publish the place of each prompt that waits where it is not the one that was told last. Never raises."""
@@ -148,50 +148,50 @@ class Lines:
         except BrokerError as exc:  # hints for people; the queue itself is in the store
             log.warning("the places of the prompts that wait in %s could not be told: %s", conv_id, exc)
 
-    def _try_again(self, line: Line, error: StoreError) -> None:
-        log.warning("the next prompt of %s cannot be claimed, trying again: %s", line.conv_id, error)
-        if line.retry is None:
-            line.retry = asyncio.create_task(self._advance_later(line))
+    def _try_again(self, queue: ConversationQueue, error: StoreError) -> None:
+        log.warning("the next prompt of %s cannot be claimed, trying again: %s", queue.conv_id, error)
+        if queue.retry is None:
+            queue.retry = asyncio.create_task(self._advance_later(queue))
 
-    def work_on(self, line: Line, run: Run, *, waited: bool = False) -> None:
+    def work_on(self, queue: ConversationQueue, run: Run, *, waited: bool = False) -> None:
         """Put a claimed run to work, or one that awaited approval when the process was started.
 
         waited: others may have come between its prompt and its beginning.
         """
-        line.task = RunTask(run, self._runtime, waited=waited)
-        line.work = asyncio.create_task(self._work(line, line.task), name=f"run {run.run_id}")
-        self.works.add(line.work)
-        line.work.add_done_callback(self.works.discard)
+        queue.task = RunTask(run, self._runtime, waited=waited)
+        queue.work = asyncio.create_task(self._work(queue, queue.task), name=f"run {run.run_id}")
+        self.works.add(queue.work)
+        queue.work.add_done_callback(self.works.discard)
 
-    async def _work(self, line: Line, task: RunTask) -> None:
+    async def _work(self, queue: ConversationQueue, task: RunTask) -> None:
         ended: Run | None = None
         try:
             ended = await task.work()
         finally:
-            line.task = None
+            queue.task = None
             task.over.set()
             self.refused += task.refused
             if task.left_undone:
-                self.broken.add(line.conv_id)
-        async with self.enter(line.conv_id) as line:
-            await self.advance(line)
+                self.broken.add(queue.conv_id)
+        async with self.enter(queue.conv_id) as queue:
+            await self.advance(queue)
         self.came_to_rest.set()
         await task.finish_recording()
         if ended is not None:
             await self._on_ended(ended)
 
-    async def _advance_later(self, line: Line) -> None:
+    async def _advance_later(self, queue: ConversationQueue) -> None:
         await asyncio.sleep(CLAIM_RETRY_S)
-        async with self.enter(line.conv_id) as line:
-            line.retry = None
-            while line.admitting:
-                run_id = line.admitting.pop(0)
-                await self.admit(line, run_id)
-                if line.retry is not None:
+        async with self.enter(queue.conv_id) as queue:
+            queue.retry = None
+            while queue.admitting:
+                run_id = queue.admitting.pop(0)
+                await self.admit(queue, run_id)
+                if queue.retry is not None:
                     return
-            await self.advance(line)
+            await self.advance(queue)
 
-    def _tidy(self, line: Line) -> None:
-        at_rest = not line.users and line.task is None and line.retry is None and not line.held
-        if at_rest and self._lines.get(line.conv_id) is line:
-            del self._lines[line.conv_id]
+    def _tidy(self, queue: ConversationQueue) -> None:
+        at_rest = not queue.users and queue.task is None and queue.retry is None and not queue.held
+        if at_rest and self._queues.get(queue.conv_id) is queue:
+            del self._queues[queue.conv_id]

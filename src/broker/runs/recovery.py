@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
-from broker.runs.queue import Line, Lines
+from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
 from broker.runs.tool_round import approval_draft, decision_drafts
@@ -21,7 +21,7 @@ LOST = {"code": "interrupted", "message": "the server process ended while this r
 Ended = Callable[[Run], object]
 
 
-async def recover(runtime: Runtime, lines: Lines, on_ended: Ended) -> None:
+async def recover(runtime: Runtime, queues: Queues, on_ended: Ended) -> None:
     """Settle what is unsettled in the store, conversation by conversation. Raises StoreError.
 
     A run that was going on is `interrupted` and its answer closed as partial. One that awaits a person's approval goes
@@ -34,8 +34,8 @@ async def recover(runtime: Runtime, lines: Lines, on_ended: Ended) -> None:
     at_once = asyncio.Semaphore(CONVERSATIONS_AT_ONCE)
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
-        async with at_once, lines.enter(conv_id) as line:
-            await settle_conversation(runtime, lines, line, on_ended, runs)
+        async with at_once, queues.enter(conv_id) as queue:
+            await settle_conversation(runtime, queues, queue, on_ended, runs)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
     await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
@@ -43,8 +43,8 @@ async def recover(runtime: Runtime, lines: Lines, on_ended: Ended) -> None:
 
 async def settle_conversation(
     runtime: Runtime,
-    lines: Lines,
-    line: Line,
+    queues: Queues,
+    queue: ConversationQueue,
     on_ended: Ended,
     runs: list[Run],
     *,
@@ -65,12 +65,12 @@ async def settle_conversation(
             waiting = await _keep_awaiting(runtime, run, given_back=given_back)
             approved = any(call.decision == "approved" for call in waiting.calls)
             if (approved or not waiting.pending_calls) and waiting.status == run.status and not runtime.closing:
-                lines.hold(line)
-                lines.work_on(line, waiting)
+                queues.hold(queue)
+                queues.work_on(queue, waiting)
         elif await _accepted(runtime, run) is not None:
-            lines.hold(line)
-    await lines.advance(line)
-    await lines.tell_places(line.conv_id)
+            queues.hold(queue)
+    await queues.advance(queue)
+    await queues.tell_places(queue.conv_id)
 
 
 async def _accepted(runtime: Runtime, run: Run) -> Run | None:
@@ -83,7 +83,10 @@ async def _accepted(runtime: Runtime, run: Run) -> Run | None:
     now_ms = runtime.clock.wall_ms()
     if run.message_id in await runtime.timeline.get(run.conv_id, [run.message_id]):
         return await runtime.store.update(run.run_id, frozenset({"queued"}), {"announced": True}, now_ms)
-    if runtime.token_of is None or now_ms - run.created_at_ms > runtime.limits.accept_within_s * 1000:
+    now_s = runtime.clock.monotonic_s()
+    since_s = runtime.unaccepted_since_s.setdefault(run.run_id, now_s)
+    if runtime.token_of is None or now_s - since_s > runtime.limits.accept_within_s:
+        runtime.unaccepted_since_s.pop(run.run_id, None)
         log.info("prompt %s of %s was not accepted before its process ended: dropped", run.run_id, run.conv_id)
         await runtime.store.discard(run.run_id)
     return None

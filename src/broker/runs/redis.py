@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import orjson
 
 from broker.envelope import topic
-from broker.errors import StoreUnavailable
+from broker.errors import BrokerError, StoreUnavailable
 from broker.redis.connection import RedisConnection
 from broker.runs.memory import MemoryRunStore
 from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
@@ -144,7 +144,13 @@ class RedisRunStore(RedisLeases):
             return await self._change(run.conv_id, operation, before=before)
         except KeyTaken as taken:
             return Prepared(None, record=taken.record)
-        except BaseException:
+        except StoreUnavailable:
+            # Redis may have stored the run and gone away before it said so. The key then still leads to it: dropped, a
+            # repetition would be answered a second time.
+            if mine:
+                await self._keys.settle(name)
+            raise
+        except BrokerError:
             if mine:
                 await self._keys.drop({name: run.conv_id})
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from dataclasses import asdict
 import orjson
 
 from broker.envelope import topic
-from broker.errors import IdempotencyPending
+from broker.errors import IdempotencyPending, StoreError
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.runs.redis_scripts import KEYS_BY_AGE, run_keys
@@ -19,6 +20,9 @@ from broker.runs.store import KeyRecord
 DANGLING_S = 30.0
 """How long a key whose run does not exist is taken for one that is being accepted: longer than the commands between
 claiming the key and storing the run can take while Redis is away, so that no two nodes accept the same prompt."""
+
+SETTLE_S = 0.5
+_NAMES_AT_ONCE = 1000
 
 # KEYS key. ARGV: what it was seen to hold. Deletes the key if it still does.
 _DROP_SEEN = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0")
@@ -88,9 +92,21 @@ class RedisKeys:
 
     async def drop(self, names: Mapping[str, str]) -> None:
         """Forget keys. names: with the conversation of each."""
+        if not names:
+            return
         commands: list[Command] = [("DEL", name, f"{name}:fresh") for name in names]
-        if commands:
-            await self._connection.all([*commands, ("ZREM", KEYS_BY_AGE, *names)], lane="append")
+        listed = list(names)
+        for start in range(0, len(listed), _NAMES_AT_ONCE):
+            commands.append(("ZREM", KEYS_BY_AGE, *listed[start : start + _NAMES_AT_ONCE]))
+        await self._connection.all(commands, lane="append")
+
+    async def settle(self, name: str) -> None:
+        """Note that nobody claims the key any more: from now on it is free unless its run came to be.
+
+        Harmless to leave undone: then it takes as long as a claim of a node that died.
+        """
+        with contextlib.suppress(StoreError):
+            await self._connection.execute([("DEL", f"{name}:fresh")], lane="append", patience_s=SETTLE_S)
 
     async def prune(self, before_ms: int) -> int:
         """Forget the keys used before `before_ms`; return how many."""

@@ -13,6 +13,7 @@ LEASE_S = 10.0
 POKES = "broker:pokes"
 LEFT = "broker:left"
 """A channel, and a hash of what was announced there: conversation -> token under which its node had worked."""
+_LEFT_AT_ONCE = 1000
 
 
 class RedisLeases:
@@ -120,8 +121,10 @@ class RedisLeases:
         tokens = {conv_id: self._tokens[conv_id] for conv_id in conv_ids if conv_id in self._tokens}
         if not tokens:
             return
-        listed = [part for pair in tokens.items() for part in pair]
-        await self._connection.one(("HSET", LEFT, *listed), lane="append")
+        pairs = list(tokens.items())
+        for start in range(0, len(pairs), _LEFT_AT_ONCE):
+            listed = [part for pair in pairs[start : start + _LEFT_AT_ONCE] for part in pair]
+            await self._connection.one(("HSET", LEFT, *listed), lane="append")
         await self._connection.all(
             [RELEASE.command(run_keys(conv_id), (token,)) for conv_id, token in tokens.items()], lane="append"
         )

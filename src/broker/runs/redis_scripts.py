@@ -71,7 +71,8 @@ local out = {state[1] or '0', state[2] or '',
 for _, run in ipairs(open_runs()) do out[#out + 1] = run end
 for _, id in ipairs(ARGV) do out[#out + 1] = redis.call('HGET', KEYS[1], id) end
 return out
-"""
+""",
+    reads=True,
 )
 
 # KEYS as run_keys, change, run-keys. ARGV: revision, state JSON ('' = unchanged), lease to take for so many ms ('' = none),
@@ -81,6 +82,7 @@ COMMIT = Script(
     """
 local made = redis.call('GET', KEYS[6])
 if made then return made end
+if late then return late end
 if (redis.call('HGET', KEYS[4], 'revision') or '0') ~= ARGV[1] then return false end
 redis.call('HINCRBY', KEYS[4], 'revision', 1)
 if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'state', ARGV[2]) end
@@ -108,7 +110,8 @@ for here = at, #ARGV do
 end
 redis.call('SET', KEYS[6], token, 'PX', 60000)
 return token
-"""
+""",
+    recognises=True,
 )
 
 # KEYS as run_keys. ARGV: token, lease in ms. Reply: the revision of the runs, nil if another node took the lease.

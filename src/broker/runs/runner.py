@@ -19,7 +19,7 @@ from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
 from broker.runs.engine import ChatMessage, EnginePlan, EngineProfile, EngineRequest
 from broker.runs.engines import EngineLease
-from broker.runs.foreign import clean_text
+from broker.runs.foreign import clean_json, clean_text, told
 from broker.runs.history import messages_for
 from broker.runs.plan import make_plan, masked, plan_changes
 from broker.runs.run_publisher import RunPublisher
@@ -29,6 +29,8 @@ from broker.runs.tool_round import RoundCall, ToolRound, ignore
 from broker.runs.turn_recorder import TurnRecorder
 
 log = logging.getLogger(__name__)
+
+_DAY_MS = 86_400_000
 
 T = TypeVar("T")
 StopReason = Literal["cancelled", "interrupted", "timeout", "detached", "lost"]
@@ -42,6 +44,15 @@ class RunStopped(Exception):
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """Return an error as a run carries it, whatever an engine put into it: an end that cannot be written is none."""
+    try:
+        described: dict[str, Any] = clean_json(describe(error))
+    except Exception:
+        described = {"code": "internal", "message": told(error)}
+    return described
 
 
 class RunTask:
@@ -118,10 +129,10 @@ class RunTask:
             await self._detach()
             return None
         except BrokerError as exc:
-            status, error = "failed", describe(exc)
+            status, error = "failed", _described(exc)
         except Exception as exc:
             log.exception("run %s of %s failed", self.run.run_id, self.run.conv_id)
-            status, error = "failed", describe(exc)
+            status, error = "failed", _described(exc)
         return await self._end(status, error)
 
     async def _detach(self) -> None:
@@ -319,9 +330,7 @@ class RunTask:
             raise
         except Exception as exc:
             self._runtime.plugins.report(self._lease.plan.engine, "build_engine", exc)
-            raise EngineError(
-                clean_text(f"engine {self._lease.plan.engine!r} failed: {type(exc).__name__}: {str(exc)[:500]}")
-            ) from exc
+            raise EngineError(f"engine {self._lease.plan.engine!r} failed: {told(exc)}") from exc
         finally:
             aclose = getattr(stream, "aclose", None)
             if aclose is not None:
@@ -339,12 +348,12 @@ class RunTask:
         asked_ms = error.fields.get("retry_after_ms")
         delay = limits.retry_delay_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
         if isinstance(asked_ms, int | float) and asked_ms >= 0:
-            delay = asked_ms / 1000
+            delay = min(asked_ms, _DAY_MS) / 1000
         if delay > limits.retry_delay_max_s:
             raise error  # the person should know now, not after minutes of silence
         data = {
             "message": f"the engine failed before its answer began, trying again in {delay:.1f} s: "
-            f"{clean_text(error.message[:300])}",
+            f"{clean_text(str(error.message)[:300])}",
             "level": "warning",
             "fields": {"attempt": attempt, "maxAttempts": limits.max_attempts},
             "runId": self.run.run_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clock import Clock
@@ -31,7 +31,8 @@ END_RETRY_MAX_S = 5.0
 class Runtime:
     """The parts that runs share. closing: the process goes down; nothing is tried again any more.
 
-    token_of, publish_fenced: where several nodes share the store (runs/leases.py).
+    token_of, publish_fenced: where several nodes share the store (runs/leases.py). unaccepted_since_s: since when this node
+    has seen a prompt that is stored and not in the log, by its own steady clock: the clocks of nodes differ.
     """
 
     store: RunStore
@@ -47,6 +48,7 @@ class Runtime:
     closing: bool = False
     token_of: Callable[[str], str | None] | None = None
     publish_fenced: PublishFenced | None = None
+    unaccepted_since_s: dict[str, float] = field(default_factory=dict)
 
     def publish_as_holder(self, conv_id: str) -> Publish:
         """Return what publishes only as long as this node holds the lease on the conversation, where there are leases."""

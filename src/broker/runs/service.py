@@ -6,7 +6,7 @@ Whoever calls has authorised the caller already: nothing in here asks who may do
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from broker.clock import Clock
@@ -21,8 +21,8 @@ from broker.runs.lease_keeper import LeaseKeeper
 from broker.runs.leases import Leases, TakenOver
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles, RunRequest
-from broker.runs.ports import Hold, Plugins, Publish, PublishFenced, TimelineReader
-from broker.runs.queue import Line, Lines
+from broker.runs.ports import ConversationPorts, Plugins
+from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.recovery import recover, settle_conversation
 from broker.runs.runtime import Runtime
 from broker.runs.snapshot import snapshot, state_etag
@@ -34,8 +34,6 @@ from broker.security import Principal
 from broker.settings import Settings
 
 __all__ = ["ActionResult", "RunService", "SendResult"]
-
-Head = Callable[[str], Awaitable[int]]
 
 
 class RunService:
@@ -49,19 +47,12 @@ class RunService:
         plugins: Plugins,
         clock: Clock,
         settings: Settings,
-        publish: Publish,
-        timeline: TimelineReader,
-        hold: Hold | None = None,
-        release: Hold | None = None,
-        head: Head | None = None,
-        publish_fenced: PublishFenced | None = None,
+        conversations: ConversationPorts,
         limits: RunLimits | None = None,
     ) -> None:
-        """store, turns: opened and closed by the caller. publish: must work from `start` until `stop` returned.
+        """store, turns: opened and closed by the caller. limits: None takes them from settings.
 
-        publish_fenced: as `publish`, for runs that are leased. head: tells a conversation's newest seq for its state,
-        None: states say 0. limits: None takes them from settings. Raises PluginError for duplicate engine profiles or
-        tools.
+        Raises PluginError for duplicate engine profiles or tools.
         """
         self.store = store
         self.turns = turns
@@ -74,23 +65,24 @@ class RunService:
             plugins=plugins,
             clock=clock,
             limits=self.limits,
-            publish=publish,
-            timeline=timeline,
+            publish=conversations.publish,
+            timeline=conversations.timeline,
             profiles=EngineProfiles(plugins),
             engines=EngineCache(plugins),
             tools=ToolRunner(plugins),
         )
-        nobody: Hold = lambda _conv_id: None  # noqa: E731
-        self._lines = Lines(self._runtime, hold=hold or nobody, release=release or nobody, on_ended=self._run_ended)
-        self._intake = Intake(self._runtime, self._lines)
-        self._actions = Actions(self._runtime, self._lines, state=self.state, on_ended=self._run_ended)
+        self._queues = Queues(
+            self._runtime, hold=conversations.hold, release=conversations.release, on_ended=self._run_ended
+        )
+        self._intake = Intake(self._runtime, self._queues)
+        self._actions = Actions(self._runtime, self._queues, state=self.state, on_ended=self._run_ended)
         self._leases: LeaseKeeper | None = None
         if isinstance(store, Leases):
-            self._runtime.token_of, self._runtime.publish_fenced = store.token, publish_fenced
-            self._leases = LeaseKeeper(self._runtime, self._lines, store, self._settle_conversation)
+            self._runtime.token_of, self._runtime.publish_fenced = store.token, conversations.publish_fenced
+            self._leases = LeaseKeeper(self._runtime, self._queues, store, self._settle_conversation)
             self._actions.share(store, self._leases)
         self._telling: set[asyncio.Task[None]] = set()
-        self._head = head
+        self._head = conversations.head
         self._accepting = False
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -100,14 +92,14 @@ class RunService:
         if self._accepting:
             return
         self._runtime.closing = False
-        self._lines.broken.clear()
+        self._queues.broken.clear()
         # Observers are told beside it: one that stalls must not keep the server from starting.
         if self._leases is not None:
             # First, so that the leases of what is found are prolonged while the rest is still being settled.
             self._leases.start()
             await self._leases.look(at_start=True)
         else:
-            await recover(self._runtime, self._lines, self._tell_ended)
+            await recover(self._runtime, self._queues, self._tell_ended)
         self._accepting = True
 
     async def stop(self, *, drain_s: float = 5.0) -> None:
@@ -117,13 +109,13 @@ class RunService:
         """
         self._accepting = False
         self._runtime.closing = True
-        for line in self._lines.working:
-            if line.task is not None and line.task.parked:
-                line.task.stop("detached")
+        for queue in self._queues.working:
+            if queue.task is not None and queue.task.parked:
+                queue.task.stop("detached")
         await self._drained(drain_s)
-        for line in self._lines.working:
-            if line.task is not None:
-                line.task.stop("detached" if line.task.parked else "interrupted")
+        for queue in self._queues.working:
+            if queue.task is not None:
+                queue.task.stop("detached" if queue.task.parked else "interrupted")
         await self._drained(self.limits.stop_grace_s + 5.0)
         if busy := {*self._intake.busy, *self._actions.busy, *self._telling}:
             await asyncio.wait(busy, timeout=5.0)
@@ -146,12 +138,12 @@ class RunService:
     @property
     def active(self) -> int:
         """Runs at work in this process, and prompts that are being accepted. 0: nothing of runs goes on."""
-        return len(self._lines.works) + len(self._intake.busy) + len(self._actions.busy)
+        return len(self._queues.works) + len(self._intake.busy) + len(self._actions.busy)
 
     @property
     def at_work(self) -> int:
         """Runs that this process works on, or holds while they await a person's approval."""
-        return self._leases.at_work if self._leases is not None else len(self._lines.working)
+        return self._leases.at_work if self._leases is not None else len(self._queues.working)
 
     async def unsettled(self) -> tuple[list[Run], Mapping[str, str] | None]:
         """Return the runs that have not ended, and the node that works in each conversation; None: there is no other.
@@ -172,8 +164,8 @@ class RunService:
         return {
             **self.store.stats(),
             "engines_built": self._runtime.engines.built,
-            "late_drafts_refused": self._lines.refused,
-            "runs_active": len(self._lines.working),
+            "late_drafts_refused": self._queues.refused,
+            "runs_active": len(self._queues.working),
         }
 
     # -- prompts ----------------------------------------------------------------------------------------------------
@@ -248,14 +240,14 @@ class RunService:
 
     async def erase(self, conv_id: str) -> None:
         """Stop what goes on in a conversation and remove everything of it. Raises StoreError."""
-        async with self._lines.enter(check_conv_id(conv_id)) as line:
+        async with self._queues.enter(check_conv_id(conv_id)) as queue:
             for run in await self.store.queued(conv_id):
                 await self.store.update(
                     run.run_id, frozenset({"queued"}), {"status": "cancelled"}, self._clock.wall_ms()
                 )
-            work = line.work
-            if line.task is not None:
-                line.task.stop("cancelled")
+            work = queue.work
+            if queue.task is not None:
+                queue.task.stop("cancelled")
         if work is not None:
             await asyncio.wait({work}, timeout=self.limits.stop_grace_s + 5.0)
         self.forget(conv_id)
@@ -264,11 +256,11 @@ class RunService:
 
     # -- inner ------------------------------------------------------------------------------------------------------
 
-    async def _settle_conversation(self, line: Line, taken: TakenOver) -> None:
+    async def _settle_conversation(self, queue: ConversationQueue, taken: TakenOver) -> None:
         await settle_conversation(
             self._runtime,
-            self._lines,
-            line,
+            self._queues,
+            queue,
             self._tell_ended,
             taken.runs,
             given_back=taken.given_back,
@@ -292,9 +284,9 @@ class RunService:
             if self._leases is not None:
                 await self._leases.leave()
             left_s = deadline_s - asyncio.get_running_loop().time()
-            if not self._lines.works or left_s <= 0:
+            if not self._queues.works or left_s <= 0:
                 return
-            self._lines.came_to_rest.clear()
-            rest = asyncio.create_task(self._lines.came_to_rest.wait())
-            await asyncio.wait({*self._lines.works, rest}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            self._queues.came_to_rest.clear()
+            rest = asyncio.create_task(self._queues.came_to_rest.wait())
+            await asyncio.wait({*self._queues.works, rest}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             rest.cancel()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from broker.errors import InvalidInput, shown
+from broker.errors import InvalidInput, quoted
 
 RunStatus = Literal["queued", "running", "awaiting_tool_approval", "finished", "failed", "cancelled", "interrupted"]
 Decision = Literal["auto", "pending", "approved", "denied"]
@@ -130,7 +130,7 @@ def changed(run: Run, expect: frozenset[RunStatus], changes: Mapping[str, Any], 
     status = changes.get("status", run.status)
     if status != run.status and status not in TRANSITIONS[run.status]:
         raise InvalidInput(
-            f"run {run.run_id} cannot go from {run.status} to {shown(status)}; "
+            f"run {run.run_id} cannot go from {run.status} to {quoted(status)}; "
             f"from there it may go to: {', '.join(sorted(TRANSITIONS[run.status])) or 'nowhere, it has ended'}"
         )
     if all(getattr(run, key) == value for key, value in changes.items()):

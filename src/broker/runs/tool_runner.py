@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 from jsonschema import Draft202012Validator
 
-from broker.errors import shown
+from broker.errors import quoted
 from broker.runs.engine import ToolCall, ToolSpec
-from broker.runs.foreign import clean_text, unusable
+from broker.runs.foreign import clean_text, told, unusable
 from broker.runs.plan import check_schema, check_unique
 from broker.runs.ports import Plugins
 from broker.runs.tools import Tool, ToolContext, ToolResult
@@ -90,11 +90,11 @@ class ToolRunner:
         entry = self._entries.get(call.name) if call.name in offered else None
         if entry is None:
             known = [name for name in offered if name in self._entries]
-            return f"tool {shown(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
+            return f"tool {quoted(call.name)} does not exist; tools: {', '.join(sorted(known)) or 'none'}"
         try:
             error = next(iter(entry.validator.iter_errors(dict(call.input))), None)
         except Exception as exc:  # a schema that cannot be applied: a reference to nowhere, an endless pattern
-            return f"input of {call.name} cannot be checked: {_told(exc)}"
+            return f"input of {call.name} cannot be checked: {told(exc)}"
         if error is None:
             return None
         where = ".".join(str(part) for part in error.absolute_path)
@@ -111,7 +111,7 @@ class ToolRunner:
         """
         entry = self._entries.get(call.name)
         if entry is None:
-            return failed(f"tool {shown(call.name)} was unloaded")
+            return failed(f"tool {quoted(call.name)} was unloaded")
         tool = entry.tool
         try:
             async with asyncio.timeout(tool.timeout_s) as limit:
@@ -126,7 +126,7 @@ class ToolRunner:
 
     def _raised(self, entry: _Entry, exc: Exception) -> ToolOutcome:
         self._plugins.report(entry.plugin, "register_tools", exc)
-        return failed(f"tool {entry.tool.name} failed: {_told(exc)}")
+        return failed(f"tool {entry.tool.name} failed: {told(exc)}")
 
     async def _call(self, entry: _Entry, tool_input: Mapping[str, Any], context: ToolContext) -> ToolResult:
         call = entry.tool.call
@@ -179,15 +179,6 @@ async def _in_thread(slots: list[asyncio.Semaphore], fn: Any) -> Any:
     context = contextvars.copy_context()
     threading.Thread(target=lambda: context.run(work), name="tool", daemon=True).start()
     return await future
-
-
-def _told(exc: Exception) -> str:
-    """Return what an exception says, however badly it is made."""
-    try:
-        text = str(exc)
-    except Exception:
-        text = "its text cannot be read"
-    return f"{type(exc).__name__}: {text[:500]}"
 
 
 def _limited(tool: Tool, value: ToolResult, max_bytes: int) -> ToolOutcome:

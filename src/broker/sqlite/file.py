@@ -7,7 +7,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from broker.errors import ForeignDatabase, NewerDatabase, StoreError, StoreUnavailable, shown
+from broker.errors import ForeignDatabase, NewerDatabase, StoreError, StoreUnavailable, quoted
 
 APPLICATION_ID = 0x43425231  # "CBR1": PRAGMA application_id of our files, bytes 68-71 of the header
 FORMAT_VERSION = 1  # PRAGMA user_version, bytes 60-63: raised only when older brokers must refuse the file
@@ -91,7 +91,7 @@ def check_ours(path: str) -> None:
 def _check_header(path: str, header: bytes) -> None:
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
         raise ForeignDatabase(
-            f"{path} is not a SQLite database (it starts with {shown(header[:16])}): nothing was changed; "
+            f"{path} is not a SQLite database (it starts with {quoted(header[:16])}): nothing was changed; "
             "name another file, or restore a backup if this was the broker's database",
             path=path,
         )

@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from broker.envelope import Envelope
-from broker.errors import shown
+from broker.errors import quoted
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import Fold, LateEnvelope, TimelineHandler, new_entity
 from broker.timeline.text import Text
@@ -49,7 +49,7 @@ RUN_FINAL = frozenset({"finished", "failed", "cancelled", "interrupted"})
 
 
 def _wrong(envelope: Envelope, key: str, value: object, wanted: str) -> ValueError:
-    return ValueError(f"{envelope.type}: {key} is {shown(value)}, {wanted} is required")
+    return ValueError(f"{envelope.type}: {key} is {quoted(value)}, {wanted} is required")
 
 
 def _text(envelope: Envelope, key: str) -> str:
@@ -87,7 +87,7 @@ def _existing(entities: Entities, envelope: Envelope, kind: str, entity_id: str 
     """
     entity = entities.get(entity_id or envelope.id)
     if entity is not None and entity.kind != kind:
-        raise ValueError(f"{envelope.type}: {shown(entity.id)} is the id of a {entity.kind}, not of a {kind}")
+        raise ValueError(f"{envelope.type}: {quoted(entity.id)} is the id of a {entity.kind}, not of a {kind}")
     return entity
 
 
@@ -120,7 +120,7 @@ def _open_text(entities: Entities, envelope: Envelope, kind: str) -> Entity:
         props: dict[str, Any] = {"role": "assistant"} if kind == "message" else {}
         entity = new_entity(envelope, kind, growing=True, **props, text=Text(), streaming=True)
     elif not entity.growing:
-        raise LateEnvelope(f"{envelope.type}: {kind} {shown(entity.id)} is final")
+        raise LateEnvelope(f"{envelope.type}: {kind} {quoted(entity.id)} is final")
     return entity
 
 
@@ -181,7 +181,7 @@ def fold_user_message(entities: Entities, envelope: Envelope) -> Iterable[Entity
     if entity is None:
         return (new_entity(envelope, "message", **{"role": "user", **props}),)
     if entity.props.get("role") != "user":
-        raise ValueError(f"user.message: {shown(entity.id)} is the id of a message of another role")
+        raise ValueError(f"user.message: {quoted(entity.id)} is the id of a message of another role")
     return (entity.changed(**props),)
 
 
@@ -211,7 +211,7 @@ def _open_tool(entities: Entities, envelope: Envelope, *, after_denial: bool = F
         entity = new_entity(envelope, "tool_call", name="", input={}, status="running")
     status = entity.props.get("status")
     if status in TOOL_FINAL or (status == "denied" and not after_denial):
-        raise LateEnvelope(f"{envelope.type}: tool call {shown(entity.id)} is over: {status}")
+        raise LateEnvelope(f"{envelope.type}: tool call {quoted(entity.id)} is over: {status}")
     return entity.changed(**_optional(envelope, RUN_ID))
 
 
@@ -261,7 +261,7 @@ def fold_tool_approval_requested(entities: Entities, envelope: Envelope) -> Iter
     props = _optional(envelope, *CALL)
     entity = _open_tool(entities, envelope)
     if entity.props.get("status") == "approved":
-        raise LateEnvelope(f"{envelope.type}: tool call {shown(entity.id)} is already approved")
+        raise LateEnvelope(f"{envelope.type}: tool call {quoted(entity.id)} is already approved")
     if "input" in props:
         entity = _with_input(entity, props["input"])
     return (_calm(entity).changed(**{**props, "status": "awaiting_approval"}),)
@@ -272,7 +272,7 @@ def _fold_tool_decision(status: str, who: str) -> Fold:
         by = _optional(envelope, ("by", str, "a string"))
         entity = _open_tool(entities, envelope)
         if entity.props.get("status") == "approved":
-            raise LateEnvelope(f"{envelope.type}: tool call {shown(entity.id)} is already approved")
+            raise LateEnvelope(f"{envelope.type}: tool call {quoted(entity.id)} is already approved")
         props = {who: by["by"]} if by else {}
         return (_calm(entity).changed(**{**props, "status": status}),)
 
@@ -336,9 +336,9 @@ def fold_run(entities: Entities, envelope: Envelope) -> Iterable[Entity]:
         entity = new_entity(envelope, "run", id=run_id)
     present = entity.props.get("status")
     if present in RUN_FINAL:
-        raise LateEnvelope(f"{envelope.type}: run {shown(run_id)} is over: {present}")
+        raise LateEnvelope(f"{envelope.type}: run {quoted(run_id)} is over: {present}")
     if present == "running" and status == "queued":
-        raise LateEnvelope(f"{envelope.type}: run {shown(run_id)} has already started")
+        raise LateEnvelope(f"{envelope.type}: run {quoted(run_id)} has already started")
     if status != "queued":
         entity = _without(entity, "position")
     said = {key: value for key, value in envelope.data.items() if key != "runId" and value is not None}

@@ -122,7 +122,8 @@ while #out < 2 * limit do
   from = '(' .. members[#members]
 end
 return out
-"""
+""",
+    reads=True,
 )
 
 

@@ -10,7 +10,7 @@ import orjson
 
 from broker.channels import Channel, EventType
 from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, shown
+from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -50,7 +50,8 @@ class Catalog:
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
         self.switched_on: set[str] = set()
-        for name in debug_channels_on:
+        self._on_by_setting = frozenset(debug_channels_on)
+        for name in self._on_by_setting:
             self.switch(name, on=True)
 
     def _fill(self, target: dict[str, T], builtin: Iterable[T], hook: str, name_of: Callable[[T], str]) -> None:
@@ -139,6 +140,22 @@ class Catalog:
         else:
             self.switched_on.discard(name)
 
+    def on_by_setting(self, name: str) -> bool:
+        """Say whether a debug channel is on as long as nobody has switched it."""
+        return name in self._on_by_setting
+
+    def obey(self, switches: Mapping[str, bool]) -> list[tuple[str, bool]]:
+        """Switch every debug channel as `switches` says, or as the settings say; return those that changed, and to what."""
+        changed = []
+        for name, channel in self.channels.items():
+            if not channel.switchable:
+                continue
+            wanted = switches.get(name, self.on_by_setting(name))
+            if wanted != self.is_on(channel):
+                self.switch(name, on=wanted)
+                changed.append((name, wanted))
+        return changed
+
 
 def checked_fold(handler: TimelineHandler) -> Fold:
     """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
@@ -152,10 +169,10 @@ def checked_fold(handler: TimelineHandler) -> Fold:
         named = keys(envelope)
         for entity in changed:
             if not isinstance(entity, Entity):
-                raise PluginError(f"fold of {envelope.type} returned {shown(entity)}: entities are required")
+                raise PluginError(f"fold of {envelope.type} returned {quoted(entity)}: entities are required")
             if entity.id not in named:
                 raise PluginError(
-                    f"fold of {envelope.type} returned the entity {shown(entity.id)}, which its keys do not name"
+                    f"fold of {envelope.type} returned the entity {quoted(entity.id)}, which its keys do not name"
                 )
             settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
             try:

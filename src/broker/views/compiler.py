@@ -6,7 +6,7 @@ import hashlib
 
 import orjson
 
-from broker.errors import InvalidInput, PermissionDenied, shown
+from broker.errors import InvalidInput, PermissionDenied, quoted
 from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.security import Principal
@@ -88,7 +88,7 @@ class ViewCompiler:
         signed = [entry for entry in entries if entry.startswith(("+", "-"))]
         if signed and len(signed) != len(entries):
             raise InvalidInput(
-                f"channels={shown(channels)} mixes names with +name/-name: give either a list or only changes",
+                f"channels={quoted(channels)} mixes names with +name/-name: give either a list or only changes",
                 parameter="channels",
             )
         for entry in entries:
@@ -119,7 +119,7 @@ class ViewCompiler:
             key=digest,
             profile=profile,
             channels=events,
-            state=state,
+            shows_state=state,
             slow=profile.slow,
             filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
             transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import orjson
 
 from broker.envelope import TIMELINE, Envelope, encode_json
 from broker.timeline.entity import Entity
+from broker.views.view import View
 
 
 def event_frame(envelope: Envelope, prev: int) -> bytes:
@@ -79,3 +81,32 @@ def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, conne
     """Return the frame that voids a client's position: it counts again from `start`; `oldest_seq` is still to be had."""
     data = {"reason": reason, "epoch": epoch, "oldestSeq": str(oldest_seq), "from": str(start)}
     return control_message("ws.reset", data, connection_id)
+
+
+def state_messages(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
+    """Return the upserts of `entities` as this view shows them; none where it has no state."""
+    if not view.shows_state:
+        return []
+    envelopes = [upsert_envelope(conv_id, entity) for entity in entities]
+    return shown_upserts(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
+
+
+def shown_upserts(view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
+    """Return upserts, given with their frames as they are, as this view shows them."""
+    messages = []
+    for envelope, frame in upserts:
+        shown = view.show_state(envelope)
+        if shown is not None:
+            messages.append(Message(frame if shown is envelope else state_frame(shown)))
+    return messages
+
+
+def entities_as_shown(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Entity]:
+    """Return entities as a view with filters or transforms shows them; hidden ones are left out."""
+    shown = []
+    for entity in entities:
+        seen = view.show_state(upsert_envelope(conv_id, entity))
+        if seen is not None:
+            props = seen.data.get("entity", {}).get("props", {})
+            shown.append(replace(entity, props=props))
+    return shown

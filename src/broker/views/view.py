@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from broker.channels import Merge
 from broker.envelope import TIMELINE, Envelope
-from broker.errors import shown
+from broker.errors import quoted
 from broker.profiles import Profile, SlowPolicy
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,14 @@ MERGED_BYTES_MAX = (
 class View:
     """What one kind of connection sees. `key` names it: equal keys, equal frames.
 
-    channels: event channels in it. state: whether timeline upserts are in it. plain: whether the channel alone decides
+    channels: event channels in it. shows_state: whether timeline upserts are in it. plain: whether the channel alone decides
     what it shows, and everything is shown as it is.
     """
 
     key: str
     profile: Profile
     channels: frozenset[str]
-    state: bool
+    shows_state: bool
     slow: SlowPolicy
     filters: tuple[Filter, ...]
     transforms: tuple[Transform, ...]
@@ -45,7 +45,7 @@ class View:
     @property
     def channel_names(self) -> list[str]:
         """Every channel of the view, state ones included, sorted."""
-        return sorted(self.channels | ({TIMELINE} if self.state else set()))
+        return sorted(self.channels | ({TIMELINE} if self.shows_state else set()))
 
     def admits(self, envelope: Envelope) -> bool:
         """Decide whether this view shows an envelope. A filter that raises withholds it (I9)."""
@@ -96,7 +96,7 @@ class View:
 
     def show_state(self, upsert: Envelope) -> Envelope | None:
         """Return a timeline upsert as this view shows it, None where a filter hides it or the view has no state."""
-        if not self.state or (self.filters and not self._passes(upsert)):
+        if not self.shows_state or (self.filters and not self._passes(upsert)):
             return None
         return self.shape(upsert) if self.transforms else upsert
 
@@ -133,7 +133,7 @@ class View:
             if data is None:
                 return None
             if not isinstance(data, Mapping):
-                raise TypeError(f"returned {shown(data)}: an object is required")
+                raise TypeError(f"returned {quoted(data)}: an object is required")
             return second.with_data(data)
         except Exception:
             logger.exception("merge of %s failed; sent unmerged", second.type)

@@ -14,14 +14,14 @@ from fastapi import APIRouter, Path, Request
 from pydantic import Field, TypeAdapter
 from starlette.responses import Response
 
+from broker.api import ActionResult
+from broker.api.prompts import Acting
 from broker.envelope import check_conv_id
 from broker.errors import LimitExceeded
-from broker.runs.service import ActionResult
-from broker.security import Principal
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api, idempotency_key
-from transports.http.chat import may_send, send_answer
+from transports.http.chat import send_answer
 
 STATE_BURST = 20
 _MAX_CALLERS = 10_000
@@ -94,19 +94,18 @@ class PollLimit:
 def actions_router(api: Api) -> APIRouter:
     """Return the routes below `/api/conversations/{conv_id}`."""
     router = APIRouter(prefix="/api/conversations/{conv_id}", tags=["actions"], responses=PROBLEMS)
-    runs = api.broker.runs
+    prompts = api.doors.prompts
     polls = PollLimit(api.settings.state_poll_interval_s)
 
-    async def actor(request: Request, conv_id: str) -> Principal:
-        return await api.permitted(request, "act", check_conv_id(conv_id))
+    async def acting(request: Request, conv_id: str) -> Acting:
+        return await prompts.acting(await api.caller(request), conv_id)
 
     @router.post("/actions/send_message", openapi_extra=json_body(_SEND), responses={202: {"description": "queued"}})
     async def send_message(request: Request, conv_id: ConvId) -> Response:
         """Send a prompt, as `POST /chat` does; the answer holds the whole state beside."""
         principal = await api.caller(request)
         asked = await api.body(request, _SEND)
-        await may_send(api, principal, conv_id)
-        result = await runs.send(
+        result, state = await prompts.send_for_state(
             principal,
             conv_id,
             asked.prompt,
@@ -114,51 +113,50 @@ def actions_router(api: Api) -> APIRouter:
             overrides=asked.overrides,
             idempotency_key=idempotency_key(request, asked.idempotency_key),
         )
-        answer = {**send_answer(result), "state": await runs.state(result.conv_id)}
+        answer = {**send_answer(result), "state": state}
         return json_response(answer, 202 if result.status == "queued" else 200)
 
     @router.post("/actions/approve_tools", openapi_extra=json_body(_DECISION))
     async def approve_tools(request: Request, conv_id: ConvId) -> Response:
         """Approve tool calls that wait. Approving twice, or a call of the past, is harmless and says so."""
-        principal = await actor(request, conv_id)
+        actor = await acting(request, conv_id)
         asked = await api.body(request, _DECISION)
-        return _answer(await runs.approve_tools(conv_id, asked.call_ids, principal.subject))
+        return _answer(await actor.approve_tools(asked.call_ids))
 
     @router.post("/actions/deny_tools", openapi_extra=json_body(_DECISION))
     async def deny_tools(request: Request, conv_id: ConvId) -> Response:
         """Deny tool calls that wait; the model is told, and the run goes on."""
-        principal = await actor(request, conv_id)
+        actor = await acting(request, conv_id)
         asked = await api.body(request, _DECISION)
-        return _answer(await runs.deny_tools(conv_id, asked.call_ids, principal.subject))
+        return _answer(await actor.deny_tools(asked.call_ids))
 
     @router.post("/actions/cancel", openapi_extra=json_body(_CANCEL))
     async def cancel(request: Request, conv_id: ConvId) -> Response:
         """Stop a run or withdraw a waiting prompt; what has ended already stays as it is."""
-        await actor(request, conv_id)
+        actor = await acting(request, conv_id)
         asked = await api.body(request, _CANCEL)
-        return _answer(await runs.cancel(conv_id, asked.run_id))
+        return _answer(await actor.cancel(asked.run_id))
 
     @router.post("/actions/withdraw", openapi_extra=json_body(_QUEUED))
     async def withdraw(request: Request, conv_id: ConvId) -> Response:
         """Take a waiting prompt back; one that is being answered already is not touched, and the answer says so."""
-        await actor(request, conv_id)
+        actor = await acting(request, conv_id)
         asked = await api.body(request, _QUEUED)
-        return _answer(await runs.withdraw(conv_id, asked.run_id))
+        return _answer(await actor.withdraw(asked.run_id))
 
     @router.post("/actions/move_to_front", openapi_extra=json_body(_QUEUED))
     async def move_to_front(request: Request, conv_id: ConvId) -> Response:
         """Make a waiting prompt the next one."""
-        await actor(request, conv_id)
+        actor = await acting(request, conv_id)
         asked = await api.body(request, _QUEUED)
-        return _answer(await runs.move_to_front(conv_id, asked.run_id))
+        return _answer(await actor.move_to_front(asked.run_id))
 
     @router.get("/state", responses={304: {"description": "nothing changed"}})
     async def state(request: Request, conv_id: ConvId) -> Response:
         """Return status, queue, runs and timeline head; 304 where `If-None-Match` has the present ETag."""
-        principal = await api.permitted(request, "read", check_conv_id(conv_id))
-        polls.take(principal.subject, conv_id)
-        found = await runs.state(conv_id)
-        etag = runs.state_etag(found)
+        principal = await api.caller(request)
+        polls.take(principal.subject, check_conv_id(conv_id))
+        found, etag = await prompts.state(principal, conv_id)
         headers = {"etag": etag, "cache-control": "private, no-cache"}
         offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         if etag in offered or "*" in offered:
@@ -168,8 +166,7 @@ def actions_router(api: Api) -> APIRouter:
     @router.delete("", status_code=204)
     async def erase(request: Request, conv_id: ConvId) -> Response:
         """Erase a conversation everywhere: log, timeline, turns, queue. Erasing what does not exist is no error."""
-        await api.permitted(request, "erase", check_conv_id(conv_id))
-        await api.broker.erase(conv_id)
+        await prompts.erase(await api.caller(request), conv_id)
         return Response(status_code=204)
 
     return router

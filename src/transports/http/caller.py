@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.requests import HTTPConnection
 
-from broker.errors import AuthenticationFailed, Unavailable, shown
-from broker.security import Action, Credentials, Principal
+from broker.api import Doors
+from broker.errors import AuthenticationFailed, Unavailable, quoted
+from broker.security import Credentials, Principal
 from transports.http.body import read_json
 from transports.http.problems import HttpProblem
-
-if TYPE_CHECKING:
-    from broker.broker import ConversationWSBroker
 
 T = TypeVar("T")
 
@@ -26,31 +24,26 @@ MAX_KEY_CHARS = 256
 
 
 class Api:
-    """What the handlers of one mounted API share: its broker, and how to read a caller's request.
+    """What the handlers of one mounted API share: the doors of its broker, and how to read a caller's request.
 
     A context instead of `app.state` or globals: the same routers serve several brokers in one process.
     """
 
-    def __init__(self, broker: ConversationWSBroker) -> None:
-        self.broker = broker
-        self.settings = broker.settings
+    def __init__(self, doors: Doors) -> None:
+        self.doors = doors
+        self.settings = doors.settings
 
     async def caller(self, connection: HTTPConnection) -> Principal:
         """Return who is asking. Raises AuthenticationFailed, Unavailable, HttpProblem for a token in the wrong place."""
-        if not self.broker.lifecycle.started:
-            if self.broker.lifecycle.start_problem is not None:
-                raise Unavailable(f"the broker cannot start yet: {self.broker.lifecycle.start_problem}")
+        phase = self.doors.phase
+        if not phase.started:
+            if phase.start_problem is not None:
+                raise Unavailable(f"the broker cannot start yet: {phase.start_problem}")
             raise Unavailable(
                 "the broker is not started (yet); if this app is mounted in another one, that one has to start it: "
                 "FastAPI(lifespan=lifespan_of(app))"
             )
-        return await self.broker.access.authenticate(credentials_of(connection))
-
-    async def permitted(self, connection: HTTPConnection, action: Action, conv_id: str | None = None) -> Principal:
-        """Return who is asking, who may do `action`. Raises AuthenticationFailed, PermissionDenied."""
-        principal = await self.caller(connection)
-        await self.broker.access.authorize(principal, action, conv_id)
-        return principal
+        return await self.doors.access.authenticate(credentials_of(connection))
 
     async def body(self, request: Request, adapter: TypeAdapter[T]) -> T:
         """Return the request's JSON body (see `read_json`)."""
@@ -105,14 +98,14 @@ def idempotency_key(request: Request, field: str | None) -> str | None:
         raise HttpProblem(
             400,
             "two-idempotency-keys",
-            f"header Idempotency-Key is {shown(header)} and field idempotency_key is {shown(field)}: give one of them",
+            f"header Idempotency-Key is {quoted(header)} and field idempotency_key is {quoted(field)}: give one of them",
         )
     key = header if header is not None else field
     if key is not None and not (0 < len(key) <= MAX_KEY_CHARS and key.isprintable()):
         raise HttpProblem(
             400,
             "invalid-idempotency-key",
-            f"idempotency key {shown(key)} is not usable: 1 to {MAX_KEY_CHARS} printable characters",
+            f"idempotency key {quoted(key)} is not usable: 1 to {MAX_KEY_CHARS} printable characters",
         )
     return key
 

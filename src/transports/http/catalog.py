@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from transports.http.answers import with_etag
 from transports.http.caller import PROBLEMS, Api
-
-_PUBLIC_PLUGIN_FIELDS = ("name", "version", "description", "enabled")
 
 
 def catalog_router(api: Api) -> APIRouter:
@@ -21,27 +17,24 @@ def catalog_router(api: Api) -> APIRouter:
     async def profiles(request: Request) -> Response:
         """Return the profiles that the caller may choose."""
         principal = await api.caller(request)
-        return with_etag(request, {"profiles": api.broker.outside.profiles(principal)})
+        return with_etag(request, {"profiles": api.doors.offers.profiles(principal)})
 
     @router.get("/api/channels")
     async def channels(request: Request) -> Response:
         """Return the channels that the caller may see."""
         principal = await api.caller(request)
-        return with_etag(request, {"channels": api.broker.outside.channels(principal)})
+        return with_etag(request, {"channels": api.doors.offers.channels(principal)})
 
     @router.get("/api/engine-profiles")
     async def engine_profiles(request: Request) -> Response:
         """Return the engine profiles, the default first; secret values are masked."""
         await api.caller(request)
-        return with_etag(request, {"engineProfiles": api.broker.runs.engine_profiles()})
+        return with_etag(request, {"engineProfiles": api.doors.offers.engine_profiles()})
 
     @router.get("/api/plugins")
     async def plugins(request: Request) -> Response:
         """Return the loaded plugins. Where they come from, their errors and timings only with `debug` permission."""
         principal = await api.caller(request)
-        described: list[dict[str, Any]] = api.broker.plugins.describe()
-        if not principal.may("debug"):
-            described = [{key: one[key] for key in _PUBLIC_PLUGIN_FIELDS if key in one} for one in described]
-        return with_etag(request, {"plugins": described})
+        return with_etag(request, {"plugins": api.doors.offers.plugins(principal)})
 
     return router

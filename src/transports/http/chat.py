@@ -8,9 +8,7 @@ from fastapi import APIRouter, Path, Request
 from pydantic import Field, TypeAdapter
 from starlette.responses import Response
 
-from broker.envelope import check_conv_id
-from broker.runs.service import SendResult
-from broker.security import Principal
+from broker.api import SendResult
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api, idempotency_key
@@ -48,8 +46,7 @@ def chat_router(api: Api) -> APIRouter:
     async def take(request: Request, engine_profile: str | None) -> Response:
         principal = await api.caller(request)
         asked = await api.body(request, _CHAT)
-        await may_send(api, principal, asked.conv_id)
-        result = await api.broker.runs.send(
+        result = await api.doors.prompts.send(
             principal,
             asked.conv_id,
             asked.prompt,
@@ -60,19 +57,6 @@ def chat_router(api: Api) -> APIRouter:
         return json_response(send_answer(result), 202 if result.status == "queued" else 200)
 
     return router
-
-
-async def may_send(api: Api, principal: Principal, conv_id: str | None) -> None:
-    """Return if the caller may send prompts there, and may begin the conversation where it does not exist yet.
-
-    Raises InvalidConversationId, PermissionDenied, StoreUnavailable.
-    """
-    if conv_id is not None:
-        check_conv_id(conv_id)
-    await api.broker.access.authorize(principal, "send", conv_id)
-    api.broker.availability.admit()
-    if conv_id is None or not (await api.broker.head(conv_id)).exists:
-        await api.broker.access.authorize(principal, "create", conv_id)
 
 
 def send_answer(result: SendResult) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import TypeAdapter
 from starlette.responses import Response, StreamingResponse
 
+from broker.api.doors import MAX_LIST, ConversationInfo
 from broker.envelope import check_conv_id
-from broker.library import ConversationInfo
-from broker.library.library import MAX_LIST
 from broker.sequence import parse_seq
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body, read_body
@@ -49,7 +48,7 @@ _IMPORT_BODY = {"requestBody": {"required": True, "content": {JSONL: {"schema": 
 def conversations_router(api: Api) -> APIRouter:
     """Return the routes of the library."""
     router = APIRouter(prefix="/api/conversations", tags=["conversations"], responses=PROBLEMS)
-    library = api.broker.library
+    library = api.doors.library
 
     @router.get("")
     async def find(

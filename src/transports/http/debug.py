@@ -8,16 +8,14 @@ from fastapi import APIRouter, Query, Request
 from pydantic import TypeAdapter
 from starlette.responses import Response
 
-from broker.conversations.conversation import Conversation
-from broker.envelope import check_conv_id
-from broker.errors import NotFound, shown
+from broker.api.operators import Operator
 from transports.http.answers import json_response
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api
 
 
 class Switch(Body):
-    """Whether a debug channel is on."""
+    """Whether a debug channel, or a plugin, is on."""
 
     enabled: bool
 
@@ -29,19 +27,19 @@ _SWITCH: TypeAdapter[Switch] = TypeAdapter(Switch)
 def debug_router(api: Api) -> APIRouter:
     """Return the routes of debugging."""
     router = APIRouter(prefix="/api/debug", tags=["debug"], responses=PROBLEMS)
-    broker = api.broker
+
+    async def operator(request: Request, conv_id: str | None = None) -> Operator:
+        return await api.doors.operators.admit(await api.caller(request), conv_id)
 
     @router.get("/conversations")
     async def conversations(request: Request) -> Response:
         """Return the conversations that are open in this process."""
-        await api.permitted(request, "debug")
-        return json_response({"conversations": [_conversation(one) for one in broker.conversations.all()]})
+        return json_response({"conversations": (await operator(request)).conversations()})
 
     @router.get("/nodes")
     async def nodes(request: Request) -> Response:
         """Return the processes that share this store: state, connections, runs, position, lag, worst conversations."""
-        await api.permitted(request, "debug")
-        return json_response(await broker.overview.nodes())
+        return json_response(await (await operator(request)).nodes())
 
     @router.get("/connections")
     async def connections(
@@ -53,11 +51,8 @@ def debug_router(api: Api) -> APIRouter:
         limit: Limit = 100,
     ) -> Response:
         """Return the connections of all nodes, those that are behind first: view, position, how far behind, status."""
-        await api.permitted(request, "debug", conv_id)
-        found = await broker.overview.connections(
-            conv_id=conv_id, node=node, status=status, subject=subject, limit=limit
-        )
-        return json_response(found)
+        asking = await operator(request, conv_id)
+        return json_response(await asking.connections(node=node, status=status, subject=subject, limit=limit))
 
     @router.get("/runs")
     async def runs(
@@ -68,8 +63,8 @@ def debug_router(api: Api) -> APIRouter:
         limit: Limit = 100,
     ) -> Response:
         """Return the runs that have not ended: conversation, status, since when, and the node that works on each."""
-        await api.permitted(request, "debug", conv_id)
-        return json_response(await broker.overview.runs(conv_id=conv_id, node=node, status=status, limit=limit))
+        asking = await operator(request, conv_id)
+        return json_response(await asking.runs(node=node, status=status, limit=limit))
 
     @router.get("/dead-letters")
     async def dead_letters(request: Request, conv_id: str, limit: Limit = 100) -> Response:
@@ -77,69 +72,58 @@ def debug_router(api: Api) -> APIRouter:
 
         The newest 1,000 are kept; `forgotten` says how many came before those.
         """
-        await api.permitted(request, "debug", check_conv_id(conv_id))
-        letters = await broker.stores.timeline.dead_letters(conv_id, limit=limit)
+        asking = await operator(request, conv_id)
         return json_response(
-            {
-                "deadLetters": [{"seq": str(one.seq), "type": one.type, "error": one.error} for one in letters],
-                "forgotten": await broker.stores.timeline.dead_letters_forgotten(conv_id),
-            }
+            {"deadLetters": await asking.dead_letters(limit=limit), "forgotten": await asking.dead_letters_forgotten()}
         )
 
     @router.get("/plugins")
     async def plugins(request: Request) -> Response:
         """Return the plugins with their source, hooks, errors and time spent."""
-        await api.permitted(request, "debug")
-        return json_response({"plugins": broker.plugins.describe()})
+        return json_response({"plugins": (await operator(request)).plugins()})
+
+    @router.post("/plugins/{name}/release")
+    async def release_plugin(request: Request, name: str) -> Response:
+        """Take a plugin's hooks out of quarantine in the process that answers: once what was wrong has been mended."""
+        return json_response((await operator(request)).release_plugin(name))
+
+    @router.post("/plugins/{name}", openapi_extra=json_body(_SWITCH))
+    async def switch_plugin(request: Request, name: str) -> Response:
+        """Switch a plugin on or off in the process that answers, until it ends. What it registered at start stays."""
+        asking = await operator(request)
+        wanted = await api.body(request, _SWITCH)
+        return json_response(asking.switch_plugin(name, on=wanted.enabled))
 
     @router.get("/turns")
     async def turns(request: Request, conv_id: str, limit: Limit = 100) -> Response:
         """Return the recorded turns of a conversation, the newest first."""
-        await api.permitted(request, "debug", check_conv_id(conv_id))
-        recorded = await broker.stores.turns.turns(conv_id, limit=limit)
-        return json_response({"turns": [_turn(turn) for turn in recorded]})
+        asking = await operator(request, conv_id)
+        return json_response({"turns": [_turn(turn) for turn in await asking.turns(limit=limit)]})
 
     @router.get("/turns/{turn_id}")
     async def turn(request: Request, turn_id: str, conv_id: str) -> Response:
         """Return one recorded turn with its content: what a `turn.snapshot` event refers to."""
-        await api.permitted(request, "debug", check_conv_id(conv_id))
-        found = await broker.stores.turns.get(conv_id, turn_id)
-        if found is None:
-            raise NotFound(f"conversation {conv_id!r} has no turn {shown(turn_id)}, or it is past its retention")
-        return json_response(_turn(found))
+        asking = await operator(request, conv_id)
+        return json_response(_turn(await asking.turn(turn_id)))
 
     @router.get("/channels")
     async def channels(request: Request) -> Response:
         """Return the debug channels: whether they are on, since when, and who switched them."""
-        await api.permitted(request, "debug")
-        return json_response(await broker.overview.channels())
+        return json_response(await (await operator(request)).channels())
 
     @router.post("/channels/{name}", openapi_extra=json_body(_SWITCH))
     async def switch_channel(request: Request, name: str) -> Response:
         """Switch a debug channel on or off, for every conversation on every node, until it is switched again."""
-        principal = await api.permitted(request, "debug")
+        asking = await operator(request)
         wanted = await api.body(request, _SWITCH)
-        return json_response(await broker.overview.switch(name, on=wanted.enabled, by=principal.subject))
+        return json_response(await asking.switch_channel(name, on=wanted.enabled))
 
     @router.delete("/channels/{name}")
     async def withdraw_switch(request: Request, name: str) -> Response:
         """Forget how a debug channel was switched: each node's own setting holds again."""
-        principal = await api.permitted(request, "debug")
-        return json_response(await broker.overview.switch(name, on=None, by=principal.subject))
+        return json_response(await (await operator(request)).switch_channel(name, on=None))
 
     return router
-
-
-def _conversation(conversation: Conversation) -> dict[str, Any]:
-    return {
-        "convId": conversation.conv_id,
-        "epoch": conversation.epoch,
-        "position": str(conversation.position),
-        "connections": conversation.subscriptions,
-        "inUse": conversation.in_use,
-        "lateEnvelopes": conversation.timeline.late,
-        "deadLetters": conversation.timeline.dead_letters,
-    }
 
 
 def _turn(turn: Any) -> dict[str, Any]:

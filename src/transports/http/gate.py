@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from broker.errors import shown
+from broker.errors import quoted
 from broker.settings import Settings
 from transports.http.problems import MEDIA_TYPE, HttpProblem, problem_document, response_of
 
@@ -51,7 +51,7 @@ def foreign(headers: Mapping[str, str], settings: Settings) -> HttpProblem | Non
         return HttpProblem(
             403,
             "foreign-host",
-            f"this server is not reached as {shown(host)}: use a loopback name, or start it with "
+            f"this server is not reached as {quoted(host)}: use a loopback name, or start it with "
             f"BROKER_ALLOWED_HOSTS={_name_of(host) or 'name'} if that name is yours",
         )
     origin = headers.get("origin")
@@ -62,7 +62,7 @@ def foreign(headers: Mapping[str, str], settings: Settings) -> HttpProblem | Non
     return HttpProblem(
         403,
         "foreign-origin",
-        f"pages of {shown(origin)} may not use this server; if they are yours, start it with "
+        f"pages of {quoted(origin)} may not use this server; if they are yours, start it with "
         f"BROKER_ALLOWED_ORIGINS={origin[:80]}",
     )
 

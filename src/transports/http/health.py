@@ -26,7 +26,7 @@ def health_router(api: Api) -> APIRouter:
     @router.get("/readyz", responses={503: {"description": "not ready; the body names the failed checks"}})
     async def readiness() -> Response:
         """Answer 200 when new clients can be served, else 503 with what is wrong by check."""
-        wrong = await api.broker.readiness()
+        wrong = await api.doors.readiness()
         if wrong:
             return json_response({"status": "not ready", "checks": wrong}, 503, {"retry-after": "2"})
         return json_response({"status": "ready"})

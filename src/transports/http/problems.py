@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from broker import errors
-from broker.errors import BrokerError, shown
+from broker.errors import BrokerError, quoted
 
 logger = logging.getLogger("broker.http")
 
@@ -145,7 +145,7 @@ def install(app: FastAPI) -> None:
 
 
 def _router_problem(request: Request, error: HTTPException) -> Response:
-    path = shown(request.url.path)
+    path = quoted(request.url.path)
     headers = dict(error.headers or {})
     if error.status_code == 404:
         return problem_response(404, "no-such-path", f"there is nothing at {path}", headers=headers)
@@ -171,4 +171,4 @@ def wrong_fields(found: Sequence[Mapping[str, Any]]) -> HttpProblem:
 
 def _value(found: Mapping[str, Any]) -> str:
     # For a missing field, pydantic's input is the object that lacks it: of no use to the caller.
-    return "" if found["type"] == "missing" else shown(found.get("input"))
+    return "" if found["type"] == "missing" else quoted(found.get("input"))

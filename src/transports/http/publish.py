@@ -53,7 +53,7 @@ def publish_router(api: Api) -> APIRouter:
                 "several-conversations",
                 "conv_id differs within the list: all or nothing holds for one conversation, so send one list for each",
             )
-        seqs, epoch = await api.broker.outside.publish(
+        seqs, epoch = await api.doors.publishing.publish(
             principal,
             conv_id,
             [Draft(item.type, item.data, item.id, item.channel) for item in items],

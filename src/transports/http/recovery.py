@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from broker.api import SubscribeRequest
 from broker.envelope import check_conv_id
 from broker.errors import LimitExceeded
 from broker.sequence import parse_seq
@@ -57,13 +58,9 @@ def recovery_router(api: Api) -> APIRouter:
         try:
             page = await _unless_gone(
                 request,
-                api.broker.outside.messages(
+                api.doors.reading.messages(
                     principal,
-                    conv_id,
-                    since=position,
-                    epoch=epoch,
-                    profile=profile,
-                    channels=channels,
+                    SubscribeRequest(conv_id, profile=profile, channels=channels, since=position, epoch=epoch),
                     limit=limit,
                     wait_s=min(wait, settings.poll_max_wait_s),
                 ),

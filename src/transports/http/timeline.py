@@ -9,9 +9,9 @@ import orjson
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from broker.api import Entity
 from broker.envelope import check_conv_id
 from broker.sequence import parse_seq
-from broker.timeline.entity import Entity
 from transports.http.answers import raw_json
 from transports.http.caller import PROBLEMS, Api
 
@@ -34,7 +34,7 @@ def timeline_router(api: Api) -> APIRouter:
         `more` true: ask again with `after_position` set to the last entity's position and the same `since_version`.
         """
         principal = await api.caller(request)
-        page = await api.broker.outside.timeline_page(
+        page = await api.doors.reading.timeline_page(
             principal,
             check_conv_id(conv_id),
             since_version=parse_seq(since_version, "since_version"),

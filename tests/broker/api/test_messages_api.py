@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, store_setting, until
+from tests.support.core import CALLER, Core, read_messages, store_setting, until
 from tests.support.wire import Client
 
 from broker.api.reading import MessagesPage
@@ -60,7 +60,7 @@ async def ask(core: Core, conv_id: str = "c1", **given: Any) -> MessagesPage:
         "since": 0, "epoch": None, "profile": "default", "channels": "sem", "limit": 100, "wait_s": 0.0, "principal": CALLER,
     }  # fmt: skip
     asked |= given
-    return await core.broker.outside.messages(asked.pop("principal"), conv_id, **asked)
+    return await read_messages(core.broker, asked.pop("principal"), conv_id, **asked)
 
 
 def taken(page: MessagesPage, client: Client | None = None) -> Client:
@@ -107,10 +107,10 @@ async def test_hidden_envelopes_move_the_position(core: Core) -> None:
 async def test_a_conversation_that_does_not_exist_is_empty_and_stays_so(core: Core) -> None:
     page = await ask(core, "nobody-spoke")
     assert (page.frames, page.head_seq, page.recovered, page.more) == ([], 0, True, False)
-    timeline = await core.broker.outside.timeline_page(CALLER, "nobody-spoke")
+    timeline = await core.broker.doors.reading.timeline_page(CALLER, "nobody-spoke")
     assert (timeline.entities, timeline.version) == ([], 0)
     assert not (await core.broker.head("nobody-spoke")).exists
-    assert "nobody-spoke" not in [name for name, _ in await core.broker.log.conversations()]
+    assert "nobody-spoke" not in [name for name, _ in await core.parts.log.conversations()]
 
 
 @pytest.mark.parametrize(("since", "epoch", "reason"), [(5, "other", "epoch"), (1 << 62, None, "ahead")])
@@ -129,7 +129,7 @@ async def test_a_position_that_is_not_ours_is_told_and_the_state_follows(
 async def test_a_position_from_before_retention_is_told(tmp_path: Path) -> None:
     async with Core(str(tmp_path / "broker.db"), retention_count=10) as core:
         seqs = [await core.say("c1", str(n)) for n in range(30)]
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         page = await ask(core, since=seqs[0])
         client = taken(page)
         assert not page.recovered
@@ -147,9 +147,9 @@ async def test_a_poll_waits_for_something_to_see(core: Core) -> None:
     """What the view hides does not end the wait, what it shows ends it at once."""
     head = await core.say("c1", "before")
     poll = asyncio.create_task(ask(core, since=head, profile="text", wait_s=30.0))
-    await until(lambda: core.broker.conversations.get("c1").waiters)  # type: ignore[union-attr]
+    await until(lambda: core.parts.conversations.get("c1").waiters)  # type: ignore[union-attr]
     await core.say("c1", "hidden")
-    await until(lambda: core.broker.conversations.get("c1").waiters)  # type: ignore[union-attr]
+    await until(lambda: core.parts.conversations.get("c1").waiters)  # type: ignore[union-attr]
     assert not poll.done()
     seq = await core.broker.publisher("c1").publish("llm.delta", {"delta": "x"}, id="m")
     async with asyncio.timeout(10):
@@ -166,7 +166,7 @@ async def test_a_poll_in_vain_ends_with_where_things_stand(core: Core) -> None:
 async def test_a_poll_protects_its_conversation_and_leaves_nothing_behind(core: Core) -> None:
     head = await core.say("c1", "x")
     polls = [asyncio.create_task(ask(core, since=head, wait_s=30.0)) for _ in range(20)]
-    conversation = core.broker.conversations.get("c1")
+    conversation = core.parts.conversations.get("c1")
     assert conversation is not None
     await until(lambda: len(conversation.waiters) == 20)
     assert conversation.in_use
@@ -189,10 +189,10 @@ async def test_what_live_refuses_is_refused_here_too(core: Core) -> None:
         with pytest.raises(error):
             await ask(core, conv_id, **given)
     with pytest.raises(PermissionDenied):
-        await core.broker.outside.timeline_page(CALLER, "private")
+        await core.broker.doors.reading.timeline_page(CALLER, "private")
     with pytest.raises(PermissionDenied):
-        await core.broker.outside.publish(CALLER, "private", [Draft("a.b", {})], idempotency_key=None)
-    assert core.broker.conversations.get("private") is None
+        await core.broker.doors.publishing.publish(CALLER, "private", [Draft("a.b", {})], idempotency_key=None)
+    assert core.parts.conversations.get("private") is None
 
 
 @pytest.mark.parametrize("profile", ["default", "text", "public"])
@@ -200,14 +200,14 @@ async def test_the_timeline_is_state_whatever_profile_is_named(core: Core, profi
     """Naming a profile without state must not be a way around a rule about state."""
     await core.broker.publisher("c1").publish("user.message", {"text": "hello"}, id="u1")
     with pytest.raises(PermissionDenied):
-        await core.broker.outside.timeline_page(Principal("no-state"), "c1", profile=profile)
+        await core.broker.doors.reading.timeline_page(Principal("no-state"), "c1", profile=profile)
 
 
 async def test_filters_and_transforms_hold_for_state_wherever_it_is_read(core: Core) -> None:
     publisher = core.broker.publisher("c1")
     await publisher.publish("user.message", {"text": "a secret"}, id="u1")
     await publisher.publish("user.message", {"text": "a secret"}, id="hidden-1")
-    page = await core.broker.outside.timeline_page(CALLER, "c1", profile="public")
+    page = await core.broker.doors.reading.timeline_page(CALLER, "c1", profile="public")
     assert [(entity.id, entity.props["text"]) for entity in page.entities] == [("u1", "a ***")]
     frames = (await ask(core, profile="public", channels="timeline")).frames
     peer, _ = await core.connect("c1", profile="public", hydrate=True)
@@ -219,10 +219,10 @@ async def test_filters_and_transforms_hold_for_state_wherever_it_is_read(core: C
 
 
 async def test_profiles_and_channels_are_listed_for_the_caller(core: Core) -> None:
-    outside = core.broker.outside
-    assert "debug.trace" not in [channel["name"] for channel in outside.channels(NOBODY)]
-    assert "debug.trace" in [channel["name"] for channel in outside.channels(CALLER)]
-    profiles = {profile["name"]: profile for profile in outside.profiles(NOBODY)}
+    offers = core.broker.doors.offers
+    assert "debug.trace" not in [channel["name"] for channel in offers.channels(NOBODY)]
+    assert "debug.trace" in [channel["name"] for channel in offers.channels(CALLER)]
+    profiles = {profile["name"]: profile for profile in offers.profiles(NOBODY)}
     assert set(profiles) == {"default", "timeline", "text", "debug", "public"}
     assert "debug.trace" not in profiles["debug"]["channels"]
     peer, _ = await core.connect("c1", profile="text")
@@ -233,7 +233,7 @@ async def test_profiles_and_channels_are_listed_for_the_caller(core: Core) -> No
 
 
 async def test_a_repeated_key_gets_the_first_answer(core: Core) -> None:
-    publish = core.broker.outside.publish
+    publish = core.broker.doors.publishing.publish
     drafts = [Draft("note.said", {"n": 1}), Draft("note.said", {"n": 2})]
     first = await publish(CALLER, "c1", drafts, idempotency_key="k")
     assert await publish(CALLER, "c1", drafts, idempotency_key="k") == first
@@ -247,5 +247,7 @@ async def test_a_repeated_key_gets_the_first_answer(core: Core) -> None:
 @pytest.mark.parametrize("type", ["ws.hello", "ws.bye", "timeline.upsert", "timeline.anything"])
 async def test_nobody_can_speak_for_the_broker(core: Core, type: str) -> None:
     with pytest.raises(InvalidDraft, match="broker's own"):
-        await core.broker.outside.publish(CALLER, "c1", [Draft("note.said", {}), Draft(type, {})], idempotency_key=None)
+        await core.broker.doors.publishing.publish(
+            CALLER, "c1", [Draft("note.said", {}), Draft(type, {})], idempotency_key=None
+        )
     assert not (await core.broker.head("c1")).exists

@@ -11,6 +11,7 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, te
 
 from broker.broker import ConversationWSBroker
 from broker.hookspecs import hookimpl
+from broker.testing import parts_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -41,9 +42,9 @@ async def test_runs_that_began_before_the_start_was_over_are_ended_and_given_bac
     """Else a node that is stopped while it starts keeps its leases until they end, and goes on working beside that."""
     gate, slow = Gate(), Slow()
     core = Core(redis_url, plugins=[EnginePlugin(ScriptedEngine([*text("x")[:1], gate])), slow])
-    starting = asyncio.create_task(core.broker.lifecycle.start_when_possible())
+    starting = asyncio.create_task(core.broker.start_when_possible())
     await until(lambda: slow.told)
-    sent = await core.broker.runs.send(CALLER, "c", "go")
+    sent = await core.parts.runs.send(CALLER, "c", "go")
     await gate.reached.wait()
     await core.broker.stop(drain_s=0)
     assert starting.cancelled()
@@ -51,7 +52,7 @@ async def test_runs_that_began_before_the_start_was_over_are_ended_and_given_bac
     await asyncio.sleep(0)
     assert others() == []
     async with Core(redis_url) as other:
-        run = await other.broker.runs.store.get(sent.run_id)
+        run = await parts_of(other.broker).runs.store.get(sent.run_id)
         assert run is not None
         assert run.status == "interrupted"
 
@@ -59,7 +60,7 @@ async def test_runs_that_began_before_the_start_was_over_are_ended_and_given_bac
 async def test_a_start_does_not_go_on_while_the_broker_stops(redis_url: str) -> None:
     slow = Slow()
     core = Core(redis_url, plugins=[EnginePlugin(), slow])
-    nodes: Any = core.broker.stores.nodes
+    nodes: Any = core.parts.stores.nodes
     open_nodes, reached, go_on = nodes.open, asyncio.Event(), asyncio.Event()
 
     async def slowly(this_node: object) -> None:
@@ -68,14 +69,14 @@ async def test_a_start_does_not_go_on_while_the_broker_stops(redis_url: str) -> 
         await go_on.wait()
 
     nodes.open = slowly
-    starting = asyncio.create_task(core.broker.lifecycle.start_when_possible())
+    starting = asyncio.create_task(core.broker.start_when_possible())
     await reached.wait()
     stopping = asyncio.create_task(core.broker.stop(drain_s=0))
     await asyncio.sleep(0)
     go_on.set()
     await stopping
     assert starting.done()
-    assert not core.broker.lifecycle.started
+    assert not parts_of(core.broker).phase.started
     assert slow.told == []  # of an end that has no beginning nobody is told
     await asyncio.sleep(0)
     assert others() == []
@@ -99,14 +100,14 @@ async def test_what_is_opened_while_the_broker_stops_gets_no_emitters() -> None:
 
     core = Core(":memory:", plugins=[Emits()])
     await core.broker.start()
-    await core.broker.conversations.open("c")
+    await core.parts.conversations.open("c")
     await until(lambda: running == 1)
-    housekeeping: Any = core.broker.housekeeping
+    housekeeping: Any = core.parts.housekeeping
     stop = housekeeping.stop
 
     async def asked_meanwhile() -> None:
         await stop()
-        await core.broker.conversations.open("d")
+        await core.parts.conversations.open("d")
         await asyncio.sleep(0.01)
 
     housekeeping.stop = asked_meanwhile

@@ -32,7 +32,7 @@ async def test_ready_once_started_and_not_before(db: str) -> None:
 async def test_a_log_that_cannot_be_written_to(db: str) -> None:
     """The probe is a write: a store that can only be read is not ready."""
     async with StillCore(db) as core:
-        log: Any = core.broker.log
+        log: Any = core.parts.log
         ping, log.ping = log.ping, refuse
         assert await core.broker.readiness() == {"store": "the disk is full: free some space"}
         log.ping = ping
@@ -42,14 +42,14 @@ async def test_a_log_that_cannot_be_written_to(db: str) -> None:
 async def test_a_timeline_that_cannot_be_saved(db: str) -> None:
     """Said until a save succeeds, although the log may take small writes again sooner; then everything is saved."""
     async with StillCore(db) as core:
-        store: Any = core.broker.stores.timeline
+        store: Any = core.parts.stores.timeline
         await core.broker.publisher("c1").publish("user.message", {"text": "question"}, id="u1")
         save, store.save = store.save, refuse
-        await core.broker.housekeeping.tick()
+        await core.parts.housekeeping.tick()
         assert await core.broker.readiness() == {"timeline": "the disk is full: free some space"}
         store.save = save
         assert "timeline" in await core.broker.readiness()
-        await core.broker.housekeeping.tick()
+        await core.parts.housekeeping.tick()
         assert await core.broker.readiness() == {}
         assert [entity.id for entity in await store.page("c1")] == ["u1"]
 
@@ -57,7 +57,7 @@ async def test_a_timeline_that_cannot_be_saved(db: str) -> None:
 async def test_a_publisher_gets_the_error_and_clients_see_nothing(db: str) -> None:
     """What was not made durable is shown to nobody, and takes no number from what follows (I3)."""
     async with StillCore(db) as core:
-        log: Any = core.broker.log
+        log: Any = core.parts.log
         peer, _ = await core.connect("c1", since=0)
         first = await core.say("c1", "before")
         append, log.append = log.append, refuse

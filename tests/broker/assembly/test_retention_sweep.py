@@ -34,8 +34,8 @@ async def test_only_what_is_beyond_its_limit_is_trimmed(db: str) -> None:
     async with StillCore(db, retention_count=2) as core:
         await say_many(core, many, 2)
         await say_many(core, many[::100], 3)
-        await core.broker.housekeeping.sweep()
-        assert core.broker.housekeeping.trimmed == 7 * 3
+        await core.parts.housekeeping.sweep()
+        assert core.parts.housekeeping.trimmed == 7 * 3
         for conv_id in (many[0], many[1], many[600], many[699]):
             assert (await state(core, conv_id)).count == 2
 
@@ -43,9 +43,9 @@ async def test_only_what_is_beyond_its_limit_is_trimmed(db: str) -> None:
 async def test_what_is_only_opened_ages_all_the_same(db: str) -> None:
     async with StillCore(db, retention_age_s=60) as core:
         await say_many(core, ["c1", "c2"], 2)
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         core.clock.advance(61)
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         assert [(await state(core, conv_id)).count for conv_id in ("c1", "c2")] == [1, 1], "the newest always stays"
 
 
@@ -64,6 +64,6 @@ async def test_conversations_that_need_no_trimming_are_not_read_one_by_one(
     async with StillCore(str(tmp_path / "broker.db")) as core:
         await say_many(core, [f"c{number:04d}" for number in range(300)], 2)
         monkeypatch.setattr(Database, "read", counting)
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         monkeypatch.undo()
     assert 0 < reads < 20

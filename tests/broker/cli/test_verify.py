@@ -78,7 +78,7 @@ async def test_it_reads_beside_a_running_broker_in_the_middle_of_an_answer(tmp_p
             await publisher.publish("llm.delta", {"delta": f"{n} " * 20}, id="m1")
             if n % 40 == 0:
                 await asyncio.sleep(0)
-                await core.broker.housekeeping.tick()
+                await core.parts.housekeeping.tick()
                 report = await verify_store(core.settings)
                 assert report.ok, report.lines()
 
@@ -86,7 +86,7 @@ async def test_it_reads_beside_a_running_broker_in_the_middle_of_an_answer(tmp_p
 async def test_after_retention_older_entities_are_counted_not_blamed(tmp_path: Path) -> None:
     async with Core(str(tmp_path / "broker.db"), retention_count=5) as core:
         await conversation(core)
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
     report = await verify_store(core.settings)
     assert report.ok, report.lines()
     assert report.conversations[0].older >= 3
@@ -95,10 +95,10 @@ async def test_after_retention_older_entities_are_counted_not_blamed(tmp_path: P
 async def test_an_invented_and_a_changed_entity_are_named(tmp_path: Path) -> None:
     async with Core(str(tmp_path / "broker.db")) as core:
         await conversation(core)
-        conversation_ = core.broker.conversations.get("c1")
+        conversation_ = core.parts.conversations.get("c1")
         assert conversation_ is not None
-        await core.broker.housekeeping.save([conversation_], everything=True)
-        store = core.broker.stores.timeline
+        await core.parts.housekeeping.save([conversation_], everything=True)
+        store = core.parts.stores.timeline
         head = (await core.broker.head("c1")).head_seq
         known = (await store.get("c1", ["u1"]))["u1"]
         invented = replace(known, id="never-said")

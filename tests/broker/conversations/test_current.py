@@ -28,11 +28,11 @@ async def long_conversation(core: Core, conv_id: str) -> None:
     """Make one that does not fit into memory: whether an entity is new has to be looked up."""
     drafts = [Draft("user.message", {"text": f"message {n}"}, f"m{n}") for n in range(CACHED_ENTITIES + 50)]
     await core.broker.publish(conv_id, drafts)
-    await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+    await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
 
 
 def look_up_slowly(core: Core, delay_s: float) -> None:
-    store: Any = core.broker.stores.timeline
+    store: Any = core.parts.stores.timeline
     look_up = store.get
 
     async def slowly(*args: Any) -> dict[str, Entity]:
@@ -49,13 +49,13 @@ async def test_what_was_erased_elsewhere_is_not_copied(redis_url: str) -> None:
         deafen(two)
         await say(one, "c", "secret")
         await two.connect("c")
-        assert len(await two.broker.timeline.entities("c")) == 1
+        assert len(await two.parts.timeline.entities("c")) == 1
         await one.broker.erase("c")
         with pytest.raises(NotFound):
-            await two.broker.library.fork(CALLER, "c", "u1", new_id="copy")
+            await two.parts.library.fork(CALLER, "c", "u1", new_id="copy")
         await say(one, "c", "the next life")
-        await two.broker.library.fork(CALLER, "c", "u1", new_id="copy")
-        assert [str(entity.props["text"]) for entity in await one.broker.timeline.entities("copy")] == ["the next life"]
+        await two.parts.library.fork(CALLER, "c", "u1", new_id="copy")
+        assert [str(entity.props["text"]) for entity in await one.parts.timeline.entities("copy")] == ["the next life"]
 
 
 async def test_what_a_flushed_redis_has_lost_is_not_told(redis_url: str) -> None:
@@ -64,7 +64,7 @@ async def test_what_a_flushed_redis_has_lost_is_not_told(redis_url: str) -> None
         await say(core, "c", "gone")
         with redis.Redis.from_url(redis_url, protocol=2) as client:
             client.flushall()
-        assert await core.broker.timeline.entities("c") == []
+        assert await core.parts.timeline.entities("c") == []
 
 
 async def test_an_export_is_whole_on_a_node_that_is_behind_retention(redis_url: str) -> None:
@@ -74,8 +74,8 @@ async def test_an_export_is_whole_on_a_node_that_is_behind_retention(redis_url: 
         await two.connect("c")
         for n in range(10):
             await say(one, "c", f"message {n}", f"u{n}")
-        await one.broker.housekeeping.trim("c")
-        file = b"".join([line async for line in await two.broker.library.export(CALLER, "c")])
+        await one.parts.housekeeping.trim("c")
+        file = b"".join([line async for line in await two.parts.library.export(CALLER, "c")])
         assert [n for n in range(10) if f"message {n}".encode() in file] == list(range(10))
 
 
@@ -85,7 +85,7 @@ async def test_the_state_names_one_head_on_all_nodes(redis_url: str) -> None:
         deafen(two)
         await two.connect("c")
         await say(one, "c", "x")
-        states = [await core.broker.runs.state("c") for core in (one, two)]
+        states = [await core.parts.runs.state("c") for core in (one, two)]
         assert states[0]["head"] == states[1]["head"] != "0"
 
 
@@ -96,11 +96,11 @@ async def test_a_read_that_fails_is_repeated_however_many_conversations_are_open
     async with Core(redis_url) as one, Core(redis_url) as two:
         deafen(two)
         for n in range(8):
-            await two.broker.conversations.open(f"other{n}")
-        await two.broker.conversations.open("c")
+            await two.parts.conversations.open(f"other{n}")
+        await two.parts.conversations.open("c")
         await say(one, "c", "x")
-        log: Any = two.broker.log
-        connection: Any = two.broker.stores.redis
+        log: Any = two.parts.log
+        connection: Any = two.parts.stores.redis
         failures = 0
 
         class Blinks:
@@ -115,7 +115,7 @@ async def test_a_read_that_fails_is_repeated_however_many_conversations_are_open
                 return replies
 
         log.following._connection = Blinks()
-        assert len(await two.broker.timeline.entities("c")) == 1
+        assert len(await two.parts.timeline.entities("c")) == 1
         assert failures == 1
 
 
@@ -125,7 +125,7 @@ async def test_those_who_wait_are_told_when_the_process_ends(tmp_path: Path) -> 
     await long_conversation(core, "c")
     look_up_slowly(core, 3600)
     await say(core, "c", "x", "new")
-    waiting = asyncio.create_task(core.broker.timeline.entities("c"))
+    waiting = asyncio.create_task(core.parts.timeline.entities("c"))
     await asyncio.sleep(0.05)
     await core.broker.stop(drain_s=0)
     with pytest.raises(StoreUnavailable, match="this process ends"):
@@ -138,7 +138,7 @@ async def test_those_who_wait_for_what_is_erased_get_what_there_is_then(tmp_path
         for _ in range(2):
             await long_conversation(core, "c")
             await say(core, "c", "x", "new")
-            waiting = [asyncio.create_task(core.broker.timeline.entities("c")) for _ in range(5)]
+            waiting = [asyncio.create_task(core.parts.timeline.entities("c")) for _ in range(5)]
             await asyncio.sleep(0.02)
             waiting[0].cancel()
             await core.broker.erase("c")

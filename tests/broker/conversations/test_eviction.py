@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, database, store_setting, until
+from tests.support.core import CALLER, Core, database, read_messages, store_setting, until
 from tests.support.still import StillCore
 
 from broker.envelope import Draft
@@ -28,12 +28,12 @@ def core(db: str, **settings: object) -> StillCore:
 
 
 def open_ids(core: Core) -> set[str]:
-    return {conversation.conv_id for conversation in core.broker.conversations.all()}
+    return {conversation.conv_id for conversation in core.parts.conversations.all()}
 
 
 async def sweep(core: Core) -> set[str]:
     """Let housekeeping do its round and return which conversations are open after it."""
-    await core.broker.housekeeping.sweep()
+    await core.parts.housekeeping.sweep()
     return open_ids(core)
 
 
@@ -45,7 +45,7 @@ class TestByTime:
             assert await sweep(one) == {"c1"}
             one.clock.advance(1)
             assert await sweep(one) == set()
-            assert one.broker.conversations.evicted == 1
+            assert one.parts.conversations.evicted == 1
 
     async def test_use_starts_the_time_anew(self, db: str) -> None:
         async with core(db) as one:
@@ -69,14 +69,14 @@ class TestByTime:
             await publisher.publish("user.message", {"text": "question"}, id="u1")
             await publisher.publish("llm.start", {"role": "assistant"}, id="m1")
             last = await publisher.publish("llm.delta", {"delta": "half an ans"}, id="m1")
-            before = await one.broker.outside.timeline_page(CALLER, "c1")
+            before = await one.broker.doors.reading.timeline_page(CALLER, "c1")
             one.clock.advance(301)
             assert await sweep(one) == set()
-            after = await one.broker.outside.timeline_page(CALLER, "c1")
+            after = await one.broker.doors.reading.timeline_page(CALLER, "c1")
             assert [entity.to_wire() for entity in after.entities] == [entity.to_wire() for entity in before.entities]
             assert (after.version, after.epoch) == (before.version, before.epoch)
             assert await publisher.publish("llm.delta", {"delta": "wer"}, id="m1") > last
-            page = await one.broker.outside.timeline_page(CALLER, "c1")
+            page = await one.broker.doors.reading.timeline_page(CALLER, "c1")
             assert page.entities[1].to_wire()["props"]["text"] == "half an answer"
 
 
@@ -102,28 +102,28 @@ class TestByCount:
         async with core(db, max_open_conversations=1) as one:
             for n in range(3):
                 await one.say(f"c{n}", "hello")
-            for conversation in one.broker.conversations.all():
-                await one.broker.conversations.evict(conversation, "test")
+            for conversation in one.parts.conversations.all():
+                await one.parts.conversations.evict(conversation, "test")
 
             async def sweeps() -> None:
                 for _ in range(2000):
-                    await one.broker.conversations.sweep()
+                    await one.parts.conversations.sweep()
                     await asyncio.sleep(0)
 
             sweeping = asyncio.create_task(sweeps())
             for _ in range(20):
                 # A poll opens "c1" and lets go of it at once; the subscriber came second and waits for the opening.
-                poll = asyncio.create_task(one.broker.conversations.open("c1"))
-                other = asyncio.create_task(one.broker.conversations.open("c2"))
+                poll = asyncio.create_task(one.parts.conversations.open("c1"))
+                other = asyncio.create_task(one.parts.conversations.open("c2"))
                 await asyncio.sleep(0)  # both tasks begin
                 peer, subscription = await one.connect("c1")
                 await asyncio.gather(poll, other)
-                assert one.broker.conversations.get("c1") is subscription.conversation
+                assert one.parts.conversations.get("c1") is subscription.conversation
                 seq = await one.say("c1", "for whoever is there")
                 assert peer.client.seqs() == [seq]
                 await one.disconnect(peer)
                 one.clock.advance(301)
-                await one.broker.conversations.sweep()
+                await one.parts.conversations.sweep()
             sweeping.cancel()
 
 
@@ -144,11 +144,19 @@ class TestProtected:
         async with core(db) as one:
             seq = await one.say("c1", "hello")
             poll = asyncio.create_task(
-                one.broker.outside.messages(
-                    CALLER, "c1", since=seq, epoch=None, profile="default", channels=None, limit=10, wait_s=60
+                read_messages(
+                    one.broker,
+                    CALLER,
+                    "c1",
+                    since=seq,
+                    epoch=None,
+                    profile="default",
+                    channels=None,
+                    limit=10,
+                    wait_s=60,
                 )
             )
-            conversation = await one.broker.conversations.open("c1")
+            conversation = await one.parts.conversations.open("c1")
             await until(lambda: conversation.waiters)
             one.clock.advance(10_000)
             assert await sweep(one) == {"c1"}
@@ -159,18 +167,18 @@ class TestProtected:
         """Runs hold their conversation by `hold` until `release`, counted."""
         async with core(db) as one:
             await one.say("c1", "hello")
-            one.broker.conversations.hold("c1")
-            one.broker.conversations.hold("c1")
-            one.broker.conversations.release("c1")
+            one.parts.conversations.hold("c1")
+            one.parts.conversations.hold("c1")
+            one.parts.conversations.release("c1")
             one.clock.advance(10_000)
             assert await sweep(one) == {"c1"}
-            one.broker.conversations.release("c1")
+            one.parts.conversations.release("c1")
             one.clock.advance(300)
             assert await sweep(one) == set()
 
     async def test_a_publish_that_waits_for_its_commit(self, db: str) -> None:
         async with core(db) as one:
-            log, append = one.broker.log, one.broker.log.append
+            log, append = one.parts.log, one.parts.log.append
             let_go = asyncio.Event()
 
             async def slow_append(conv_id: str, envelopes: Any) -> list[int]:
@@ -179,7 +187,7 @@ class TestProtected:
 
             log.append = slow_append  # type: ignore[method-assign]
             publishing = asyncio.create_task(one.say("c1", "hello"))
-            conversation = await one.broker.conversations.open("c1")
+            conversation = await one.parts.conversations.open("c1")
             await until(lambda: conversation.holds)
             one.clock.advance(10_000)
             assert await sweep(one) == {"c1"}
@@ -190,7 +198,7 @@ class TestProtected:
         """The store is away: the state stays in memory, and is saved when the conversation goes later."""
         async with core(db) as one:
             await one.broker.publisher("c1").publish("user.message", {"text": "question"}, id="u1")
-            store, save = one.broker.stores.timeline, one.broker.stores.timeline.save
+            store, save = one.parts.stores.timeline, one.parts.stores.timeline.save
 
             async def refuse(saves: object) -> None:
                 raise StoreUnavailable("the disk is full")
@@ -206,7 +214,7 @@ class TestProtected:
         """A client that connects between the decision and the end of the save keeps what it connected to."""
         async with core(db) as one:
             await one.broker.publisher("c1").publish("user.message", {"text": "question"}, id="u1")
-            store, save = one.broker.stores.timeline, one.broker.stores.timeline.save
+            store, save = one.parts.stores.timeline, one.parts.stores.timeline.save
             peers = []
 
             async def connect_and_save(saves: Any) -> None:
@@ -279,7 +287,7 @@ class TestColdStart:
             assert log.envelopes == 0
             assert store.entities <= read_by_opening + 2
 
-            page = await one.broker.outside.timeline_page(CALLER, "large", limit=50)
+            page = await one.broker.doors.reading.timeline_page(CALLER, "large", limit=50)
             assert len(page.entities) == 50
             assert page.more
             assert store.entities <= read_by_opening + 60
@@ -293,13 +301,13 @@ class TestColdStart:
         file = database(tmp_path, "sqlite")
         async with core(file, retention_count=0) as one:
             await fill(one, "large", entities=2000, events=20_000)
-            await one.broker.housekeeping.save(one.broker.conversations.all(), everything=True)
+            await one.parts.housekeeping.save(one.parts.conversations.all(), everything=True)
             for n in range(30):
                 await one.broker.publisher("large").publish("user.message", {"text": str(n)}, id=f"late{n}")
-            conversation = await one.broker.conversations.open("large")
-            one.broker.conversations.forget(conversation)  # as a crash: gone from memory, nothing saved
+            conversation = await one.parts.conversations.open("large")
+            one.parts.conversations.forget(conversation)  # as a crash: gone from memory, nothing saved
             log, store = spied(one)
-            page = await one.broker.outside.timeline_page(CALLER, "large", since_version=1, limit=5000)
+            page = await one.broker.doors.reading.timeline_page(CALLER, "large", since_version=1, limit=5000)
             assert {f"late{n}" for n in range(30)} <= {entity.id for entity in page.entities}
             assert log.envelopes == 30
             assert store.entities <= 2000 + 512
@@ -319,16 +327,19 @@ async def fill(core: Core, conv_id: str, *, entities: int, events: int) -> None:
 
 def spied(core: Core) -> tuple[CountingLog, CountingStore]:
     """Put counters between a broker and its stores. Before anything was read."""
-    broker: Any = core.broker
-    log, store = CountingLog(broker.log), CountingStore(broker.stores.timeline)
+    parts = core.parts
+    log, store = CountingLog(parts.log), CountingStore(parts.stores.timeline)
+    subscriptions: Any = parts.subscriptions
     for part in (
-        broker,
-        broker.conversations,
-        broker.coordinator,
-        broker.housekeeping,
-        broker.subscriptions._recovery,
+        parts.conversations,
+        parts.coordinator,
+        parts.housekeeping,
+        parts.recent,
+        parts.timeline,
+        parts.doors.reading,
+        subscriptions._recovery,
+        subscriptions._starts,
     ):
         part.__dict__.update({name: log for name, value in vars(part).items() if value is log._log})
         part.__dict__.update({name: store for name, value in vars(part).items() if value is store._store})
-    broker.timeline._store = store
     return log, store

@@ -22,7 +22,7 @@ def envelope(seq: int) -> Envelope:
     return Envelope("c1", "note.said", f"e{seq}", "sem", orjson.dumps({"text": str(seq)}), 1, seq)
 
 
-def view(*, hides: tuple[int, ...] = (), marks: str = "", hides_state: bool = False, state: bool = True) -> View:
+def view(*, hides: tuple[int, ...] = (), marks: str = "", hides_state: bool = False, shows_state: bool = True) -> View:
     """A view that hides some events, and marks what it shows."""
 
     def visible(shown: Envelope) -> bool:
@@ -35,7 +35,7 @@ def view(*, hides: tuple[int, ...] = (), marks: str = "", hides_state: bool = Fa
         key=f"{hides}{marks}",
         profile=Profile("some", "for a test", channels=("sem",)),
         channels=frozenset({"sem"}),
-        state=state,
+        shows_state=shows_state,
         slow="catch_up",
         filters=(visible,) if hides or hides_state else (),
         transforms=(marked,) if marks else (),
@@ -135,7 +135,7 @@ def test_the_newest_version_of_an_entity_is_shown_once_for_all(recent: RecentEve
         assert state_texts(recent, view(), first) == ["20"]
     assert kept.frames_built == 1
     assert state_texts(recent, view(), second) == ["30"]
-    assert state_texts(recent, view(state=False), second) == []
+    assert state_texts(recent, view(shows_state=False), second) == []
 
 
 def test_an_entity_is_hidden_from_the_view_that_hides_it_alone(recent: RecentEvents) -> None:

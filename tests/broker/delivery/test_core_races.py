@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, store_setting, until
+from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
@@ -78,9 +79,9 @@ def nested(depth: int) -> dict[str, Any]:
 async def test_whoever_gives_up_opening_does_not_spoil_it_for_the_others(core: Core) -> None:
     """Two ask for a conversation at once, the first hangs up: the second gets it."""
     await core.say("c1", "hello")
-    conversations = core.broker.conversations
+    conversations = core.parts.conversations
     assert await conversations.evict(conversations.all()[0], "test")
-    gate = Gate(core.broker.log, "state")
+    gate = Gate(core.parts.log, "state")
     first = asyncio.create_task(conversations.open("c1"))
     await gate.reached()
     second = asyncio.create_task(conversations.open("c1"))
@@ -96,9 +97,9 @@ async def test_a_refused_draft_opens_nothing(core: Core) -> None:
     """What is refused for its form leaves no trace, in memory neither."""
     with pytest.raises(InvalidDraft):
         await core.broker.publish("c1", [Draft("Not A Type", {})])
-    core.broker.catalog.switch("debug.trace", on=False)
+    core.parts.catalog.switch("debug.trace", on=False)
     assert await core.broker.publish("c1", [Draft("trace.step", {}, channel="debug.trace")]) == [0]
-    assert core.broker.conversations.get("c1") is None
+    assert core.parts.conversations.get("c1") is None
 
 
 @pytest.mark.parametrize("end", ["erase", "stop"])
@@ -106,11 +107,11 @@ async def test_a_subscription_that_is_ended_while_it_opens_stays_ended(db: str, 
     """The conversation is erased, or the process stops, between a client's asking and its first frame."""
     async with Core(db) as core:
         await core.say("c1", "hello")
-        gate = Gate(core.broker.log, "state", after=True)
+        gate = Gate(core.parts.log, "state", after=True)
         peer = Peer(core.pool, Client(since=0))
-        opening = asyncio.create_task(core.broker.subscribe(peer.id, SubscribeRequest("c1", since=0), CALLER))
+        opening = asyncio.create_task(subscribe(core.broker, peer.id, SubscribeRequest("c1", since=0), CALLER))
         await gate.reached()
-        subscription = core.broker.subscriptions.all()[0]
+        subscription = core.parts.registry.all()[0]
         ending = asyncio.create_task(core.broker.erase("c1") if end == "erase" else core.broker.stop(drain_s=0))
         await until(lambda: subscription.status == "closed")
         gate.open()
@@ -128,7 +129,7 @@ async def test_a_subscription_that_is_ended_while_it_opens_stays_ended(db: str, 
 async def test_who_connects_in_the_middle_of_an_erasure_is_not_left_behind(core: Core) -> None:
     """Every connection is either told of the erasure or belongs to the new life of the conversation."""
     await core.say("c1", "old")
-    gate = Gate(core.broker.emitters, "stop")
+    gate = Gate(core.parts.emitters, "stop")
     erasing = asyncio.create_task(core.broker.erase("c1"))
     await gate.reached()
     joining = asyncio.create_task(core.connect("c1"))
@@ -163,11 +164,11 @@ async def test_a_poll_that_waits_during_an_erasure_goes_on_with_the_new_life(cor
     """It wakes, and what it answers belongs together: the epoch, and frames of that epoch."""
     seq = await core.say("c1", "old")
     epoch = (await core.broker.head("c1")).epoch
-    ask = core.broker.outside.messages
+    ask = functools.partial(read_messages, core.broker)
     poll = asyncio.create_task(
         ask(CALLER, "c1", since=seq, epoch=epoch, profile="default", channels=None, limit=10, wait_s=5)
     )
-    await until(lambda: core.broker.conversations.get("c1") and core.broker.conversations.get("c1").waiters)  # type: ignore[union-attr]
+    await until(lambda: core.parts.conversations.get("c1") and core.parts.conversations.get("c1").waiters)  # type: ignore[union-attr]
     await core.broker.erase("c1")
     page = await poll
     assert page.recovered is False
@@ -184,14 +185,14 @@ async def test_what_is_evicted_is_let_go(db: str) -> None:
         await publisher.publish("llm.start", {"role": "assistant"}, id="m1")
         for _ in range(40):  # in the end one is pending: shown not long ago, and no budget
             await publisher.publish("llm.delta", {"delta": "x" * 400}, id="m1")
-            await core.broker.housekeeping.tick()
-        conversations = core.broker.conversations
+            await core.parts.housekeeping.tick()
+        conversations = core.parts.conversations
         old = conversations.get("c1")
         assert old is not None
         assert old.timeline.pending
         assert await conversations.evict(old, "test")
-        await core.broker.housekeeping.tick()
-        await core.broker.housekeeping.tick()
+        await core.parts.housekeeping.tick()
+        await core.parts.housekeeping.tick()
         assert old not in conversations.take_touched()
         assert old not in conversations.take_written()
 
@@ -199,15 +200,15 @@ async def test_what_is_evicted_is_let_go(db: str) -> None:
 async def test_a_hold_that_comes_while_it_is_saved_keeps_a_conversation(core: Core) -> None:
     """A run that starts in the moment in which its conversation is being saved for eviction (I11)."""
     await core.broker.publisher("c1").publish("user.message", {"text": "x"}, id="u1")
-    conversation = core.broker.conversations.all()[0]
-    gate = Gate(core.broker.stores.timeline, "save")
-    evicting = asyncio.create_task(core.broker.conversations.evict(conversation, "test"))
+    conversation = core.parts.conversations.all()[0]
+    gate = Gate(core.parts.stores.timeline, "save")
+    evicting = asyncio.create_task(core.parts.conversations.evict(conversation, "test"))
     await gate.reached()
-    core.broker.conversations.hold("c1")
+    core.parts.conversations.hold("c1")
     gate.open()
     assert await evicting is False
-    assert core.broker.conversations.get("c1") is conversation
-    core.broker.conversations.release("c1")
+    assert core.parts.conversations.get("c1") is conversation
+    core.parts.conversations.release("c1")
 
 
 def test_two_saves_under_way_lose_no_dead_letter() -> None:
@@ -271,8 +272,8 @@ async def test_a_handler_that_returns_nonsense_hurts_nobody_else(db: str, fold: 
         bad = await core.broker.publisher("c1").publish("bad.note", {}, id="n1")
         after = await core.broker.publisher("c1").publish("user.message", {"text": "after"}, id="u2")
         await until(lambda: peer.client.seqs()[-2:] == [bad, after], timeout_s=2)
-        await core.broker.housekeeping.tick()
-        store = core.broker.stores.timeline
+        await core.parts.housekeeping.tick()
+        store = core.parts.stores.timeline
         assert [entity.id for entity in await store.page("c1")] == ["u1", "u2"]
         assert [entity.id for entity in await store.page("c2")] == ["u1"]
         assert [letter.seq for letter in await store.dead_letters("c1")] == [bad]
@@ -391,25 +392,25 @@ def test_an_answer_that_stalls_does_not_hold_the_cursor_back_for_ever() -> None:
 async def test_an_entity_that_leaves_memory_while_another_is_looked_up_is_looked_up_too(db: str) -> None:
     """A save that ends in that moment lets finished entities go; folding without them would begin them anew."""
     async with StillCore(db) as core:
-        publish, housekeeping = core.broker.publish, core.broker.housekeeping
+        publish, housekeeping = core.broker.publish, core.parts.housekeeping
         await publish("c1", [Draft("user.message", {"text": "old"}, f"old{n}") for n in range(400)])
         await housekeeping.tick()
         await publish(
             "c1", [Draft("user.message", {"text": "new", "idempotencyKey": "k"}, f"new{n}") for n in range(400)]
         )
-        conversation = core.broker.conversations.all()[0]
+        conversation = core.parts.conversations.all()[0]
         await until(lambda: not conversation.busy)
-        saving = Gate(core.broker.stores.timeline, "save", after=True)
+        saving = Gate(core.parts.stores.timeline, "save", after=True)
         ticking = asyncio.create_task(housekeeping.tick())
         await saving.reached()
-        looking = Gate(core.broker.stores.timeline, "get")
+        looking = Gate(core.parts.stores.timeline, "get")
         await publish("c1", [Draft("user.message", {"text": "again"}, id) for id in ("old0", "new0")])
         await looking.reached()
         saving.open()
         await ticking
         looking.open()
         await until(lambda: not conversation.busy)
-        found = await core.broker.timeline.get("c1", ["new0"])
+        found = await core.parts.timeline.get("c1", ["new0"])
         assert found["new0"].props == {"role": "user", "text": "again", "idempotencyKey": "k"}
         assert found["new0"].position < found["new0"].version
 
@@ -418,7 +419,7 @@ async def test_what_is_published_to_a_debug_channel_is_not_in_the_timeline(core:
     """Who may not see debug channels must not find their content as state (I14)."""
     await core.broker.publish("c1", [Draft("log", {"message": "secret"}, "l1", "debug.trace")])
     await core.broker.publish("c1", [Draft("log", {"message": "public"}, "l2")])
-    page = await core.broker.outside.timeline_page(CALLER, "c1")
+    page = await core.broker.doors.reading.timeline_page(CALLER, "c1")
     assert [entity.id for entity in page.entities] == ["l2"]
 
 
@@ -432,13 +433,13 @@ async def test_entities_that_one_envelope_created_are_not_split_between_pages(db
     async with Core(db, plugins=[Folding(handler)]) as core:
         for n in range(100):
             await core.broker.publisher("c1").publish("many", {}, id=f"m{n}")
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
-        await core.broker.conversations.evict(core.broker.conversations.all()[0], "test")
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        await core.parts.conversations.evict(core.parts.conversations.all()[0], "test")
         for limit in (1, 5, 10, 256):
             found: list[str] = []
             after = 0
             while True:
-                page = await core.broker.outside.timeline_page(CALLER, "c1", after_position=after, limit=limit)
+                page = await core.broker.doors.reading.timeline_page(CALLER, "c1", after_position=after, limit=limit)
                 found.extend(entity.id for entity in page.entities)
                 if not page.more:
                     break
@@ -457,9 +458,9 @@ async def test_a_change_of_view_in_the_middle_of_a_page_repeats_nothing(core: Co
     seqs = [await core.say("c1", "x" * 30_000) for _ in range(8)]
     peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
     peer.stall()
-    subscription = await core.broker.subscribe(peer.id, SubscribeRequest("c1", since=0), CALLER)
+    subscription = await subscribe(core.broker, peer.id, SubscribeRequest("c1", since=0), CALLER)
     await until(lambda: not peer.writable and len(peer.buffered) > 2)
-    await core.broker.change_view(subscription, profile="default", channels="+debug.trace", since=0)
+    await core.broker.doors.following.change_view(subscription, profile="default", channels="+debug.trace", since=0)
     peer.read()
     await until(lambda: subscription.status == "live")
     taken = [int(event["seq"]) for event in peer.client.events]
@@ -470,8 +471,8 @@ async def test_a_change_of_view_in_the_middle_of_a_page_repeats_nothing(core: Co
 async def test_a_long_poll_does_not_sleep_over_what_came_while_it_looked(core: Core) -> None:
     """An envelope that is published between a poll's look at the log and its falling asleep is answered at once."""
     seq = await core.say("c1", "old")
-    ask = core.broker.outside.messages
-    read = Gate(core.broker.log, "read", after=True)
+    ask = functools.partial(read_messages, core.broker)
+    read = Gate(core.parts.log, "read", after=True)
     await core.say("c1", "hidden", type="trace.step")
     poll = asyncio.create_task(
         ask(CALLER, "c1", since=seq, epoch=None, profile="text", channels=None, limit=10, wait_s=60)
@@ -491,10 +492,10 @@ async def test_an_inbox_that_is_cut_while_it_is_worked_on_loses_nothing(
     monkeypatch.setattr("broker.delivery.coordinator.INBOX_BATCHES_MAX", 5)
     async with Core(db) as core:
         await core.broker.publish("c1", [Draft("user.message", {"text": "x"}, f"u{n}") for n in range(300)])
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
-        conversation = core.broker.conversations.all()[0]
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        conversation = core.parts.conversations.all()[0]
         peer, _ = await core.connect("c1")
-        gate = Gate(core.broker.stores.timeline, "get")
+        gate = Gate(core.parts.stores.timeline, "get")
         seqs = [await core.broker.publisher("c1").publish("user.message", {"text": "y"}, id="u0")]
         await gate.reached()
         seqs += [await core.say("c1", str(n)) for n in range(more)]
@@ -507,16 +508,16 @@ async def test_an_inbox_that_is_cut_while_it_is_worked_on_loses_nothing(
 async def test_what_was_trimmed_before_it_could_be_shown_sends_everybody_back(core: Core) -> None:
     """Another process's retention overtook this one: its clients come back and are told, none loses it silently."""
     await core.broker.publish("c1", [Draft("user.message", {"text": "x"}, f"u{n}") for n in range(300)])
-    await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+    await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
     peer, _ = await core.connect("c1")
-    conversation = core.broker.conversations.all()[0]
+    conversation = core.parts.conversations.all()[0]
     conversation.busy = True  # as if it were being advanced
     lost = [await core.say("c1", f"{n}") for n in range(5)]
     last = await core.say("c1", "last")
     del conversation.inbox[:-1]
-    await core.broker.log.trim("c1", through=lost[-1])
+    await core.parts.log.trim("c1", through=lost[-1])
     conversation.busy = False
-    core.broker.conversations.advance(conversation)
+    core.parts.conversations.advance(conversation)
     await until(lambda: peer.closed is not None)
     assert peer.closed == (1012, "the conversation's log was reset")
     assert peer.client.seqs() == []
@@ -556,10 +557,10 @@ async def test_a_client_cannot_break_its_connection_with_a_deep_ping(core: Core)
     peer, subscription = await core.connect("c1")
     for depth in (200, 260, 900):
         try:
-            core.broker.ping(subscription, nested(depth))
+            core.broker.doors.following.ping(subscription, nested(depth))
         except BrokerError:
             continue
-    core.broker.ping(subscription, 1)
+    core.broker.doors.following.ping(subscription, 1)
     assert peer.client.controls("ws.pong")[-1]["data"] == 1
 
 
@@ -568,7 +569,7 @@ async def test_a_client_cannot_break_its_connection_with_a_deep_ping(core: Core)
 
 async def test_an_idempotency_key_is_not_taken_for_another_that_begins_alike(core: Core) -> None:
     """`order` is a new key, whatever was published with `order:1`."""
-    publish = core.broker.outside.publish
+    publish = core.broker.doors.publishing.publish
     await publish(CALLER, "c1", [Draft("note.said", {"n": 1})], idempotency_key="order:1")
     await publish(CALLER, "c1", [Draft("note.said", {"n": 2})], idempotency_key="order")
     with pytest.raises(IdempotencyMismatch):
@@ -577,9 +578,9 @@ async def test_an_idempotency_key_is_not_taken_for_another_that_begins_alike(cor
 
 async def test_a_repeated_key_is_answered_alike_where_a_debug_channel_is_off(core: Core) -> None:
     """A draft that was dropped has no envelope to be found again; the request is the same all the same."""
-    core.broker.catalog.switch("debug.trace", on=False)
+    core.parts.catalog.switch("debug.trace", on=False)
     drafts = [Draft("note.said", {"n": 1}), Draft("trace.step", {"n": 2}, channel="debug.trace")]
-    publish = core.broker.outside.publish
+    publish = core.broker.doors.publishing.publish
     first = await publish(CALLER, "c1", drafts, idempotency_key="k")
     assert first[0][1] == 0
     assert await publish(CALLER, "c1", drafts, idempotency_key="k") == first
@@ -590,8 +591,8 @@ async def test_a_page_of_messages_is_bounded_in_bytes(core: Core) -> None:
     seqs = [await core.say("c1", "x" * 200_000) for _ in range(20)]
     client, since, pages = Client(since=0), 0, 0
     while True:
-        page = await core.broker.outside.messages(
-            CALLER, "c1", since=since, epoch=None, profile="default", channels=None, limit=1000, wait_s=0
+        page = await read_messages(
+            core.broker, CALLER, "c1", since=since, epoch=None, profile="default", channels=None, limit=1000, wait_s=0
         )
         assert sum(map(len, page.frames)) < 2_000_000
         for frame in page.frames:
@@ -612,7 +613,7 @@ async def test_a_conversation_that_cannot_be_saved_keeps_no_other_from_it(
 ) -> None:
     """Whatever goes wrong with one conversation's save, the others are saved and evicted (I9)."""
     async with StillCore(db) as core:
-        store, save = core.broker.stores.timeline, core.broker.stores.timeline.save
+        store, save = core.parts.stores.timeline, core.parts.stores.timeline.save
         for conv_id in ("c1", "c2"):
             await core.broker.publisher(conv_id).publish("user.message", {"text": "x"}, id="u1")
 
@@ -622,15 +623,15 @@ async def test_a_conversation_that_cannot_be_saved_keeps_no_other_from_it(
             await save(saves)
 
         store.save = choosy  # type: ignore[method-assign]
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
         assert [entity.id for entity in await store.page("c2")] == ["u1"]
         assert "'c1' cannot be saved" in (await core.broker.readiness())["timeline"]
-        first, second = (core.broker.conversations.get(conv_id) for conv_id in ("c1", "c2"))
-        monkeypatch.setattr(core.broker.conversations, "_idle_s", 0)
-        await core.broker.conversations.sweep()
-        assert core.broker.conversations.all() == [first] != [second]
+        first, second = (core.parts.conversations.get(conv_id) for conv_id in ("c1", "c2"))
+        monkeypatch.setattr(core.parts.conversations, "_idle_s", 0)
+        await core.parts.conversations.sweep()
+        assert core.parts.conversations.all() == [first] != [second]
         store.save = save  # type: ignore[method-assign]
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
         assert await core.broker.readiness() == {}
 
 
@@ -655,7 +656,7 @@ async def test_observers_see_what_was_published_before_the_end(db: str) -> None:
     async with Core(db, plugins=[slow]) as core:
         seqs = [await core.say("c1", str(n)) for n in range(3)]
         stopping = asyncio.create_task(core.broker.stop(drain_s=0))
-        await until(lambda: core.broker.observers._stopping)
+        await until(lambda: core.parts.observers._stopping)
         slow.go.set()
         await stopping
     assert [envelope.seq for envelope in slow.seen] == seqs
@@ -668,7 +669,7 @@ async def test_what_waits_for_observers_is_bounded_in_bytes(db: str, monkeypatch
     async with Core(db, plugins=[slow]) as core:
         first = await core.say("c1", "the one that is being observed")
         seqs = [await core.say("c1", "x" * 10_000) for _ in range(10)]
-        assert core.broker.observers.skipped == 6
+        assert core.parts.observers.skipped == 6
         slow.go.set()
         await until(lambda: len(slow.seen) == 5)
     assert [envelope.seq for envelope in slow.seen] == [first, *seqs[6:]]
@@ -705,21 +706,21 @@ async def test_who_may_not_create_a_conversation_opens_none(db: str) -> None:
     async with Core(db, plugins=[strict]) as core:
         peer = Peer(core.pool, Client())
         with pytest.raises(NotFound, match="'c1' does not exist"):
-            await core.broker.subscribe(peer.id, SubscribeRequest("c1"), CALLER)
+            await subscribe(core.broker, peer.id, SubscribeRequest("c1"), CALLER)
         with pytest.raises(NotFound):
-            await core.broker.outside.messages(
-                CALLER, "c1", since=0, epoch=None, profile="default", channels=None, limit=10, wait_s=0
+            await read_messages(
+                core.broker, CALLER, "c1", since=0, epoch=None, profile="default", channels=None, limit=10, wait_s=0
             )
         assert strict.opened == []
         await core.say("c1", "now it does")
-        await core.broker.subscribe(peer.id, SubscribeRequest("c1"), CALLER)
+        await subscribe(core.broker, peer.id, SubscribeRequest("c1"), CALLER)
 
 
 async def test_a_timeline_page_can_always_be_gone_on_from(db: str) -> None:
     """Where a profile hides most entities: a page without any says that there are no more."""
     async with Core(db, plugins=[Strict()]) as core:
         await core.broker.publish("c1", [Draft("user.message", {"text": "x"}, f"u{n}") for n in range(300)])
-        page = await core.broker.outside.timeline_page(CALLER, "c1", limit=10, profile="few")
+        page = await core.broker.doors.reading.timeline_page(CALLER, "c1", limit=10, profile="few")
         assert [entity.id for entity in page.entities] == ["u299"]
 
 
@@ -744,10 +745,12 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         async def broken(*_args: Any) -> None:
             raise RuntimeError("a bug")
 
-        core.broker.subscribe = broken  # type: ignore[method-assign, assignment]
-        served = _TakenOver(core.broker, core.pool, RAW_WEBSOCKET)
+        following = core.broker.doors.following
+        admitted = await following.admit(CALLER, SubscribeRequest("c1"))
+        following.subscribe = broken  # type: ignore[method-assign, assignment]
+        served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: wire, SubscribeRequest("c1"), CALLER)
+            await served.serve(lambda handler: wire, admitted, buffer_bytes=1000)
         assert len(core.pool) == 0
         assert wire.closed == (4500, "internal error")
 
@@ -756,12 +759,12 @@ async def test_a_reset_says_what_is_still_to_be_had(db: str) -> None:
     """`oldestSeq` is the oldest position that a resume may name, also where the state replaces the events."""
     async with Core(db, retention_count=10) as core:
         seqs = [await core.say("c1", str(n)) for n in range(30)]
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         trimmed = (await core.broker.head("c1")).trimmed_seq
         late, _ = await core.connect("c1", since=seqs[0])
         assert late.client.controls("ws.reset")[0]["oldestSeq"] == str(trimmed) != str(seqs[-1])
-        page = await core.broker.outside.messages(
-            CALLER, "c1", since=seqs[0], epoch=None, profile="default", channels=None, limit=10, wait_s=0
+        page = await read_messages(
+            core.broker, CALLER, "c1", since=seqs[0], epoch=None, profile="default", channels=None, limit=10, wait_s=0
         )
         assert b'"oldestSeq":"%d"' % trimmed in page.frames[0]
 
@@ -775,14 +778,14 @@ async def test_a_ping_that_cannot_be_answered_moves_nothing(db: str) -> None:
             await publisher.publish(type, {"delta": "x" * 600, "message": "hidden"}, id=f"m{n}")
         peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
         peer.stall()
-        read = core.broker.log.read
+        read = core.parts.log.read
 
         async def ping_meanwhile(*args: Any, **kwargs: Any) -> Page:
-            core.broker.ping(core.broker.subscriptions.all()[0], None)
+            core.broker.doors.following.ping(core.parts.registry.all()[0], None)
             return await read(*args, **kwargs)
 
-        core.broker.log.read = ping_meanwhile  # type: ignore[method-assign]
-        subscription = await core.broker.subscribe(peer.id, SubscribeRequest("c1", profile="text", since=0), CALLER)
+        core.parts.log.read = ping_meanwhile  # type: ignore[method-assign]
+        subscription = await subscribe(core.broker, peer.id, SubscribeRequest("c1", profile="text", since=0), CALLER)
         await until(lambda: not peer.writable)
         await asyncio.sleep(0)
         while subscription.status != "live":

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.core import CALLER, Core, database, until
+from tests.support.core import CALLER, Core, database, subscribe, until
 from tests.support.wire import Client, Peer
 
 from broker.delivery.subscription import SubscribeRequest
@@ -97,7 +97,7 @@ async def test_hidden_events_move_the_position(core: Core) -> None:
     seq = 0
     for _ in range(5):
         seq = await core.broker.publisher("c1").publish("log", {"message": "hidden", "level": "info"})
-    core.broker.ping(subscription, {"n": 1})
+    core.broker.doors.following.ping(subscription, {"n": 1})
     assert peer.client.last == seq
     assert peer.client.controls("ws.pong")[-1]["data"] == {"n": 1}
 
@@ -136,7 +136,7 @@ async def test_retention_is_told_not_hidden(db: str) -> None:
     """A position older than what is retained resets with `expired`; the oldest position that is complete resumes."""
     async with Core(db, retention_count=10) as core:
         seqs = [await core.say("c1", str(n)) for n in range(30)]
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         trimmed = (await core.broker.head("c1")).trimmed_seq
         assert trimmed in seqs
         old, _ = await core.connect("c1", since=seqs[0])
@@ -211,7 +211,7 @@ async def test_changing_the_view_in_place_replays_only_what_is_new(core: Core) -
     seqs = [await core.say("c1", f"{n}") for n in range(3)]
     hidden = [await publisher.publish("trace.step", {"n": n}, channel="debug.trace") for n in range(3)]
     await until(lambda: peer.client.seqs() == seqs)
-    await core.broker.change_view(subscription, profile="default", channels="+debug.trace", since=0)
+    await core.broker.doors.following.change_view(subscription, profile="default", channels="+debug.trace", since=0)
     await until(lambda: len(peer.client.events) == 6)
     assert peer.client.seqs() == seqs + hidden
     later = await publisher.publish("trace.step", {"n": 9}, channel="debug.trace")
@@ -225,13 +225,13 @@ async def test_what_cannot_be_subscribed_is_refused_by_name(core: Core) -> None:
     nobody = Principal("nobody")
     peer = Peer(core.pool, Client())
     with pytest.raises(UnknownProfile, match="'nope'"):
-        await core.broker.subscribe(peer.id, SubscribeRequest("c1", profile="nope"), CALLER)
+        await subscribe(core.broker, peer.id, SubscribeRequest("c1", profile="nope"), CALLER)
     with pytest.raises(UnknownChannel, match="'nope'"):
-        await core.broker.subscribe(peer.id, SubscribeRequest("c1", channels="+nope"), CALLER)
+        await subscribe(core.broker, peer.id, SubscribeRequest("c1", channels="+nope"), CALLER)
     with pytest.raises(PermissionDenied, match=r"debug\.trace"):
-        await core.broker.subscribe(peer.id, SubscribeRequest("c1", channels="+debug.trace"), nobody)
-    assert len(core.broker.subscriptions) == 0
-    assert core.broker.conversations.get("c1") is None
+        await subscribe(core.broker, peer.id, SubscribeRequest("c1", channels="+debug.trace"), nobody)
+    assert len(core.parts.registry) == 0
+    assert core.parts.conversations.get("c1") is None
 
 
 async def test_a_draft_for_derived_state_is_refused(core: Core) -> None:
@@ -243,7 +243,7 @@ async def test_a_draft_for_derived_state_is_refused(core: Core) -> None:
 async def test_a_debug_channel_that_is_off_costs_nothing(db: str) -> None:
     """Envelopes for a switched-off debug channel are not published at all."""
     async with Core(db) as core:
-        core.broker.catalog.switch("debug.trace", on=False)
+        core.parts.catalog.switch("debug.trace", on=False)
         seqs = await core.broker.publish("c1", [Draft("trace.step", {}, channel="debug.trace")])
         assert seqs == [0]
         assert not (await core.broker.head("c1")).exists
@@ -268,7 +268,7 @@ async def test_position_zero_of_a_known_life_is_a_position(db: str) -> None:
         publisher = core.broker.publisher("c1")
         for n in range(20):
             await publisher.publish("user.message", {"text": str(n)}, id=f"u{n}")
-        await core.broker.housekeeping.sweep()
+        await core.parts.housekeeping.sweep()
         back = Client(since=0)
         await core.connect("c1", client=back, since=0, epoch=peer.client.epoch)
         await until(lambda: bool(back.controls("ws.caught_up")))
@@ -293,8 +293,8 @@ async def test_two_changes_of_view_at_once_lose_no_state(core: Core) -> None:
     for n in range(5):
         await core.broker.publisher("c1").publish("user.message", {"text": str(n)}, id=f"u{n}")
     peer, subscription = await core.connect("c1", profile="text")
-    await core.broker.change_view(subscription, profile="timeline", channels=None, since=None)
-    await core.broker.change_view(subscription, profile="default", channels=None, since=None)
+    await core.broker.doors.following.change_view(subscription, profile="timeline", channels=None, since=None)
+    await core.broker.doors.following.change_view(subscription, profile="default", channels=None, since=None)
     await until(lambda: subscription.status == "live")
     assert len(peer.client.entities) == 5
 
@@ -305,12 +305,12 @@ async def test_what_a_reset_passed_over_is_shown_by_a_replay(db: str) -> None:
         peer, subscription = await core.connect("c1", buffer_bytes=1000)
         peer.stall()
         seqs = [await core.say("c1", "x" * 100) for _ in range(60)]
-        await core.broker.housekeeping.trim("c1")
+        await core.parts.housekeeping.trim("c1")
         peer.read()
         await until(lambda: subscription.status == "live")
         assert peer.client.controls("ws.reset")
         shown = peer.client.seqs()
-        await core.broker.change_view(subscription, profile="debug", channels=None, since=0)
+        await core.broker.doors.following.change_view(subscription, profile="debug", channels=None, since=0)
         await until(lambda: len(peer.client.events) > len(shown) and subscription.status == "live")
         assert peer.client.seqs()[len(shown) :] == [seq for seq in seqs[-20:] if seq not in shown]
 
@@ -333,10 +333,10 @@ async def test_a_change_of_view_does_not_swallow_the_notice_of_what_was_dropped(
         peer.read()
         peer.stall()
         while peer.writable:  # full again, just as the catch-up begins
-            core.broker.refuse(subscription, "test", "x" * 200)
+            core.broker.doors.following.refuse(subscription, "test", "x" * 200)
         for _ in range(50):
             await asyncio.sleep(0)
-        await core.broker.change_view(subscription, profile="default", channels=None, since=None)
+        await core.broker.doors.following.change_view(subscription, profile="default", channels=None, since=None)
         peer.read()
         await until(lambda: subscription.status == "live")
         assert len(peer.client.events) + peer.client.dropped == len(seqs)
@@ -349,7 +349,7 @@ async def test_a_lossy_reader_that_retention_overtakes_is_reset(db: str) -> None
         peer.stall()
         for _ in range(60):
             await core.say("c1", "x" * 100)
-        await core.broker.housekeeping.trim("c1")
+        await core.parts.housekeeping.trim("c1")
         peer.read()
         await until(lambda: subscription.status == "live")
         assert [reset["reason"] for reset in peer.client.controls("ws.reset")] == ["expired"]
@@ -359,9 +359,9 @@ async def test_who_only_follows_has_a_position_from_the_hello_on(core: Core) -> 
     """Also in a conversation that is still empty: an event stream gets an id to come back with, and loses nothing."""
     peer = Peer(core.pool, Client())
     peer.stall()
-    await core.broker.subscribe(peer.id, SubscribeRequest("c1"), CALLER)
+    await subscribe(core.broker, peer.id, SubscribeRequest("c1"), CALLER)
     assert [message.position for message in peer.buffered] == [0, None]
     hydrated = Peer(core.pool, Client())
     hydrated.stall()
-    await core.broker.subscribe(hydrated.id, SubscribeRequest("c1", hydrate=True), CALLER)
+    await subscribe(core.broker, hydrated.id, SubscribeRequest("c1", hydrate=True), CALLER)
     assert hydrated.buffered[0].position is None, "it has its position once its state is complete"

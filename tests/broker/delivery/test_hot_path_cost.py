@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core
+from tests.support.core import CALLER, Core, subscribe
 
 import broker
 from broker.delivery.subscription import SubscribeRequest
@@ -90,13 +90,13 @@ def quiet_core(db: str = ":memory:") -> Core:
     return Core(db, plugins=[ManyProfiles()], **never)
 
 
-async def subscribe(
+async def follow(
     core: Core, count: int, profiles: Sequence[str] = ("view0",), framing: Framing = RAW_WEBSOCKET
 ) -> None:
     for n in range(count):
         connection = Silent(f"{framing.name}{n}", framing)
         core.pool.add(connection)
-        await core.broker.subscribe(connection.id, SubscribeRequest("c1", profile=profiles[n % len(profiles)]), CALLER)
+        await subscribe(core.broker, connection.id, SubscribeRequest("c1", profile=profiles[n % len(profiles)]), CALLER)
 
 
 async def publish(core: Core, type: str, count: int) -> None:
@@ -110,7 +110,7 @@ async def calls_per_publish(
 ) -> float:
     """Return the calls of one publish, all its deliveries included."""
     async with quiet_core() as core:
-        await subscribe(core, subscribers, [f"view{n}" for n in range(views)], framing)
+        await follow(core, subscribers, [f"view{n}" for n in range(views)], framing)
         await publish(core, type, 5)  # what is done once for a type or a view is done
         with Calls() as calls:
             await publish(core, type, PUBLISHES)
@@ -154,8 +154,8 @@ async def test_a_frame_is_compressed_once_for_all_views_that_show_it() -> None:
     framing = DeflatedWebSocketFraming(level=1, min_bytes=0)
     async with quiet_core() as core:
         views = [f"view{n}" for n in range(8)]
-        await subscribe(core, 160, views, framing)
-        await subscribe(core, 16, views)
+        await follow(core, 160, views, framing)
+        await follow(core, 16, views)
         compressed = framing.compressed
         await publish(core, "note.said", 10)
         assert framing.compressed - compressed == 10
@@ -172,7 +172,7 @@ async def test_nothing_is_kept_per_delivery() -> None:
 
     async def blocks_kept(subscribers: int) -> int:
         async with quiet_core() as core:
-            await subscribe(core, subscribers)
+            await follow(core, subscribers)
             await publish(core, "note.said", 50)
             gc.collect()
             before = sys.getallocatedblocks()
@@ -187,16 +187,16 @@ async def test_nothing_is_kept_per_delivery() -> None:
 async def test_views_that_show_the_same_share_their_frames() -> None:
     """A frame is built once for all views that show an envelope as it is after the same one before."""
     async with quiet_core() as core:
-        await subscribe(core, 16, [f"view{n}" for n in range(8)])
-        built = core.broker.dispatcher.frames_built
+        await follow(core, 16, [f"view{n}" for n in range(8)])
+        built = core.parts.dispatcher.frames_built
         await publish(core, "note.said", 10)
-        assert core.broker.dispatcher.frames_built - built == 10
+        assert core.parts.dispatcher.frames_built - built == 10
 
 
 async def test_a_conversation_that_nobody_watches_builds_no_frame() -> None:
     async with quiet_core() as core:
         await publish(core, "note.said", 10)
-        assert core.broker.dispatcher.frames_built == 0
+        assert core.parts.dispatcher.frames_built == 0
 
 
 async def test_a_retained_event_keeps_no_more_than_its_size() -> None:

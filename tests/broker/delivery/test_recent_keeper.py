@@ -61,8 +61,8 @@ class Counts:
     def __init__(self, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: Counter[str] = Counter()
         for store, names in (
-            (core.broker.log, ("state", "read", "contains")),
-            (core.broker.stores.timeline, ("page", "get")),
+            (core.parts.log, ("state", "read", "contains")),
+            (core.parts.stores.timeline, ("page", "get")),
         ):
             for name in names:
                 monkeypatch.setattr(store, name, self._counted(f"{store.name}.{name}", getattr(store, name)))
@@ -111,7 +111,7 @@ async def cost(core: Core, monkeypatch: pytest.MonkeyPatch, clients: int, profil
     """Return reads of the stores and frames built for so many clients that come back, spread over profiles."""
     seqs = await published(core)
     epoch = (await core.broker.head("c1")).epoch
-    built = core.broker.recent.kept.frames_built
+    built = core.parts.recent.kept.frames_built
     counts = Counts(core, monkeypatch)
     peers = await asyncio.gather(
         *(core.connect("c1", profile=profiles[n % len(profiles)], since=seqs[5], epoch=epoch) for n in range(clients))
@@ -121,7 +121,7 @@ async def cost(core: Core, monkeypatch: pytest.MonkeyPatch, clients: int, profil
         assert len(peer.client.events) >= 12
         assert not peer.client.gaps
         assert peer.client.last == seqs[-1]
-    return counts.total, core.broker.recent.kept.frames_built - built
+    return counts.total, core.parts.recent.kept.frames_built - built
 
 
 async def test_reads_and_frames_do_not_grow_with_clients(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ async def test_every_position_gets_exactly_what_it_lacks(core: Core, monkeypatch
             assert not client.gaps
             assert not client.duplicates
             assert client.last == seqs[-1]
-    assert counts.calls[f"{core.broker.log.name}.read"] <= 4  # 30, 12, 0: each reads what those before did not
+    assert counts.calls[f"{core.parts.log.name}.read"] <= 4  # 30, 12, 0: each reads what those before did not
 
 
 async def test_what_is_published_meanwhile_is_added_without_reading(
@@ -176,7 +176,7 @@ async def test_what_is_published_meanwhile_is_added_without_reading(
         assert client.seqs() == seqs[11:]
         assert not client.gaps
     assert first.seqs() == seqs[4:]
-    assert counts.calls[f"{core.broker.log.name}.read"] == 0
+    assert counts.calls[f"{core.parts.log.name}.read"] == 0
 
 
 async def test_a_position_that_is_none_resets_although_its_neighbours_are_at_hand(core: Core) -> None:
@@ -204,12 +204,12 @@ async def test_a_log_that_another_process_reset_is_not_kept(core: Core, monkeypa
     """What is read then may be of either life: the client is told by the log itself."""
     seqs = await published(core)
     epoch = (await core.broker.head("c1")).epoch
-    state = core.broker.log.state
+    state = core.parts.log.state
 
     async def of_another_life(conv_id: str) -> LogState:
         return replace(await state(conv_id), epoch="another")
 
-    monkeypatch.setattr(core.broker.log, "state", of_another_life)
+    monkeypatch.setattr(core.parts.log, "state", of_another_life)
     client = Client(since=seqs[4])
     await core.connect("c1", client=client, since=seqs[4], epoch=epoch)
     await until(lambda: client.controls("ws.caught_up"))
@@ -222,17 +222,17 @@ async def test_who_has_nothing_yet_is_answered_from_memory_as_well(core: Core, m
     counts = Counts(core, monkeypatch)
     for client in await come_back(core, [0] * 10):
         assert client.seqs() == seqs
-    assert counts.calls[f"{core.broker.log.name}.read"] == 0
-    assert counts.calls[f"{core.broker.log.name}.contains"] == 0
+    assert counts.calls[f"{core.parts.log.name}.read"] == 0
+    assert counts.calls[f"{core.parts.log.name}.contains"] == 0
 
 
 async def test_retention_takes_what_is_kept_as_well(tmp_path: Path) -> None:
     async with Core(str(tmp_path / "broker.db"), retention_count=10, **QUIET) as core:
         seqs = await published(core, 60)
         await come_back(core, [seqs[4]])
-        assert len(core.broker.recent) == 1
-        assert await core.broker.housekeeping.trim("c1") == 50
-        assert len(core.broker.recent) == 0
+        assert len(core.parts.recent) == 1
+        assert await core.parts.housekeeping.trim("c1") == 50
+        assert len(core.parts.recent) == 0
         (client,) = await come_back(core, [seqs[4]])
         assert client.controls("ws.reset")[0]["reason"] == "expired"
 
@@ -241,19 +241,19 @@ async def test_what_retention_has_reached_is_looked_for_once(tmp_path: Path, mon
     """However many clients come back that have been away for too long, each from another position."""
     async with Core(str(tmp_path / "broker.db"), retention_count=10, **QUIET) as core:
         seqs = await published(core, 60)
-        await core.broker.housekeeping.trim("c1")
-        conversation = await core.broker.conversations.open("c1")
+        await core.parts.housekeeping.trim("c1")
+        conversation = await core.parts.conversations.open("c1")
         counts = Counts(core, monkeypatch)
         for since in seqs[:40:5]:
-            assert await core.broker.recent.resumed(conversation, since, None) is None
+            assert await core.parts.recent.resumed(conversation, since, None) is None
         assert counts.calls["sqlite.read"] == 1
-        assert await core.broker.recent.resumed(conversation, seqs[55], None) is not None
+        assert await core.parts.recent.resumed(conversation, seqs[55], None) is not None
 
 
 async def test_erasing_takes_what_is_kept_as_well(core: Core) -> None:
     seqs = await published(core)
     await come_back(core, [seqs[4]])
-    conversation = core.broker.conversations.get("c1")
+    conversation = core.parts.conversations.get("c1")
     assert conversation is not None
     assert conversation.recent is not None
     kept = conversation.recent
@@ -271,7 +271,7 @@ async def test_an_erased_conversation_is_not_read_back_by_who_was_reading(
     """A read of the log that ends after the erase leaves nothing behind."""
     seqs = await published(core)
     reading, go_on = asyncio.Event(), asyncio.Event()
-    read = core.broker.log.read
+    read = core.parts.log.read
 
     async def slow(*args: Any, **kwargs: Any) -> Any:
         page = await read(*args, **kwargs)
@@ -279,25 +279,25 @@ async def test_an_erased_conversation_is_not_read_back_by_who_was_reading(
         await go_on.wait()
         return page
 
-    monkeypatch.setattr(core.broker.log, "read", slow)
+    monkeypatch.setattr(core.parts.log, "read", slow)
     client = Client(since=seqs[4])
     coming = asyncio.create_task(core.connect("c1", client=client, since=seqs[4]))
     await reading.wait()
     erasing = asyncio.create_task(core.broker.erase("c1"))
-    await until(lambda: core.broker.conversations.get("c1") is None)
+    await until(lambda: core.parts.conversations.get("c1") is None)
     go_on.set()
     await asyncio.gather(coming, erasing, return_exceptions=True)
     assert client.events == []
-    core.broker.recent.sweep()
-    assert core.broker.recent.kept.size_bytes == 0
+    core.parts.recent.sweep()
+    assert core.parts.recent.kept.size_bytes == 0
 
 
 async def test_nothing_is_kept_for_a_conversation_that_has_left_memory(core: Core) -> None:
     await published(core)
-    conversation = await core.broker.conversations.open("c1")
-    core.broker.conversations.forget(conversation, "erased")
-    assert await core.broker.recent.resumed(conversation, 0, None) is None
-    assert len(core.broker.recent) == core.broker.recent.kept.size_bytes == 0
+    conversation = await core.parts.conversations.open("c1")
+    core.parts.conversations.forget(conversation, "erased")
+    assert await core.parts.recent.resumed(conversation, 0, None) is None
+    assert len(core.parts.recent) == core.parts.recent.kept.size_bytes == 0
 
 
 async def test_who_waits_for_another_ones_reading_goes_on_when_that_one_leaves(
@@ -305,14 +305,14 @@ async def test_who_waits_for_another_ones_reading_goes_on_when_that_one_leaves(
 ) -> None:
     seqs = await published(core)
     reading, go_on = asyncio.Event(), asyncio.Event()
-    read = core.broker.log.read
+    read = core.parts.log.read
 
     async def slow(*args: Any, **kwargs: Any) -> Any:
         reading.set()
         await go_on.wait()
         return await read(*args, **kwargs)
 
-    monkeypatch.setattr(core.broker.log, "read", slow)
+    monkeypatch.setattr(core.parts.log, "read", slow)
     first = asyncio.create_task(core.connect("c1", since=seqs[4]))
     await reading.wait()
     second = asyncio.create_task(core.connect("c1", since=seqs[4]))
@@ -357,7 +357,7 @@ async def test_entities_that_only_the_store_has_are_read_once(
         clock.wall_time_ms += 60_000
         seqs = [await core.say("c1", f"last {n}", type="user.message") for n in range(3)]
     async with Core(db, clock=clock) as core:
-        await core.broker.conversations.open("c1")
+        await core.parts.conversations.open("c1")
         since = seqs[0]
         counts = Counts(core, monkeypatch)
         clients = await come_back(core, [since] * 50)
@@ -371,7 +371,7 @@ async def test_entities_that_only_the_store_has_are_read_once(
 async def test_what_is_kept_goes_when_nobody_comes_any_more(core: Core, clock: SetClock) -> None:
     seqs = await published(core)
     await come_back(core, [seqs[4]])
-    keeper = core.broker.recent
+    keeper = core.parts.recent
     assert keeper.kept.size_bytes > 0
     clock.now_s += IDLE_S - 1
     keeper.sweep()
@@ -388,13 +388,13 @@ async def test_what_is_kept_is_read_again_after_a_while_however_many_come(
     counts = Counts(core, monkeypatch)
     for _ in range(int(LIFE_S / 3) + 1):
         await come_back(core, [seqs[4]])
-        core.broker.recent.sweep()
+        core.parts.recent.sweep()
         clock.now_s += 3.0
-    assert counts.calls[f"{core.broker.log.name}.read"] == 2
+    assert counts.calls[f"{core.parts.log.name}.read"] == 2
 
 
 async def test_what_is_kept_is_bounded_for_one_and_for_all(core: Core) -> None:
-    keeper = core.broker.recent
+    keeper = core.parts.recent
     conversations = [f"c{n}" for n in range(12)]
     sinces = {}
     for conv_id in conversations:
@@ -402,12 +402,12 @@ async def test_what_is_kept_is_bounded_for_one_and_for_all(core: Core) -> None:
         sinces[conv_id] = seqs[0]
     few = keeper_of(core, 400_000)
     for conv_id in conversations:
-        conversation = await core.broker.conversations.open(conv_id)
+        conversation = await core.parts.conversations.open(conv_id)
         assert await few.resumed(conversation, sinces[conv_id], None) is not None
         assert few.kept.size_bytes <= 400_000 + 150_000  # the newest one is never given up
     assert 1 < len(few) < len(conversations)
     for conv_id in conversations:
-        few.drop(await core.broker.conversations.open(conv_id))
+        few.drop(await core.parts.conversations.open(conv_id))
     assert few.kept.size_bytes == 0
 
     await come_back(core, [sinces["c0"]], conv_id="c0")
@@ -418,10 +418,10 @@ async def test_what_is_kept_is_bounded_for_one_and_for_all(core: Core) -> None:
 
 def keeper_of(core: Core, total_bytes_max: int) -> RecentKeeper:
     return RecentKeeper(
-        core.broker.log,
-        core.broker.conversations,
-        core.broker.timeline,
-        core.broker.clock,
+        core.parts.log,
+        core.parts.conversations,
+        core.parts.timeline,
+        core.parts.clock,
         page_events=512,
         page_bytes=262_144,
         total_bytes_max=total_bytes_max,
@@ -434,7 +434,7 @@ async def test_those_whom_clients_came_back_to_last_stay(core: Core, clock: SetC
     conversations = []
     for n in range(3):
         seqs = [await core.say(f"c{n}", "y" * 20_000) for _ in range(8)]
-        conversations.append((await core.broker.conversations.open(f"c{n}"), seqs[0]))
+        conversations.append((await core.parts.conversations.open(f"c{n}"), seqs[0]))
     first, second, third = conversations
     for one in (first, second, first, third, third):  # what goes over the bound shows at the next coming
         clock.now_s += 0.1
@@ -445,8 +445,8 @@ async def test_those_whom_clients_came_back_to_last_stay(core: Core, clock: SetC
 async def test_the_one_in_use_stays_however_large(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     few = keeper_of(core, 1)
     seqs = await published(core)
-    conversation = await core.broker.conversations.open("c1")
+    conversation = await core.parts.conversations.open("c1")
     counts = Counts(core, monkeypatch)
     for _ in range(3):
         assert await few.resumed(conversation, seqs[4], None) is not None
-    assert counts.calls[f"{core.broker.log.name}.read"] == 1
+    assert counts.calls[f"{core.parts.log.name}.read"] == 1

@@ -174,16 +174,16 @@ async def broken(core: Core) -> AsyncIterator[None]:
     async def refuse(*_: Any, **__: Any) -> Any:
         raise StoreUnavailable("no space left")
 
-    log: Any = core.broker.log
+    log: Any = core.parts.log
     append, ping, log.append, log.ping = log.append, log.ping, refuse, refuse
     with pytest.raises(StoreUnavailable):
         await core.say("c1", "refused")
-    await until(lambda: core.broker.availability.away is not None)
+    await until(lambda: core.parts.availability.away is not None)
     try:
         yield
     finally:
         log.append, log.ping = append, ping
-        await until(lambda: core.broker.availability.away is None)
+        await until(lambda: core.parts.availability.away is None)
 
 
 def notices(peer: Peer) -> list[str]:
@@ -211,7 +211,7 @@ async def test_each_connection_is_told_once_whatever_state_it_is_in(tmp_path: Pa
             await until(lambda: notices(slow) == ["store-away"])
             changed, its = await core.connect("c1", channels="sem")
             assert notices(changed) == []
-            await core.broker.change_view(its, profile="default", channels=None, since=None)
+            await core.broker.doors.following.change_view(its, profile="default", channels=None, since=None)
             await until(lambda: notices(changed) == ["store-away"])
         told = [live, elsewhere, late, slow, changed]
         await until(lambda: all(notices(peer) == ["store-away", "store-back"] for peer in told))

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.support.core import CALLER, Core, database, store_setting, until
+from tests.support.core import CALLER, Core, database, read_messages, store_setting, until
 from tests.support.still import StillCore
 from tests.support.wire import Client
 
@@ -26,13 +26,13 @@ def core(db: str, **settings: object) -> StillCore:
 
 async def kept(core: Core, conv_id: str) -> list[int]:
     """The retained seqs of a conversation."""
-    return [envelope.seq for envelope in (await core.broker.log.read(conv_id, after=0, limit=100_000)).envelopes]
+    return [envelope.seq for envelope in (await core.parts.log.read(conv_id, after=0, limit=100_000)).envelopes]
 
 
 async def test_by_count_the_newest_stay(db: str) -> None:
     async with core(db, retention_count=10) as one:
         seqs = [await one.say("c1", str(n)) for n in range(25)]
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert await kept(one, "c1") == seqs[-10:]
         assert (await one.broker.head("c1")).trimmed_seq == seqs[-11]
 
@@ -40,11 +40,11 @@ async def test_by_count_the_newest_stay(db: str) -> None:
 async def test_by_bytes_what_fits_stays(db: str) -> None:
     async with core(db, retention_bytes=5000) as one:
         seqs = [await one.say("c1", "x" * 400) for n in range(40)]
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         state = await one.broker.head("c1")
         assert state.bytes <= 5000
         assert await kept(one, "c1") == seqs[-state.count :]
-        page = await one.broker.log.read("c1", after=0)
+        page = await one.parts.log.read("c1", after=0)
         assert state.bytes + page.envelopes[0].size_bytes > 5000, "more was removed than had to be"
 
 
@@ -55,10 +55,10 @@ async def test_by_age_what_is_young_stays(db: str) -> None:
             await one.say("c1", f"old {n}")
         clock.advance(99)
         young = [await one.say("c1", f"young {n}") for n in range(5)]
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert len(await kept(one, "c1")) == 10
         clock.advance(2)
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert await kept(one, "c1") == young
 
 
@@ -71,7 +71,7 @@ async def test_a_clock_that_jumps_back_costs_no_fresh_envelope(db: str) -> None:
         after = [await one.say("c1", f"after {n}") for n in range(3)]
         assert [first, *after] == sorted([first, *after])
         clock.step_wall(3600)
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert await kept(one, "c1") == [first, *after]
 
 
@@ -80,7 +80,7 @@ async def test_conversations_are_trimmed_each_on_its_own(db: str) -> None:
         for n in range(30):
             await one.say("talkative", str(n))
         quiet = [await one.say("quiet", str(n)) for n in range(5)]
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert len(await kept(one, "talkative")) == 10
         assert await kept(one, "quiet") == quiet
 
@@ -92,8 +92,8 @@ async def test_a_conversation_nobody_opens_any_more_is_trimmed_too(tmp_path: Pat
         for n in range(20):
             await one.say("c1", str(n))
     async with core(file, retention_count=10) as one:
-        await one.broker.housekeeping.sweep()
-        assert one.broker.conversations.get("c1") is None
+        await one.parts.housekeeping.sweep()
+        assert one.parts.conversations.get("c1") is None
         assert len(await kept(one, "c1")) == 10
 
 
@@ -104,12 +104,12 @@ async def test_nothing_is_removed_that_the_stored_timeline_lacks(db: str) -> Non
         for n in range(20):
             await publisher.publish("user.message", {"text": f"question {n}"}, id=f"u{n}")
         await publisher.publish("llm.delta", {"delta": "half of "}, id="m1")
-        before = await one.broker.outside.timeline_page(CALLER, "c1")
-        await one.broker.housekeeping.sweep()
-        assert await one.broker.log.state("c1") != before
-        conversation = await one.broker.conversations.open("c1")
-        assert await one.broker.conversations.evict(conversation, "test")
-        after = await one.broker.outside.timeline_page(CALLER, "c1")
+        before = await one.broker.doors.reading.timeline_page(CALLER, "c1")
+        await one.parts.housekeeping.sweep()
+        assert await one.parts.log.state("c1") != before
+        conversation = await one.parts.conversations.open("c1")
+        assert await one.parts.conversations.evict(conversation, "test")
+        after = await one.broker.doors.reading.timeline_page(CALLER, "c1")
         assert [entity.to_wire() for entity in after.entities] == [entity.to_wire() for entity in before.entities]
         assert len(after.entities) == 21
 
@@ -120,7 +120,7 @@ async def test_the_last_seq_stays_known_when_everything_else_went(db: str) -> No
         clock = one.clock
         last = [await one.say("c1", str(n)) for n in range(5)][-1]
         clock.advance(1000)
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         clock.step_wall(-1_000_000)
         later = await one.say("c1", "later")
         # Redis goes by its own clock, which no test steps back.
@@ -135,7 +135,7 @@ async def test_a_reader_overtaken_while_it_catches_up_is_told(db: str) -> None:
         peer.stall()
         for n in range(200):
             await publisher.publish("user.message", {"text": f"{n} " + "x" * 200}, id=f"u{n}")
-        await one.broker.housekeeping.trim("c1")
+        await one.parts.housekeeping.trim("c1")
         peer.read()
         # The state comes first, and then shows what of the events is gone.
         await until(lambda: peer.client.controls("ws.reset") and len(peer.client.entities) == 200)
@@ -155,7 +155,7 @@ async def test_a_reader_overtaken_while_it_hydrates_is_told(db: str) -> None:
         await until(lambda: not peer.writable)
         for n in range(100):
             await one.say("c1", f"late {n}")
-        await one.broker.housekeeping.trim("c1")
+        await one.parts.housekeeping.trim("c1")
         peer.read()
         await until(lambda: bool(client.controls("ws.caught_up")))
         missing = 100 - len(client.events)
@@ -168,7 +168,7 @@ async def test_a_long_poll_overtaken_between_two_pages_is_told(db: str) -> None:
     """`GET /api/messages` reads page by page; what is removed in between must not look like nothing."""
     async with core(db, retention_count=20) as one:
         seqs = [await one.say("c1", "x" * 1000) for n in range(600)]
-        log, sweep = one.broker.log, one.broker.housekeeping.sweep
+        log, sweep = one.parts.log, one.parts.housekeeping.sweep
         read = log.read
         pages = 0
 
@@ -185,8 +185,16 @@ async def test_a_long_poll_overtaken_between_two_pages_is_told(db: str) -> None:
         recovered = []
         more = True
         while more:
-            answer = await one.broker.outside.messages(
-                CALLER, "c1", since=client.last, epoch=None, profile="default", channels="sem", limit=1000, wait_s=0
+            answer = await read_messages(
+                one.broker,
+                CALLER,
+                "c1",
+                since=client.last,
+                epoch=None,
+                profile="default",
+                channels="sem",
+                limit=1000,
+                wait_s=0,
             )
             recovered.append(answer.recovered)
             for frame in answer.frames:
@@ -202,7 +210,7 @@ async def test_everything_retained_begins_without_a_gap(db: str) -> None:
     """`since=0` of a conversation that lost its beginning: what there still is, and no gap in front of it."""
     async with core(db, retention_count=10) as one:
         seqs = [await one.say("c1", str(n)) for n in range(25)]
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         peer, subscription = await one.connect("c1", since=0)
         await until(lambda: subscription.status == "live")
         assert peer.client.seqs() == seqs[-10:]
@@ -212,7 +220,7 @@ async def test_everything_retained_begins_without_a_gap(db: str) -> None:
 async def test_a_batch_larger_than_the_limit_leaves_its_newest(db: str) -> None:
     async with core(db, retention_count=10) as one:
         seqs = await one.broker.publish("c1", [Draft("note.said", {"text": str(n)}) for n in range(100)])
-        await one.broker.housekeeping.sweep()
+        await one.parts.housekeeping.sweep()
         assert await kept(one, "c1") == seqs[-10:]
 
 
@@ -228,7 +236,7 @@ async def test_trimming_and_publishing_at_once_lose_nothing(db: str) -> None:
 
         async def trim() -> None:
             for _ in range(50):
-                await one.broker.housekeeping.sweep()
+                await one.parts.housekeeping.sweep()
 
         await asyncio.gather(publish(), trim())
         assert peer.client.seqs() == seqs
@@ -240,8 +248,8 @@ async def test_a_start_does_not_wait_for_what_is_past_its_time(tmp_path: Path) -
     db = database(tmp_path, "sqlite")
     old = Turn("t1", "c1", "s", "r", "request", 1, {"text": "old"})
     async with core(db) as one:
-        await one.broker.stores.turns.add(old, keep=10)
+        await one.parts.stores.turns.add(old, keep=10)
     async with core(db) as one:
-        assert await one.broker.stores.turns.turns("c1") == [old]
-        await one.broker.housekeeping.sweep()
-        assert await one.broker.stores.turns.turns("c1") == []
+        assert await one.parts.stores.turns.turns("c1") == [old]
+        await one.parts.housekeeping.sweep()
+        assert await one.parts.stores.turns.turns("c1") == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.support.core import CALLER, Core, database, store_setting, until, until_async
+from tests.support.core import CALLER, Core, database, read_messages, store_setting, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, call, text
 
 from broker.cli.verify import verify_conversation
@@ -20,6 +20,7 @@ from broker.library.jsonl import BadLine
 from broker.library.store import Found, LibraryEntry
 from broker.runs.tools import Tool
 from broker.security import Principal
+from broker.testing import parts_of
 from broker.timeline.entity import Entity
 
 
@@ -46,8 +47,8 @@ def agent(secret: str = "sunny", *, approval: bool = False) -> EnginePlugin:
 
 async def ask(core: Core, conv_id: str, *prompts: str) -> None:
     for prompt in prompts:
-        await core.broker.runs.send(CALLER, conv_id, prompt)
-        await until(lambda: core.broker.runs.active == 0)
+        await core.parts.runs.send(CALLER, conv_id, prompt)
+        await until(lambda: core.parts.runs.active == 0)
 
 
 def content(entity: Entity) -> tuple[Any, ...]:
@@ -56,23 +57,25 @@ def content(entity: Entity) -> tuple[Any, ...]:
 
 async def until_said(core: Core, conv_id: str, said: str) -> None:
     async with asyncio.timeout(10):
-        while not any(str(e.props.get("text")) == said for e in await core.broker.timeline.entities(conv_id)):
+        while not any(str(e.props.get("text")) == said for e in await core.parts.timeline.entities(conv_id)):
             await asyncio.sleep(0.002)
 
 
 async def contents(core: Core, conv_id: str) -> list[tuple[Any, ...]]:
-    return [content(entity) for entity in await core.broker.timeline.entities(conv_id)]
+    return [content(entity) for entity in await core.parts.timeline.entities(conv_id)]
 
 
 async def assert_fold_law(core: Core, conv_id: str) -> None:
     broker = core.broker
-    await broker.housekeeping.save(broker.conversations.all(), everything=True)
-    report = await verify_conversation(broker.log, broker.stores.timeline, broker.catalog.handlers, conv_id)
+    await parts_of(broker).housekeeping.save(parts_of(broker).conversations.all(), everything=True)
+    report = await verify_conversation(
+        parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, conv_id
+    )
     assert (report.differences, report.dead_letters) == ([], 0)
 
 
 async def exported(core: Core, conv_id: str, **options: Any) -> bytes:
-    lines = await core.broker.library.export(CALLER, conv_id, **options)
+    lines = await core.parts.library.export(CALLER, conv_id, **options)
     return b"".join([line async for line in lines])
 
 
@@ -85,7 +88,7 @@ async def test_a_fork_begins_as_a_copy_up_to_the_message(db: str) -> None:
         source = [one for one in await contents(core, "source") if one[1] != "run"]
         answers = [one for one in source if one[1] == "message" and one[2]["role"] == "assistant"]
         until_here = answers[1][0]  # the end of the first answer
-        fork = await core.broker.library.fork(CALLER, "source", until_here)
+        fork = await core.parts.library.fork(CALLER, "source", until_here)
         new_id = fork.entry.conv_id
         copied = await contents(core, new_id)
         assert copied == source[: source.index(answers[1]) + 1]
@@ -104,12 +107,12 @@ async def test_a_fork_refuses_what_it_cannot_copy(db: str) -> None:
     gate = Gate()
     engine = ScriptedEngine([*text("half an answer")[:1], gate, *text(" whole")])
     async with Core(db, plugins=[EnginePlugin(engine)]) as core:
-        await core.broker.runs.send(CALLER, "source", "hi")
+        await core.parts.runs.send(CALLER, "source", "hi")
         await gate.reached.wait()
         await until_said(core, "source", "half an answer")
-        library = core.broker.library
+        library = core.parts.library
         entities = {one[1]: one[0] for one in await contents(core, "source")}
-        growing = (await core.broker.timeline.entities("source"))[-1]
+        growing = (await core.parts.timeline.entities("source"))[-1]
         with pytest.raises(Conflict, match="still being written"):
             await library.fork(CALLER, "source", growing.id)
         for message_id in ("unknown", entities["run"]):
@@ -118,9 +121,9 @@ async def test_a_fork_refuses_what_it_cannot_copy(db: str) -> None:
         with pytest.raises(NotFound):
             await library.fork(CALLER, "nowhere", "m")
         with pytest.raises(Conflict, match="exists already"):
-            await library.fork(CALLER, "source", (await core.broker.timeline.entities("source"))[0].id, new_id="source")
+            await library.fork(CALLER, "source", (await core.parts.timeline.entities("source"))[0].id, new_id="source")
         gate.open()
-        await until(lambda: core.broker.runs.active == 0)
+        await until(lambda: core.parts.runs.active == 0)
         assert [seen.entry.conv_id for seen in (await library.find(CALLER)).conversations] == ["source"]
 
 
@@ -128,14 +131,14 @@ async def test_a_prompt_that_waited_is_copied_to_where_it_was_answered(db: str) 
     gate = Gate()
     engine = ScriptedEngine([*text("one")[:1], gate, *text("!")], text("two"))
     async with Core(db, plugins=[EnginePlugin(engine)]) as core:
-        await core.broker.runs.send(CALLER, "source", "first")
+        await core.parts.runs.send(CALLER, "source", "first")
         await gate.reached.wait()
-        await core.broker.runs.send(CALLER, "source", "second")
+        await core.parts.runs.send(CALLER, "source", "second")
         gate.open()
-        await until(lambda: core.broker.runs.active == 0)
-        last = (await core.broker.timeline.entities("source"))[-1]
-        fork = await core.broker.library.fork(CALLER, "source", last.id, new_id="copy", title="Named")
-        said = [str(e.props["text"]) for e in await core.broker.timeline.entities("copy") if e.kind == "message"]
+        await until(lambda: core.parts.runs.active == 0)
+        last = (await core.parts.timeline.entities("source"))[-1]
+        fork = await core.parts.library.fork(CALLER, "source", last.id, new_id="copy", title="Named")
+        said = [str(e.props["text"]) for e in await core.parts.timeline.entities("copy") if e.kind == "message"]
         assert said == ["first", "one!", "second", "two"]
         assert fork.entry.title == "Named"
         await assert_fold_law(core, "copy")
@@ -169,7 +172,7 @@ async def test_every_builtin_entity_survives_a_fork(db: str) -> None:
     ]
     async with Core(db, max_envelope_bytes=4096) as core:
         await core.broker.publish("source", drafts)
-        await core.broker.library.fork(CALLER, "source", "u2", new_id="copy")
+        await core.parts.library.fork(CALLER, "source", "u2", new_id="copy")
         source, copy = await contents(core, "source"), await contents(core, "copy")
         assert copy == source
         await assert_fold_law(core, "copy")
@@ -185,8 +188,8 @@ async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None
     ]
     async with Core(db) as core:
         await core.broker.publish("source", drafts)
-        await core.broker.library.fork(CALLER, "source", "u2", new_id="copy")
-        by_id = {entity.id: entity for entity in await core.broker.timeline.entities("copy")}
+        await core.parts.library.fork(CALLER, "source", "u2", new_id="copy")
+        by_id = {entity.id: entity for entity in await core.parts.timeline.entities("copy")}
         assert (str(by_id["m1"].props["text"]), by_id["m1"].props["partial"]) == ("so far", True)
         assert by_id["c1"].props["status"] == "error"
         assert not any(entity.growing for entity in by_id.values())
@@ -198,15 +201,15 @@ async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None
 
 async def test_an_export_imports_as_the_same_conversation(db: str) -> None:
     async with Core(db, plugins=[agent(approval=True)]) as core:
-        await core.broker.runs.send(CALLER, "source", "what ☂ weather?")
-        await until(lambda: core.broker.runs.stats()["runs_active"])
-        while not (await core.broker.runs.state("source"))["pendingApprovals"]:
+        await core.parts.runs.send(CALLER, "source", "what ☂ weather?")
+        await until(lambda: core.parts.runs.stats()["runs_active"])
+        while not (await core.parts.runs.state("source"))["pendingApprovals"]:
             await asyncio.sleep(0.002)
-        await core.broker.runs.approve_tools("source", None, "alice")
-        await until(lambda: core.broker.runs.active == 0)
-        await core.broker.library.change(CALLER, "source", {"title": "Weather", "metadata": {"pinned": True}})
+        await core.parts.runs.approve_tools("source", None, "alice")
+        await until(lambda: core.parts.runs.active == 0)
+        await core.parts.library.change(CALLER, "source", {"title": "Weather", "metadata": {"pinned": True}})
         file = await exported(core, "source")
-        info = await core.broker.library.import_(CALLER, file, new_id="copy")
+        info = await core.parts.library.import_(CALLER, file, new_id="copy")
         assert await contents(core, "copy") == await contents(core, "source")
         assert (info.entry.title, info.entry.metadata) == ("Weather", {"pinned": True})
         await assert_fold_law(core, "copy")
@@ -222,28 +225,28 @@ async def test_an_export_imports_as_the_same_conversation(db: str) -> None:
 async def test_an_export_holds_what_retention_has_trimmed(db: str) -> None:
     async with Core(db, plugins=[agent()], retention_count=10, sweep_interval_s=3600.0) as core:
         await ask(core, "source", "one", "two", "three")
-        await core.broker.housekeeping.sweep()
-        assert (await core.broker.log.state("source")).trimmed_seq > 0
+        await core.parts.housekeeping.sweep()
+        assert (await core.parts.log.state("source")).trimmed_seq > 0
         file = await exported(core, "source")
-        await core.broker.library.import_(CALLER, file, new_id="copy")
+        await core.parts.library.import_(CALLER, file, new_id="copy")
         assert [one[:3] for one in await contents(core, "copy")] == [one[:3] for one in await contents(core, "source")]
 
 
 async def test_what_is_unfinished_in_a_file_ends_with_its_import(db: str) -> None:
     gate = Gate()
     async with Core(db, plugins=[EnginePlugin(ScriptedEngine([*text("so far")[:1], gate, *text("!")]))]) as core:
-        await core.broker.runs.send(CALLER, "source", "hi")
+        await core.parts.runs.send(CALLER, "source", "hi")
         await gate.reached.wait()
         await until_said(core, "source", "so far")
         file = await exported(core, "source")
-        await core.broker.library.import_(CALLER, file, new_id="copy")
-        by_kind = {(e.kind, e.props.get("role")): e for e in await core.broker.timeline.entities("copy")}
+        await core.parts.library.import_(CALLER, file, new_id="copy")
+        by_kind = {(e.kind, e.props.get("role")): e for e in await core.parts.timeline.entities("copy")}
         assert by_kind["run", None].props["status"] == "interrupted"
         answer = by_kind["message", "assistant"]
         assert (str(answer.props["text"]), answer.props["partial"], answer.growing) == ("so far", True, False)
-        assert (await core.broker.runs.state("copy"))["status"] == "idle"
+        assert (await core.parts.runs.state("copy"))["status"] == "idle"
         gate.open()
-        await until(lambda: core.broker.runs.active == 0)
+        await until(lambda: core.parts.runs.active == 0)
 
 
 def lines(*envelopes: dict[str, Any], **end: Any) -> bytes:
@@ -286,16 +289,16 @@ GOOD = {"type": "user.message", "id": "u1", "channel": "sem", "timeMs": 1, "data
 async def test_a_bad_file_names_its_line_and_leaves_nothing(db: str, file: bytes, line: int, says: str) -> None:
     async with Core(db, max_envelope_bytes=4096) as core:
         with pytest.raises(BadLine, match=f"line {line}: .*") as caught:
-            await core.broker.library.import_(CALLER, file, new_id="copy")
+            await core.parts.library.import_(CALLER, file, new_id="copy")
         assert caught.value.fields["line"] == line
         assert says in str(caught.value)
         assert not (await core.broker.head("copy")).exists
-        assert await core.broker.stores.library.entries(["copy"]) == {}
+        assert await core.parts.stores.library.entries(["copy"]) == {}
 
 
 async def test_an_import_needs_a_free_id_and_bounded_metadata(db: str) -> None:
     async with Core(db) as core:
-        library = core.broker.library
+        library = core.parts.library
         await library.import_(CALLER, lines(GOOD), new_id="copy")
         with pytest.raises(Conflict):
             await library.import_(CALLER, lines(GOOD), new_id="copy")
@@ -324,18 +327,18 @@ async def test_an_import_that_fails_half_way_leaves_nothing(db: str) -> None:
     many = [{**GOOD, "id": f"u{n}"} for n in range(500)]
     async with Core(db, plugins=[RefusesBad()]) as core:
         with pytest.raises(Exception, match="no"):
-            await core.broker.library.import_(CALLER, lines(*many, {**GOOD, "data": {"text": "bad"}}), new_id="copy")
+            await core.parts.library.import_(CALLER, lines(*many, {**GOOD, "data": {"text": "bad"}}), new_id="copy")
         assert not (await core.broker.head("copy")).exists
-        assert (await core.broker.library.find(CALLER)).conversations == []
+        assert (await core.parts.library.find(CALLER)).conversations == []
 
 
 async def test_a_copy_that_a_crash_cut_is_erased_at_the_next_start(tmp_path: Path) -> None:
     db = database(tmp_path, "sqlite")
     async with Core(db) as core:
         # As `_fill` leaves it when the process dies between two batches.
-        await core.broker.stores.library.create(LibraryEntry("half", 1, pending=True))
+        await core.parts.stores.library.create(LibraryEntry("half", 1, pending=True))
         await core.broker.publish("half", [Draft("user.message", {"text": "half"}, "u1")])
-        assert (await core.broker.library.find(CALLER)).conversations == []
+        assert (await core.parts.library.find(CALLER)).conversations == []
     async with Core(db) as core:
         await until_async(lambda: gone(core, "half"))
 
@@ -362,26 +365,26 @@ async def test_a_list_shows_what_the_caller_may_read(db: str) -> None:
         for n in range(30):
             conv_id = f"private{n}" if n % 3 else f"open{n}"
             await core.broker.publish(conv_id, [Draft("user.message", {"text": f"Number {n} needle"}, "u")])
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
         for query in (None, "needle"):
             seen: list[str] = []
             before: int | None = None
             while True:
-                page = await core.broker.library.find(CALLER, query=query, before=before, limit=4)
+                page = await core.parts.library.find(CALLER, query=query, before=before, limit=4)
                 seen += [info.entry.conv_id for info in page.conversations]
                 before = page.before
                 if before is None:
                     break
             assert sorted(seen) == sorted(f"open{n}" for n in range(0, 30, 3))
-        everything = await core.broker.library.find(Principal("operator"), limit=100)
+        everything = await core.parts.library.find(Principal("operator"), limit=100)
         assert len(everything.conversations) == 30
         for action in (
-            core.broker.library.get(CALLER, "private1"),
-            core.broker.library.change(CALLER, "private1", {"title": "x"}),
-            core.broker.library.fork(CALLER, "private1", "u"),
-            core.broker.library.fork(CALLER, "open0", "u", new_id="private99"),
-            core.broker.library.export(CALLER, "private1"),
-            core.broker.library.import_(CALLER, lines(GOOD), new_id="private98"),
+            core.parts.library.get(CALLER, "private1"),
+            core.parts.library.change(CALLER, "private1", {"title": "x"}),
+            core.parts.library.fork(CALLER, "private1", "u"),
+            core.parts.library.fork(CALLER, "open0", "u", new_id="private99"),
+            core.parts.library.export(CALLER, "private1"),
+            core.parts.library.import_(CALLER, lines(GOOD), new_id="private98"),
         ):
             with pytest.raises(PermissionDenied):
                 await action
@@ -391,7 +394,7 @@ async def test_a_conversation_without_messages_is_listed_too(db: str) -> None:
     async with Core(db) as core:
         await core.say("events-only", "x")
         await core.broker.publish("chat", [Draft("user.message", {"text": "hello"}, "u")])
-        listed = (await core.broker.library.find(CALLER)).conversations
+        listed = (await core.parts.library.find(CALLER)).conversations
         assert {info.entry.conv_id: info.entry.shown_title for info in listed} == {"events-only": None, "chat": "hello"}
 
 
@@ -400,13 +403,13 @@ async def test_what_a_crash_kept_from_being_noted_is_found_after_the_restart(tmp
     async with Core(db, timeline_flush_interval_s=3600.0, upsert_interval_s=3600.0) as core:
         await core.broker.publish("c", [Draft("user.message", {"text": "unforgettable words"}, "u")])
         # As a crash: memory is lost before the timeline was saved.
-        for conversation in core.broker.conversations.all():
-            core.broker.conversations.forget(conversation)
-        assert await core.broker.stores.library.entries(["c"]) == {}
+        for conversation in core.parts.conversations.all():
+            core.parts.conversations.forget(conversation)
+        assert await core.parts.stores.library.entries(["c"]) == {}
     async with Core(db) as core:
 
         async def found() -> bool:
-            page = await core.broker.library.find(CALLER, query="unforgettable")
+            page = await core.parts.library.find(CALLER, query="unforgettable")
             return [info.entry.shown_title for info in page.conversations] == ["unforgettable words"]
 
         await until_async(found)
@@ -423,11 +426,11 @@ async def test_a_start_opens_only_what_may_lack_in_the_library(tmp_path: Path) -
             opened.append(conversation.conv_id)
 
     async with Core(db, timeline_flush_interval_s=3600.0, upsert_interval_s=3600.0) as core:
-        await core.broker.library.stop()  # else the look after this start may find the conversation, and save it
+        await core.parts.library.stop()  # else the look after this start may find the conversation, and save it
         await core.broker.publish("cut-off", [Draft("user.message", {"text": "unforgettable"}, "u")])
         # As a crash: memory is lost before the timeline was saved.
-        for conversation in core.broker.conversations.all():
-            core.broker.conversations.forget(conversation)
+        for conversation in core.parts.conversations.all():
+            core.parts.conversations.forget(conversation)
         for number in range(5):  # newer ones, and therefore looked at before
             await core.broker.publish(f"c{number}", [Draft("note.said", {"text": "of no entity"})])
     async with Core(db, plugins=[Watching()]):
@@ -438,7 +441,7 @@ async def test_a_start_opens_only_what_may_lack_in_the_library(tmp_path: Path) -
 async def test_merge_patch(db: str) -> None:
     async with Core(db) as core:
         await core.broker.publish("c", [Draft("user.message", {"text": "hello"}, "u")])
-        library = core.broker.library
+        library = core.parts.library
         await library.change(CALLER, "c", {"metadata": {"a": 1, "b": {"c": 2, "d": [1]}}})
         info = await library.change(CALLER, "c", {"metadata": {"a": None, "b": {"d": {"e": 1}, "f": None}}})
         assert info.entry.metadata == {"b": {"c": 2, "d": {"e": 1}}}
@@ -475,34 +478,34 @@ async def test_an_erased_conversation_leaves_no_byte_in_any_file(tmp_path: Path)
         for n in range(30):
             await broker.publish(f"other{n}", [Draft("user.message", {"text": f"other words {n} " * 20}, "u")])
         erased = f"c-{MARK}"
-        await broker.runs.send(CALLER, erased, f"prompt {MARK}", idempotency_key=f"key-{MARK}")
-        await until(lambda: broker.runs.active == 0)
-        await broker.library.change(CALLER, erased, {"title": f"Title {MARK}", "metadata": {MARK: [MARK]}})
-        answer = [e for e in await broker.timeline.entities(erased) if e.kind == "message"][-1]
-        await broker.library.fork(CALLER, erased, answer.id, new_id="fork")
+        await parts_of(broker).runs.send(CALLER, erased, f"prompt {MARK}", idempotency_key=f"key-{MARK}")
+        await until(lambda: parts_of(broker).runs.active == 0)
+        await parts_of(broker).library.change(CALLER, erased, {"title": f"Title {MARK}", "metadata": {MARK: [MARK]}})
+        answer = [e for e in await parts_of(broker).timeline.entities(erased) if e.kind == "message"][-1]
+        await parts_of(broker).library.fork(CALLER, erased, answer.id, new_id="fork")
         await broker.publish(erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")])
         await broker.publish(erased, [Draft("llm.delta", {"delta": MARK}, "growing")])
         plugin.engine._answer = lambda request: [*text(MARK)[:1], gate]
-        await broker.runs.send(CALLER, erased, f"running {MARK}")
+        await parts_of(broker).runs.send(CALLER, erased, f"running {MARK}")
         await gate.reached.wait()
-        await broker.runs.send(CALLER, erased, f"queued {MARK}")
+        await parts_of(broker).runs.send(CALLER, erased, f"queued {MARK}")
         peer, _ = await core.connect(erased)
-        await broker.housekeeping.tick()
+        await parts_of(broker).housekeeping.tick()
         assert set(found_in_files(tmp_path)) >= {"broker.db-wal"}
         await broker.erase("fork")
         await broker.erase(erased)
         assert found_in_files(tmp_path) == {}
         # What was under way must not come back with the next save, sweep or late write.
-        await broker.housekeeping.tick()
-        await broker.housekeeping.sweep()
+        await parts_of(broker).housekeeping.tick()
+        await parts_of(broker).housekeeping.sweep()
         await asyncio.sleep(0)
         assert found_in_files(tmp_path) == {}
-        assert await broker.timeline.entities(erased) == []
+        assert await parts_of(broker).timeline.entities(erased) == []
         assert peer.closed is not None
-        listed = [info.entry.conv_id for info in (await broker.library.find(CALLER, limit=200)).conversations]
+        listed = [info.entry.conv_id for info in (await parts_of(broker).library.find(CALLER, limit=200)).conversations]
         assert len(listed) == 30
-        assert (await broker.library.find(CALLER, query=MARK)).conversations == []
-        assert broker.runs.active == 0
+        assert (await parts_of(broker).library.find(CALLER, query=MARK)).conversations == []
+        assert parts_of(broker).runs.active == 0
     assert found_in_files(tmp_path) == {}
 
 
@@ -511,17 +514,17 @@ async def test_what_a_list_notes_late_does_not_come_back_after_an_erasure(db: st
         broker = core.broker
         for turns in range(25):
             await broker.publish("c", [Draft("user.message", {"text": f"{MARK} {n}"}, f"u{n}") for n in range(150)])
-            await broker.housekeeping.save(broker.conversations.all(), everything=True)
-            await broker.stores.library.erase("c")  # so that the list has something to note
+            await parts_of(broker).housekeeping.save(parts_of(broker).conversations.all(), everything=True)
+            await parts_of(broker).stores.library.erase("c")  # so that the list has something to note
 
             async def erase(turns: int = turns) -> None:
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 await broker.erase("c")
 
-            await asyncio.gather(broker.library.find(CALLER), erase())
-            assert await broker.stores.library.entries(["c"]) == {}
-            assert await broker.stores.library.search([MARK], before_seq=None, limit=1) == Found([], None)
+            await asyncio.gather(parts_of(broker).library.find(CALLER), erase())
+            assert await parts_of(broker).stores.library.entries(["c"]) == {}
+            assert await parts_of(broker).stores.library.search([MARK], before_seq=None, limit=1) == Found([], None)
 
 
 async def test_erasing_beside_writers_and_readers_never_shows_the_old_again(db: str) -> None:
@@ -537,12 +540,12 @@ async def test_erasing_beside_writers_and_readers_never_shows_the_old_again(db: 
 
             async def read() -> None:
                 for _ in range(5):
-                    await broker.timeline.entities("c")
+                    await parts_of(broker).timeline.entities("c")
 
             await asyncio.gather(broker.erase("c"), publish(), read(), broker.erase("c"))
-            left = {entity.id for entity in await broker.timeline.entities("c")}
+            left = {entity.id for entity in await parts_of(broker).timeline.entities("c")}
             assert not any(one.startswith("old") for one in left)
-            await broker.housekeeping.tick()
+            await parts_of(broker).housekeeping.tick()
             await assert_fold_law(core, "c")
             await broker.erase("c")
 
@@ -552,8 +555,8 @@ async def test_nobody_opens_a_conversation_while_it_is_erased(db: str, monkeypat
     async with Core(db) as core:
         broker = core.broker
         await broker.publish("c", [Draft("user.message", {"text": "old"}, "old")])
-        await broker.housekeeping.save(broker.conversations.all(), everything=True)
-        store = broker.stores.timeline
+        await parts_of(broker).housekeeping.save(parts_of(broker).conversations.all(), everything=True)
+        store = parts_of(broker).stores.timeline
         erase, reached, go = store.erase, asyncio.Event(), asyncio.Event()
 
         async def slow(conv_id: str) -> None:
@@ -564,14 +567,14 @@ async def test_nobody_opens_a_conversation_while_it_is_erased(db: str, monkeypat
         monkeypatch.setattr(store, "erase", slow)
         erasing = asyncio.create_task(broker.erase("c"))
         await reached.wait()
-        reading = asyncio.create_task(broker.timeline.entities("c"))
+        reading = asyncio.create_task(parts_of(broker).timeline.entities("c"))
         publishing = asyncio.create_task(broker.publish("c", [Draft("user.message", {"text": "new"}, "new")]))
         done, _ = await asyncio.wait({reading, publishing}, timeout=0.2)
         assert not done
         go.set()
         await asyncio.gather(erasing, publishing)
         assert {entity.id for entity in await reading} <= {"new"}
-        assert [entity.id for entity in await broker.timeline.entities("c")] == ["new"]
+        assert [entity.id for entity in await parts_of(broker).timeline.entities("c")] == ["new"]
 
 
 async def test_a_long_poll_under_way_shows_nothing_of_what_was_erased(db: str) -> None:
@@ -579,11 +582,11 @@ async def test_a_long_poll_under_way_shows_nothing_of_what_was_erased(db: str) -
         broker = core.broker
         (head,) = await broker.publish("c", [Draft("user.message", {"text": MARK}, "u")])
         poll = asyncio.create_task(
-            broker.outside.messages(
-                CALLER, "c", since=head, epoch=None, profile="default", channels=None, limit=10, wait_s=20
+            read_messages(
+                broker, CALLER, "c", since=head, epoch=None, profile="default", channels=None, limit=10, wait_s=20
             )
         )
-        await until(lambda: broker.conversations.all()[0].waiters)
+        await until(lambda: parts_of(broker).conversations.all()[0].waiters)
         await broker.erase("c")
         page = await poll
         assert not any(MARK.encode() in frame for frame in page.frames)

@@ -28,7 +28,7 @@ async def say(core: Core, conv_id: str, text: str, id: str = "u1") -> None:
 
 
 async def found(core: Core, query: str | None = None) -> dict[str, str | None]:
-    page = await core.broker.library.find(CALLER, query=query)
+    page = await core.parts.library.find(CALLER, query=query)
     return {info.entry.conv_id: info.entry.shown_title for info in page.conversations}
 
 
@@ -50,12 +50,12 @@ async def test_every_node_lists_finds_and_describes_the_same(url: str) -> None:
             await shows(core, {"weather": "Will it rain tomorrow?", "cooking": "How long do eggs take?"})
             await shows(core, {"weather": "Will it rain tomorrow?"}, "rain")
             await shows(core, {"cooking": "How long do eggs take?"}, "EGG long")
-        await one.broker.library.change(CALLER, "cooking", {"title": "Breakfast", "metadata": {"pinned": True}})
-        described = await two.broker.library.get(CALLER, "cooking")
+        await one.parts.library.change(CALLER, "cooking", {"title": "Breakfast", "metadata": {"pinned": True}})
+        described = await two.parts.library.get(CALLER, "cooking")
         assert (described.entry.title, described.entry.metadata) == ("Breakfast", {"pinned": True})
         assert await found(two, "breakf") == {"cooking": "Breakfast"}
-        fork = await two.broker.library.fork(CALLER, "weather", "u1", new_id="copy")
-        assert (await one.broker.library.get(CALLER, "copy")).to_wire() == fork.to_wire()
+        fork = await two.parts.library.fork(CALLER, "weather", "u1", new_id="copy")
+        assert (await one.parts.library.get(CALLER, "copy")).to_wire() == fork.to_wire()
         # A conversation that both have open is folded, and noted, by both.
         await one.connect("weather")
         await two.connect("weather")
@@ -65,9 +65,9 @@ async def test_every_node_lists_finds_and_describes_the_same(url: str) -> None:
         for core in (one, two):
             await shows(core, {"copy": "Will it rain tomorrow?", "cooking": "Breakfast"})
             assert await found(core, "lisbon") == {}
-            assert (await core.broker.library.get(CALLER, "copy")).entry.forked_from is None
+            assert (await core.parts.library.get(CALLER, "copy")).entry.forked_from is None
             with pytest.raises(NotFound):
-                await core.broker.library.get(CALLER, "weather")
+                await core.parts.library.get(CALLER, "weather")
 
 
 async def test_a_message_can_be_forked_from_on_a_node_that_has_not_heard_of_it(url: str) -> None:
@@ -77,7 +77,7 @@ async def test_a_message_can_be_forked_from_on_a_node_that_has_not_heard_of_it(u
         await two.connect("c")
         for n in range(3):
             await say(one, "c", f"message {n}", f"u{n}")
-            fork = await two.broker.library.fork(CALLER, "c", f"u{n}", new_id=f"copy-{n}")
+            fork = await two.parts.library.fork(CALLER, "c", f"u{n}", new_id=f"copy-{n}")
             assert fork.entry.forked_from == ForkedFrom("c", f"u{n}")
 
 
@@ -85,17 +85,17 @@ async def test_titles_and_search_outlive_all_nodes(url: str) -> None:
     async with Core(url) as core:
         await say(core, "c", "remember these words")
         await shows(core, {"c": "remember these words"}, "remember")
-        await core.broker.library.change(CALLER, "c", {"title": "Renamed", "metadata": {"k": "v"}})
+        await core.parts.library.change(CALLER, "c", {"title": "Renamed", "metadata": {"k": "v"}})
     async with Core(url) as core:
         assert await found(core, "words renamed") == {"c": "Renamed"}
-        assert (await core.broker.library.get(CALLER, "c")).entry.metadata == {"k": "v"}
+        assert (await core.parts.library.get(CALLER, "c")).entry.metadata == {"k": "v"}
 
 
 async def test_titles_outlive_a_crash_of_redis(redis_server: RedisServer) -> None:
     async with Core(redis_server.url) as core:
         await say(core, "c", "kept on disk")
         await shows(core, {"c": "kept on disk"}, "disk")
-        await core.broker.library.change(CALLER, "c", {"title": "Given"})
+        await core.parts.library.change(CALLER, "c", {"title": "Given"})
         redis_server.restart()
         assert await found(core, "given disk") == {"c": "Given"}
 
@@ -107,12 +107,12 @@ async def test_a_flushed_redis_has_no_titles_of_what_is_gone(redis_url: str) -> 
             await core.connect("c")
         await say(one, "c", "before the flush")
         await shows(two, {"c": "before the flush"}, "flush")
-        await one.broker.library.change(CALLER, "c", {"title": "Old title"})
+        await one.parts.library.change(CALLER, "c", {"title": "Old title"})
         await say(one, "c", "not saved when it happens", "u2")
         with redis.Redis.from_url(redis_url, protocol=2) as client:
             client.flushall()
         for core in (one, two):
-            await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
+            await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
             assert await found(core) == {}
             assert await found(core, "flush") == {}
         await say(two, "c", "after all", "u3")
@@ -129,13 +129,13 @@ async def test_an_erasure_here_beside_a_message_there_leaves_no_trace_of_what_wa
         for turn in range(15):
             await say(one, "c", f"needle{turn} one")
             for core in (one, two):
-                await core.broker.conversations.open("c")
+                await core.parts.conversations.open("c")
             await asyncio.gather(
-                two.broker.housekeeping.save(two.broker.conversations.all(), everything=True),
-                one.broker.housekeeping.save(one.broker.conversations.all(), everything=True),
+                two.parts.housekeeping.save(two.parts.conversations.all(), everything=True),
+                one.parts.housekeeping.save(one.parts.conversations.all(), everything=True),
                 one.broker.erase("c"),
             )
-            await two.broker.housekeeping.save(two.broker.conversations.all(), everything=True)
+            await two.parts.housekeeping.save(two.parts.conversations.all(), everything=True)
             assert await found(two, f"needle{turn}") == {}
             assert await found(two) == {}
             with redis.Redis.from_url(redis_url, protocol=2) as client:
@@ -146,16 +146,14 @@ async def test_an_erasure_here_beside_a_message_there_leaves_no_trace_of_what_wa
 async def test_a_copy_whose_node_died_is_erased_by_another_one(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_module, "_ABANDONED_CHECK_S", 0.05)
     async with Core(redis_url) as core:
-        dead = RedisLibraryStore(core.broker.stores.redis, hold_s=0.5)  # type: ignore[arg-type]
+        dead = RedisLibraryStore(core.parts.stores.redis, hold_s=0.5)  # type: ignore[arg-type]
         assert await dead.create(LibraryEntry("half", 1, title="half", pending=True))
         await say(core, "half", "half of a copy")
         assert await found(core) == {}
         await dead.close()  # it stops saying that it works on it, as a process that died
 
         async def gone() -> bool:
-            return not (await core.broker.head("half")).exists and not await core.broker.stores.library.entries(
-                ["half"]
-            )
+            return not (await core.broker.head("half")).exists and not await core.parts.stores.library.entries(["half"])
 
         await until_async(gone)
 
@@ -166,21 +164,21 @@ async def test_what_another_node_saves_while_a_conversation_is_erased_does_not_s
     async with Core(redis_url) as one, Core(redis_url, timeline_flush_interval_s=3600.0) as two:
         await two.connect("c")
         await say(two, "c", "saved before")
-        erase = one.broker.log.erase
+        erase = one.parts.log.erase
 
         async def noted() -> bool:
-            await two.broker.housekeeping.save(two.broker.conversations.all(), everything=True)
-            return bool(await one.broker.stores.library.entries(["c"]))
+            await two.parts.housekeeping.save(two.parts.conversations.all(), everything=True)
+            return bool(await one.parts.stores.library.entries(["c"]))
 
         async def save_then_erase(conv_id: str) -> None:
             await say(two, "c", "saved in between", "u2")
             await until_async(noted)
             await erase(conv_id)
 
-        monkeypatch.setattr(one.broker.log, "erase", save_then_erase)
+        monkeypatch.setattr(one.parts.log, "erase", save_then_erase)
         await one.broker.erase("c")
-        assert await one.broker.stores.library.entries(["c"]) == {}
-        assert await one.broker.stores.timeline.page("c") == []
+        assert await one.parts.stores.library.entries(["c"]) == {}
+        assert await one.parts.stores.timeline.page("c") == []
         with redis.Redis.from_url(redis_url, protocol=2) as client:
             assert list(client.keys("*library*")) == []
 
@@ -191,7 +189,7 @@ async def test_a_copy_that_is_erased_while_it_is_made_is_refused(
     """As when its node was stopped for so long that another one took it for dead."""
     async with Core(redis_url) as one, Core(redis_url) as two:
         await say(one, "source", "to be copied")
-        store = one.broker.stores.library
+        store = one.parts.stores.library
         change = store.change
 
         async def erase_then_change(conv_id: str, how: Change) -> LibraryEntry | None:
@@ -200,7 +198,7 @@ async def test_a_copy_that_is_erased_while_it_is_made_is_refused(
 
         monkeypatch.setattr(store, "change", erase_then_change)
         with pytest.raises(Conflict, match="erased while it was being copied"):
-            await one.broker.library.fork(CALLER, "source", "u1", new_id="copy")
+            await one.parts.library.fork(CALLER, "source", "u1", new_id="copy")
         assert not (await two.broker.head("copy")).exists
         await shows(two, {"source": "to be copied"})
 
@@ -209,10 +207,10 @@ async def test_two_nodes_do_not_make_the_same_copy(redis_url: str) -> None:
     async with Core(redis_url) as one, Core(redis_url) as two:
         await say(one, "source", "to be copied")
         copies = await asyncio.gather(
-            *(core.broker.library.fork(CALLER, "source", "u1", new_id="copy") for core in (one, two)),
+            *(core.parts.library.fork(CALLER, "source", "u1", new_id="copy") for core in (one, two)),
             return_exceptions=True,
         )
         refused = [one for one in copies if isinstance(one, BaseException)]
         assert [type(error) for error in refused] == [Conflict]
-        assert [one.conv_id for one in (await one.broker.log.read("copy", after=0)).envelopes] == ["copy"]
+        assert [one.conv_id for one in (await one.parts.log.read("copy", after=0)).envelopes] == ["copy"]
         await shows(two, {"source": "to be copied", "copy": "to be copied"})

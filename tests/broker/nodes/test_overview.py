@@ -25,7 +25,7 @@ async def core(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
 async def test_the_last_switch_counts_and_a_repeated_one_changes_nothing(core: Core) -> None:
     """On, on again by somebody else, off, on, off: what the channel obeys, by whom; the setting (on) counts without."""
-    overview, catalog = core.broker.overview, core.broker.catalog
+    overview, catalog = core.parts.overview, core.parts.catalog
     channel = catalog.channel(CHANNEL)
     first = await overview.switch(CHANNEL, on=True, by="ann")
     assert (first["enabled"], first["by"], catalog.is_on(channel)) == (True, "ann", True)
@@ -51,7 +51,7 @@ async def test_connections_that_are_behind_come_first_and_then_the_oldest(core: 
     for n in range(30):
         await core.say("c1", str(n))
     assert subscription.status == "parked"
-    answer = await core.broker.overview.connections()
+    answer = await core.parts.overview.connections()
     assert answer["connections"][0]["connectionId"] == slow.id
     assert {row["connectionId"] for row in answer["connections"][1:]} == {peer.id for peer in quick}
     opened = [row["openedAtMs"] for row in answer["connections"][1:]]
@@ -59,10 +59,10 @@ async def test_connections_that_are_behind_come_first_and_then_the_oldest(core: 
     worst = answer["connections"][0]
     assert worst["behindEvents"] >= 25
     assert [row["behindEvents"] for row in answer["connections"][1:]] == [None] * 3
-    first = await core.broker.overview.connections(limit=1)
+    first = await core.parts.overview.connections(limit=1)
     assert [row["connectionId"] for row in first["connections"]] == [slow.id]
     assert first["total"] == 4
-    of_one = await core.broker.overview.connections(conv_id="c1", status="live")
+    of_one = await core.parts.overview.connections(conv_id="c1", status="live")
     assert ([row["connectionId"] for row in of_one["connections"]], of_one["total"]) == ([quick[1].id], 1)
 
 
@@ -76,14 +76,14 @@ async def test_connections_of_all_nodes_are_one_list_with_the_worst_first(redis_
             await two.say("c", str(n))
         assert subscription.status == "parked"
         for core in (one, two):
-            told = await core.broker.overview.connections()
+            told = await core.parts.overview.connections()
             assert told["complete"]
             assert told["connections"][0]["connectionId"] == slow.id
             assert {row["connectionId"] for row in told["connections"][1:]} == set(quick)
             opened = [row["openedAtMs"] for row in told["connections"][1:]]
             assert opened == sorted(opened)
             assert sorted(told["totalByNode"].values()) == [2, 3]
-            shortened = await core.broker.overview.connections(limit=2)
+            shortened = await core.parts.overview.connections(limit=2)
             ids = [row["connectionId"] for row in told["connections"]]
             assert [row["connectionId"] for row in shortened["connections"]] == ids[:2]
             assert shortened["total"] == 5
@@ -94,12 +94,12 @@ async def test_runs_that_have_stood_still_longest_come_first() -> None:
     engine = ScriptedEngine(*([*text("x")[:1], gate] for gate in gates))
     async with Core(":memory:", plugins=[EnginePlugin(engine)]) as core:
         for conv_id, gate in zip(("m", "z", "a"), gates, strict=True):
-            await core.broker.runs.send(CALLER, conv_id, "go on")
+            await core.parts.runs.send(CALLER, conv_id, "go on")
             await gate.reached.wait()
             await asyncio.sleep(0.002)  # that no two begin in one millisecond
-        told = await core.broker.overview.runs()
+        told = await core.parts.overview.runs()
         assert [row["convId"] for row in told["runs"]] == ["m", "z", "a"]
-        assert [row["convId"] for row in (await core.broker.overview.runs(limit=1))["runs"]] == ["m"]
+        assert [row["convId"] for row in (await core.parts.overview.runs(limit=1))["runs"]] == ["m"]
 
 
 async def test_a_node_that_is_silent_is_named_and_not_asked(redis_url: str) -> None:
@@ -107,7 +107,7 @@ async def test_a_node_that_is_silent_is_named_and_not_asked(redis_url: str) -> N
     async with Core(redis_url, node_heartbeat_s=0.1) as one:
         two = Core(redis_url, node_heartbeat_s=0.1)
         await two.broker.start()
-        nodes: Any = one.broker.stores.nodes
+        nodes: Any = one.parts.stores.nodes
         ask, asked = nodes.ask, list[str]()
 
         async def noted(others: Sequence[str], question: Question) -> dict[str, Answer]:
@@ -116,19 +116,19 @@ async def test_a_node_that_is_silent_is_named_and_not_asked(redis_url: str) -> N
             return answers
 
         nodes.ask = noted
-        gone: str = two.broker.stores.nodes.node
-        assert (await one.broker.overview.nodes())["complete"]
+        gone: str = two.parts.stores.nodes.node
+        assert (await one.parts.overview.nodes())["complete"]
         assert asked == [gone]
-        assert two.broker.stores.redis is not None
-        await two.broker.stores.redis.close()  # as good as dead: it says nothing any more
+        assert two.parts.stores.redis is not None
+        await two.parts.stores.redis.close()  # as good as dead: it says nothing any more
 
         async def is_silent() -> bool:
             asked.clear()
-            rows = (await one.broker.overview.nodes())["nodes"]
+            rows = (await one.parts.overview.nodes())["nodes"]
             return [row["state"] for row in rows if row["node"] == gone] == ["silent"]
 
         await until_async(is_silent)
-        told = await one.broker.overview.nodes()
+        told = await one.parts.overview.nodes()
         assert asked == []
         assert not told["complete"]
         assert [row["node"] for row in told["notAnswering"]] == [gone]

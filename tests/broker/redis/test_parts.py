@@ -56,7 +56,22 @@ def test_urls() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://x", "redis://", "redis://:secret@x/one", "redis+sentinel://:secret@a", "redis://x?db=1"]
+    "url",
+    [
+        "http://x",
+        "redis://",
+        "redis://:secret@x/one",
+        "redis+sentinel://:secret@a",
+        "redis://x?db=1",
+        "redis://me:secret/word@x",
+        "redis://me:12/secret@x",
+        "redis://me:12#secret@x",
+        "redis://me:12?secret@x",
+        "redis://me:pw@x:secret",
+        "redis+sentinel://me:12/secret@a:1/main",
+        "redis+sentinel://:12/secret@a/main",
+        "redis+sentinel://:pw@a:secret/main",
+    ],
 )
 def test_an_unusable_url_is_refused_without_its_password(url: str) -> None:
     with pytest.raises(InvalidInput, match="the Redis URL cannot be used") as refused:

@@ -288,7 +288,7 @@ async def test_a_call_whose_result_is_not_in_the_log_is_not_carried_out_by_anoth
     with pytest.raises(StoreUnavailable):
         await one.runs.approve_tools("c", ["c1"], "alice")
     await one.until(lambda: nodes.ran["c1"])
-    line = one.runs._lines.get("c")
+    line = one.runs._queues.get("c")
     await one.until(lambda: line is not None and line.task is not None and line.task.parked)
     nodes.journal.refuse = None
     await one.runs.stop(drain_s=0)

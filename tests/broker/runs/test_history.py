@@ -128,3 +128,25 @@ def test_further_choices_are_left_out_and_messages_of_others_are_not() -> None:
         ("assistant", "A"),
         ("user", "next"),
     ]
+
+
+def test_a_message_whose_id_only_looks_like_a_further_choice_is_told() -> None:
+    """Ids are given by others too: from an import, over HTTP, by a plugin."""
+    entities = [
+        user("u1-choice1", 1, "from outside"),
+        user("multiple-choice2", 2, "go", "r1"),
+        answer("a1", 3, "A", "r1"),
+        answer("a1-choice1", 4, "B", "r1"),
+        answer("a1-choice12", 5, "C", "r1"),
+        answer("a9-choice1", 6, "its main answer does not exist", "r1"),
+        answer("a1-choice-", 7, "no number", "r1"),
+        entity("x-choice1", "message", 8, role="assistant", text="imported, without a run"),
+        entity("x", "message", 9, role="assistant", text="also imported"),
+        answer("a1-choice2", 10, "of another run", "r0"),
+        user("u2", 11, "next", "r2"),
+    ]
+    told = said(messages_for(entities, run("r2", "u2"), [run("r1", "multiple-choice2")]))
+    assert [content for _, content in told] == [
+        "from outside", "go", "A", "its main answer does not exist", "no number", "imported, without a run",
+        "also imported", "of another run", "next",
+    ]  # fmt: skip

@@ -201,7 +201,7 @@ async def test_what_was_never_accepted_is_dropped_at_the_next_start(kept_in: Cal
     place = kept_in()
     await place.open()
     await place.store.prepare(a_run("r1", announced=False, engine_profile="scripted"), record=None, max_queued=9)
-    async with Bench(answering(), place=place) as bench:
+    async with Bench(answering(), place=place, limits=IMPATIENT) as bench:
         await all_settled(bench)
         assert bench.journal.envelopes == {}
         assert await bench.store.get("r1") is None
@@ -233,7 +233,7 @@ async def test_a_prompt_refused_because_the_file_was_locked_never_runs(tmp_path:
     path = tmp_path / "broker.db"
     locking = LockingTheFile(path)
     async with Core(str(path), plugins=[locking, answering()]) as core:
-        runs = core.broker.runs
+        runs = core.parts.runs
         locking.armed = True
         with pytest.raises(BrokerError):
             await runs.send(ALICE, "c", "pay 100")
@@ -246,6 +246,6 @@ async def test_a_prompt_refused_because_the_file_was_locked_never_runs(tmp_path:
             return run is not None and run.settled
 
         await until_async(ended)
-        page = await core.broker.log.read("c", after=0)
+        page = await core.parts.log.read("c", after=0)
         assert [e.data["text"] for e in page.envelopes if e.type == "user.message"] == ["two"]
         assert len([e for e in page.envelopes if e.type in TERMINAL]) == 1

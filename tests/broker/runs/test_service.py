@@ -602,4 +602,4 @@ async def test_nothing_is_saved_twice() -> None:
 async def test_a_line_at_rest_leaves_nothing_in_memory() -> None:
     async with Bench(EnginePlugin(), journal=Journal()) as bench:
         await talk(bench, "a")
-        await bench.until(lambda: bench.runs.active == 0 and not bench.runs._lines._lines)
+        await bench.until(lambda: bench.runs.active == 0 and not bench.runs._queues._queues)

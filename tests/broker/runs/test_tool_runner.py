@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
 import pytest
 from tests.support.scripted_engine import EnginePlugin
 
@@ -159,3 +160,77 @@ def test_broken_tools_are_an_error_at_start() -> None:
         runner(tool(len, parameters={"type": "nonsense"}))
     with pytest.raises(PluginError, match="'t' is already registered by 'scripted'"):
         runner(tool(len), tool(len))
+
+
+# -- what tools hand in ---------------------------------------------------------------------------------------------
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (2**64, "the integer 18446744073709551616, which 64 bit cannot carry: write it as text"),
+        ({"a": [-(2**63) - 1]}, "the integer -9223372036854775809"),
+        (10**1000, "the integer of 3322 bits"),
+        (deep(101), "nested more than 100 levels deep"),
+        (deep(1_000), "nested more than 100 levels deep"),
+        (deep(100_000), "nested more than 100 levels deep"),
+    ],
+)
+async def test_what_no_envelope_carries_is_an_error_that_says_why(value: Any, words: str) -> None:
+    outcome = await outcome_of(tool(lambda _g, _c: value))
+    assert words in str(outcome.error)
+    orjson.dumps([outcome.result, outcome.error])
+
+
+async def test_an_integer_too_long_to_be_written_is_an_error_too() -> None:
+    outcome = await outcome_of(tool(lambda _g, _c: {"n": 10**5000}))
+    assert "the integer of 16610 bits" in str(outcome.error)
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, -(2**63), 2512292042121000001, deep(100), {"a": deep(99)}])
+async def test_what_an_envelope_carries_is_handed_on_exactly(value: Any) -> None:
+    outcome = await outcome_of(tool(lambda _g, _c: value))
+    assert (outcome.error, outcome.result) == (None, value)
+
+
+async def test_a_result_fits_into_an_envelope_whatever_the_tool_may_answer() -> None:
+    for text in ("x" * 5_000, "\0" * 5_000, "😀" * 5_000):
+        made, _ = runner(tool(lambda _g, _c, text=text: text, max_output_bytes=10_000_000))
+        outcome = await made.run(ToolCall("c", "t", {}), CONTEXT, 2_000)
+        assert len(orjson.dumps(outcome.result)) <= 2_000
+        assert outcome.result.endswith(f"of {len(text.encode())} bytes]")
+        assert outcome.result.startswith(text[:50])
+
+
+async def test_a_tool_cannot_change_its_result_afterwards() -> None:
+    kept = {"a": [1]}
+    outcome = await outcome_of(tool(lambda _g, _c: kept))
+    kept["a"].append(2)
+    assert outcome.result == {"a": [1]}
+
+
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("error", [ValueError("half \ud83d of one"), _Mute()])
+async def test_an_error_text_that_cannot_be_written_is_put_right(error: Exception) -> None:
+    def fail(_given: Any, _context: Any) -> None:
+        raise error
+
+    outcome = await outcome_of(tool(fail))
+    assert str(outcome.error).startswith(f"tool t failed: {type(error).__name__}: ")
+    orjson.dumps([outcome.result, outcome.error])
+
+
+def test_a_schema_that_cannot_be_applied_refuses_the_call() -> None:
+    made, _ = runner(tool(len, parameters={"$ref": "#/$defs/nowhere"}))
+    assert "input of t cannot be checked" in str(made.refusal(ToolCall("c", "t", {}), ["t"]))

@@ -105,15 +105,15 @@ async def test_a_transcript_is_read_back_as_it_was(name: str, shared_dir: Path, 
     agent = plugin(played, system)
     async with Core(db, plugins=[agent], max_tool_steps=100) as core:
         for exchange in played:
-            sent = await core.broker.runs.send(CALLER, "conv", exchange.prompt)
-            await until(lambda: core.broker.runs.active == 0)
-            run = await core.broker.runs.store.get(sent.run_id)
+            sent = await core.parts.runs.send(CALLER, "conv", exchange.prompt)
+            await until(lambda: core.parts.runs.active == 0)
+            run = await core.parts.runs.store.get(sent.run_id)
             assert run is not None
             assert run.status == "finished", run.error
     assert isinstance(agent.engine, ScriptedEngine)
     _check_last_request(agent.engine.requests[-1], played, system)
     async with Core(db, plugins=[agent]) as core:
-        entities = await core.broker.timeline.entities("conv")
+        entities = await core.parts.timeline.entities("conv")
     rows = [row(entity) for entity in entities if entity.kind in ("message", "tool_call")]
     assert rows == [expected for exchange in played for expected in exchange.expected]
 
@@ -166,7 +166,7 @@ async def test_a_recorded_tool_loop_with_and_without_approval(
     ]
     agent = EnginePlugin(ScriptedEngine(*script), tools=tools)
     async with Core(db, plugins=[agent]) as core:
-        runs = core.broker.runs
+        runs = core.parts.runs
         sent = await runs.send(CALLER, "conv", recordings[0]["request"]["messages"][0]["content"])
         while (run := await runs.store.get(sent.run_id)) is not None and not run.ended:
             if approval and run.status == "awaiting_tool_approval":
@@ -174,7 +174,7 @@ async def test_a_recorded_tool_loop_with_and_without_approval(
             await asyncio.sleep(0.001)
         assert run is not None
         assert run.status == "finished", run.error
-        entities = await core.broker.timeline.entities("conv")
+        entities = await core.parts.timeline.entities("conv")
         made = [(e.id, e.props["name"], e.props["input"], e.props["result"]) for e in entities if e.kind == "tool_call"]
         assert made == [
             (one["id"], one["name"], orjson.loads(one["arguments"]), results.get(one["id"], "ok"))

@@ -41,19 +41,19 @@ ADD = Tool(
 async def test_a_tool_loop_ends_up_in_the_timeline(db: str) -> None:
     engine = ScriptedEngine(call("add", {"a": 1, "b": 2}, "c1") + text(reason="tool_calls"), text("It is ", "3."))
     async with Core(db, plugins=[EnginePlugin(engine, tools=[ADD])]) as core:
-        sent = await core.broker.runs.send(CALLER, "conv", "1+2?")
-        await until(lambda: core.broker.runs.active == 0)
-        run = await core.broker.runs.store.get(sent.run_id)
+        sent = await core.parts.runs.send(CALLER, "conv", "1+2?")
+        await until(lambda: core.parts.runs.active == 0)
+        run = await core.parts.runs.store.get(sent.run_id)
         assert run is not None
         assert run.status == "finished"
-        entities = await core.broker.timeline.entities("conv")
+        entities = await core.parts.timeline.entities("conv")
         kinds = [entity.kind for entity in entities]
         assert kinds == ["message", "run", "message", "tool_call", "message"]
         assert entities[3].props["result"] == 3
         assert str(entities[4].props["text"]) == "It is 3."
         assert [m.role for m in engine.requests[1].messages] == ["user", "assistant", "tool"]
         # Nothing is left over: the conversation may be evicted (I11 counts the other way round, too).
-        conversation = core.broker.conversations.get("conv")
+        conversation = core.parts.conversations.get("conv")
         assert conversation is None or conversation.holds == 0
 
 
@@ -61,16 +61,16 @@ async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(las
     gate = Gate()
     first = ScriptedEngine([*text("half of it")[:1], gate])
     async with Core(lasting_db, plugins=[EnginePlugin(first)]) as core:
-        one = await core.broker.runs.send(CALLER, "conv", "one")
+        one = await core.parts.runs.send(CALLER, "conv", "one")
         await gate.reached.wait()
-        two = await core.broker.runs.send(CALLER, "conv", "two")
+        two = await core.parts.runs.send(CALLER, "conv", "two")
         assert two.status == "queued"
     async with Core(lasting_db, plugins=[EnginePlugin(ScriptedEngine(text("two's answer")))]) as core:
-        await until(lambda: core.broker.runs.active == 0)
-        runs = {run.run_id: run for run in await core.broker.runs.store.runs("conv", limit=9)}
+        await until(lambda: core.parts.runs.active == 0)
+        runs = {run.run_id: run for run in await core.parts.runs.store.runs("conv", limit=9)}
         assert runs[one.run_id].status == "interrupted"
         assert runs[two.run_id].status == "finished"
-        entities = await core.broker.timeline.entities("conv")
+        entities = await core.parts.timeline.entities("conv")
         said = [
             (e.props["role"], str(e.props["text"]), e.props.get("partial")) for e in entities if e.kind == "message"
         ]
@@ -84,13 +84,13 @@ async def test_stopping_interrupts_and_the_next_start_goes_on_with_the_queue(las
 
 async def test_a_repeated_key_gets_the_first_answer_after_a_restart(lasting_db: str) -> None:
     async with Core(lasting_db, plugins=[EnginePlugin()]) as core:
-        first = await core.broker.runs.send(CALLER, None, "hi", idempotency_key="k")
-        await until(lambda: core.broker.runs.active == 0)
+        first = await core.parts.runs.send(CALLER, None, "hi", idempotency_key="k")
+        await until(lambda: core.parts.runs.active == 0)
     async with Core(lasting_db, plugins=[EnginePlugin()]) as core:
-        again = await core.broker.runs.send(CALLER, None, "hi", idempotency_key="k")
+        again = await core.parts.runs.send(CALLER, None, "hi", idempotency_key="k")
         assert again.replayed
         assert (again.run_id, again.conv_id, again.status) == (first.run_id, first.conv_id, first.status)
-        assert len(await core.broker.runs.store.runs(first.conv_id, limit=9)) == 1
+        assert len(await core.parts.runs.store.runs(first.conv_id, limit=9)) == 1
 
 
 async def test_an_engine_is_told_what_another_node_wrote_however_late_it_is_read(redis_url: str) -> None:
@@ -101,7 +101,7 @@ async def test_an_engine_is_told_what_another_node_wrote_however_late_it_is_read
         Core(redis_url, plugins=[EnginePlugin(second)]) as two,
     ):
         deafen(two)
-        log: Any = two.broker.log
+        log: Any = two.parts.log
         read, may_read = log.read, asyncio.Event()
 
         async def late(*args: Any, **kwargs: Any) -> Page:
@@ -111,9 +111,9 @@ async def test_an_engine_is_told_what_another_node_wrote_however_late_it_is_read
 
         log.read = late
         await two.connect("conv", since=0)
-        await one.broker.runs.send(CALLER, "conv", "what is it?")
-        await until(lambda: one.broker.runs.active == 0)
-        await two.broker.runs.send(CALLER, "conv", "again?")
+        await one.parts.runs.send(CALLER, "conv", "what is it?")
+        await until(lambda: one.parts.runs.active == 0)
+        await two.parts.runs.send(CALLER, "conv", "again?")
         await asyncio.sleep(0.3)
         may_read.set()
         await until(lambda: second.requests)
@@ -128,7 +128,7 @@ async def test_an_engine_is_told_the_prompt_of_a_conversation_too_long_for_memor
         drafts = [Draft("user.message", {"text": f"message {n}"}, f"m{n}") for n in range(CACHED_ENTITIES + 50)]
         await core.broker.publish("conv", drafts)
     async with Core(lasting_db, plugins=[EnginePlugin(engine)]) as core:
-        store: Any = core.broker.stores.timeline
+        store: Any = core.parts.stores.timeline
         look_up = store.get
 
         async def slowly(*args: Any) -> dict[str, Entity]:
@@ -138,8 +138,8 @@ async def test_an_engine_is_told_the_prompt_of_a_conversation_too_long_for_memor
 
         store.get = slowly
         for n in range(3):
-            await core.broker.runs.send(CALLER, "conv", f"prompt {n}")
-            await until(lambda: core.broker.runs.active == 0)
+            await core.parts.runs.send(CALLER, "conv", f"prompt {n}")
+            await until(lambda: core.parts.runs.active == 0)
         for n, request in enumerate(engine.requests):
             assert len(request.messages) == CACHED_ENTITIES + 50 + 2 * n + 1
             assert request.messages[-1].content == f"prompt {n}"
@@ -148,14 +148,14 @@ async def test_an_engine_is_told_the_prompt_of_a_conversation_too_long_for_memor
 async def test_erase_leaves_nothing_of_a_running_conversation(db: str) -> None:
     gate = Gate()
     async with Core(db, plugins=[EnginePlugin(ScriptedEngine([*text("x")[:1], gate]))]) as core:
-        await core.broker.runs.send(CALLER, "conv", "secret words", idempotency_key="k")
-        await core.broker.runs.send(CALLER, "conv", "more words")
+        await core.parts.runs.send(CALLER, "conv", "secret words", idempotency_key="k")
+        await core.parts.runs.send(CALLER, "conv", "more words")
         await gate.reached.wait()
         await core.broker.erase("conv")
-        assert await core.broker.runs.store.runs("conv", limit=9) == []
-        assert await core.broker.runs.turns.turns("conv") == []
+        assert await core.parts.runs.store.runs("conv", limit=9) == []
+        assert await core.parts.runs.turns.turns("conv") == []
         assert (await core.broker.head("conv")).head_seq == 0
-        assert core.broker.runs.active == 0
+        assert core.parts.runs.active == 0
 
 
 ASK = Tool("ask", "asks first", {"type": "object"}, lambda given, _context: 1, requires_approval=True)
@@ -163,10 +163,10 @@ ASK = Tool("ask", "asks first", {"type": "object"}, lambda given, _context: 1, r
 
 async def awaiting_approval(core: Core, conv_id: str) -> str:
     """Have a run wait for a person; return its id."""
-    sent = await core.broker.runs.send(CALLER, conv_id, "go")
+    sent = await core.parts.runs.send(CALLER, conv_id, "go")
 
     async def waits() -> bool:
-        run = await core.broker.runs.store.get(sent.run_id)
+        run = await core.parts.runs.store.get(sent.run_id)
         return run is not None and run.status == "awaiting_tool_approval"
 
     await until_async(waits)
@@ -187,12 +187,12 @@ async def test_a_run_that_is_stopped_before_its_first_step_lets_go_of_its_engine
         await first.broker.stop(drain_s=0)
 
         async def held() -> bool:
-            return (await holder.broker.runs.unsettled())[1] == {"conv": holder.broker.stores.nodes.node}
+            return (await holder.parts.runs.unsettled())[1] == {"conv": holder.parts.stores.nodes.node}
 
         await until_async(held)
         async with Core(redis_url, plugins=[asking()]) as third:
-            assert (await third.broker.runs.cancel("conv", run_id)).status == "cancelled"
-        await until(lambda: holder.broker.runs.active == 0)
+            assert (await third.parts.runs.cancel("conv", run_id)).status == "cancelled"
+        await until(lambda: holder.parts.runs.active == 0)
     engine = second.engine
     assert isinstance(engine, ScriptedEngine)
     assert engine.closed == len(second.built)
@@ -206,7 +206,7 @@ async def test_what_is_being_taken_over_when_a_node_stops_is_given_back(
     await first.broker.start()
     await awaiting_approval(first, "conv")
     await second.broker.start()
-    keeper: Any = second.broker.runs._leases  # type: ignore[attr-defined]
+    keeper: Any = second.parts.runs._leases  # type: ignore[attr-defined]
     began = asyncio.Event()
 
     async def for_ever(line: object, taken: object) -> None:
@@ -216,8 +216,8 @@ async def test_what_is_being_taken_over_when_a_node_stops_is_given_back(
     keeper._settle = for_ever
     await first.broker.stop(drain_s=0)
     await began.wait()
-    store: Any = second.broker.runs.store
+    store: Any = second.parts.runs.store
     assert list(store.held()) == ["conv"]
-    await second.broker.runs.stop(drain_s=0)
+    await second.parts.runs.stop(drain_s=0)
     assert list(store.held()) == []
     await second.broker.stop(drain_s=0)

@@ -20,7 +20,7 @@ class Talk:
 
     def __init__(self, core: Core, engine: ScriptedEngine, gate: Gate) -> None:
         self.core = core
-        self.runs = core.broker.runs
+        self.runs = core.parts.runs
         self.engine = engine
         self.gate = gate
 
@@ -59,7 +59,7 @@ async def shown(core: Core, conv_id: str, limit: int = 2) -> list[str]:
     found: list[Entity] = []
     after = 0
     while True:
-        page = await core.broker.outside.timeline_page(CALLER, conv_id, after_position=after, limit=limit)
+        page = await core.broker.doors.reading.timeline_page(CALLER, conv_id, after_position=after, limit=limit)
         found += page.entities
         if not page.more:
             return said(found)
@@ -70,7 +70,7 @@ ORDER = ["one", "<one half>", "two", "<two>", "three", "<three>"]
 
 
 async def assert_ordered(core: Core, conv_id: str, order: list[str]) -> None:
-    assert said(await core.broker.timeline.entities(conv_id)) == order
+    assert said(await core.parts.timeline.entities(conv_id)) == order
     assert await shown(core, conv_id) == order
     await assert_fold_law(core, conv_id)
 
@@ -83,14 +83,14 @@ async def test_a_prompt_that_waited_stands_where_its_run_began(db: str) -> None:
         await talking.end()
         await assert_ordered(core, "c", ORDER)
         assert [m.content for m in engine.requests[-1].messages] == ORDER[:-1]
-        last = (await core.broker.timeline.entities("c"))[-1]
-        await core.broker.library.fork(CALLER, "c", last.id, new_id="copy")
+        last = (await core.parts.timeline.entities("c"))[-1]
+        await core.parts.library.fork(CALLER, "c", last.id, new_id="copy")
         await assert_ordered(core, "copy", ORDER)
         file = await exported(core, "c")
-        await core.broker.library.import_(CALLER, file, new_id="imported")
+        await core.parts.library.import_(CALLER, file, new_id="imported")
         await assert_ordered(core, "imported", ORDER)
-        before = [content(e) for e in await core.broker.timeline.entities("c")]
-        assert [content(e) for e in await core.broker.timeline.entities("imported")] == before
+        before = [content(e) for e in await core.parts.timeline.entities("c")]
+        assert [content(e) for e in await core.parts.timeline.entities("imported")] == before
 
 
 async def test_a_client_that_follows_ends_with_the_same_order(db: str) -> None:
@@ -115,14 +115,14 @@ async def test_the_order_outlives_what_retention_removes(db: str) -> None:
         talking = Talk(core, engine, gate)
         await talking.begin()
         await talking.end()
-        await core.broker.housekeeping.save(core.broker.conversations.all(), everything=True)
-        page = await core.broker.log.read("c", after=0)
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        page = await core.parts.log.read("c", after=0)
         begun = [e.seq for e in page.envelopes if e.type == "run.started"]
         cut = begun[1] - 1  # the prompts are gone, what their runs say is retained
-        await core.broker.log.trim("c", through=cut)
+        await core.parts.log.trim("c", through=cut)
         await assert_ordered(core, "c", ORDER)
         file = await exported(core, "c")
-        await core.broker.library.import_(CALLER, file, new_id="imported")
+        await core.parts.library.import_(CALLER, file, new_id="imported")
         await assert_ordered(core, "imported", ORDER)
 
 
@@ -134,19 +134,19 @@ async def test_what_was_taken_back_is_told_to_no_model(db: str) -> None:
         _, two, _ = await talking.begin()
         await talking.runs.withdraw("c", two)
         await talking.end()
-        entities = await core.broker.timeline.entities("c")
+        entities = await core.parts.timeline.entities("c")
         back = [e for e in entities if e.props.get("withdrawn")]
         assert said(back) == ["two"]
         file = await exported(core, "c")
-        await core.broker.library.import_(CALLER, file, new_id="imported")
-        await core.broker.library.fork(CALLER, "c", entities[-1].id, new_id="copy")
-        assert "two" not in said(await core.broker.timeline.entities("copy"))
+        await core.parts.library.import_(CALLER, file, new_id="imported")
+        await core.parts.library.fork(CALLER, "c", entities[-1].id, new_id="copy")
+        assert "two" not in said(await core.parts.timeline.entities("copy"))
         for conv in ("c", "imported", "copy"):
             await talking.runs.send(CALLER, conv, "four")
-            await until(lambda: core.broker.runs.active == 0)
+            await until(lambda: core.parts.runs.active == 0)
             told = [m.content for m in engine.requests[-1].messages]
             assert told == ["one", "<one half>", "three", "<three>", "four"], conv
-        assert CUT not in str(await core.broker.timeline.entities("copy"))
+        assert CUT not in str(await core.parts.timeline.entities("copy"))
 
 
 async def test_the_places_in_line_are_told_whenever_they_change(db: str) -> None:
@@ -157,7 +157,7 @@ async def test_the_places_in_line_are_told_whenever_they_change(db: str) -> None
         four = (await talking.runs.send(CALLER, "c", "four")).run_id
 
         async def places() -> dict[str, Any]:
-            found = await core.broker.timeline.get("c", [two, three, four])
+            found = await core.parts.timeline.get("c", [two, three, four])
             return {run_id: entity.props.get("position") for run_id, entity in found.items()}
 
         assert await places() == {two: 1, three: 2, four: 3}
@@ -167,10 +167,10 @@ async def test_the_places_in_line_are_told_whenever_they_change(db: str) -> None
         assert await places() == {four: 1, two: None, three: 2}
         before = len(engine.requests)
         gate.open()
-        await until(lambda: core.broker.runs.active == 0)
+        await until(lambda: core.parts.runs.active == 0)
 
         async def told() -> bool:
-            page = await core.broker.log.read("c", after=0)
+            page = await core.parts.log.read("c", after=0)
             return [e.data["position"] for e in page.envelopes if e.type == "run.queued" and e.id == three] == [
                 2,
                 3,

@@ -352,11 +352,11 @@ async def test_one_encoding_serves_everybody_with_the_same_view() -> None:
         same = [(await core.connect("c1", client=Keeping(), profile="shaped"))[0].client for _ in range(20)]
         other = (await core.connect("c1", client=Keeping()))[0].client
         calls.clear()
-        built = core.broker.dispatcher.frames_built
+        built = core.parts.dispatcher.frames_built
         await core.say("c1", "once")
         await until(lambda: all(len(client.events) == 1 for client in [*same, other]))
         assert len([envelope for envelope in calls if envelope.type == "note.said"]) == 1
-        assert core.broker.dispatcher.frames_built - built == 2, "one per view"
+        assert core.parts.dispatcher.frames_built - built == 2, "one per view"
         frames = [client.given[-1] for client in same if isinstance(client, Keeping)]
         assert all(frame is frames[0] for frame in frames)
         assert frames[0] != other.given[-1]  # type: ignore[attr-defined]
@@ -367,6 +367,6 @@ async def test_an_audience_that_left_costs_no_encoding() -> None:
         peer, _ = await core.connect("c1")
         await core.say("c1", "seen")
         await core.disconnect(peer)
-        built = core.broker.dispatcher.frames_built
+        built = core.parts.dispatcher.frames_built
         await core.say("c1", "unseen")
-        assert core.broker.dispatcher.frames_built == built
+        assert core.parts.dispatcher.frames_built == built

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
 import pytest
-from plugins.openai_engine.request import UNANSWERED, chat_messages, request_body
+from plugins.openai_engine.request import UNANSWERED, ToolNames, chat_messages, request_body
 from plugins.openai_engine.settings import EngineConfig
 
 from broker.errors import EngineError
@@ -155,3 +156,70 @@ def test_what_is_no_json_is_named() -> None:
     broken = ChatMessage("assistant", "", tool_calls=[ToolCall("1", "t", {"a": object()})])
     with pytest.raises(EngineError, match="input of an earlier tool call"):
         request_body(EngineConfig(model="m"), EngineRequest("c1", "r1", [broken]))
+
+
+# --- names and ids that providers refuse ------------------------------------------------------------------
+
+ACCEPTED = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+ODD_NAMES = ["browser.tabs.open", "", " ", "größe", "a b", "x" * 65, "x" * 66, "a/b", "a\nb", "\ud83d", "ok-name_1"]
+
+
+def test_every_name_goes_out_in_a_form_that_providers_take() -> None:
+    """One that they refuse, offered or once called, would fail every later request of the conversation."""
+    offered = [ToolSpec(name, "", {"type": "object"}) for name in ODD_NAMES]
+    called = [ToolCall(f"c{number}", name, {}) for number, name in enumerate(ODD_NAMES)]
+    sent = body(EngineRequest("c1", "r1", [USER, ChatMessage("assistant", "", called)], offered))
+    names = [tool["function"]["name"] for tool in sent["tools"]]
+    assert all(ACCEPTED.fullmatch(name) for name in names)
+    assert len(set(names)) == len(names)
+    assert [call["function"]["name"] for call in sent["messages"][1]["tool_calls"]] == names
+    assert names[-1] == "ok-name_1"
+
+
+def test_a_usable_name_is_never_taken_away_by_another() -> None:
+    names = ToolNames(["a.b", "a/b", "a_b", "a_b_2"])
+    assert names.offered == {"a_b": "a_b", "a_b_2": "a_b_2", "a_b_3": "a.b", "a_b_4": "a/b"}
+    assert [names.sent(name) for name in names.offered.values()] == list(names.offered)
+
+
+def test_a_name_that_nobody_offered_goes_out_as_well() -> None:
+    """The model made it up; the call stands in the history all the same."""
+    invented = ChatMessage("assistant", "", [ToolCall("c1", "browser.tabs.open", {}), ToolCall("c2", "", {})])
+    calls = messages(USER, invented)[1]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["browser_tabs_open", "unnamed_tool"]
+
+
+def test_a_forced_tool_goes_by_the_same_name() -> None:
+    choice = {"type": "function", "function": {"name": "a.b"}}
+    request = EngineRequest("c1", "r1", [USER], [ToolSpec("a.b", "", {})])
+    sent = body(request, extra_body={"tool_choice": choice})
+    assert sent["tool_choice"] == {"type": "function", "function": {"name": sent["tools"][0]["function"]["name"]}}
+    assert body(request, extra_body={"tool_choice": "required"})["tool_choice"] == "required"
+
+
+@pytest.mark.parametrize("given", ["call 1", "x" * 200, "ü", 'a"b'])
+def test_an_id_of_a_call_that_providers_refuse_is_replaced_in_call_and_answer(given: str) -> None:
+    two = [ToolCall(given, "t", {}), ToolCall("call_2", "t", {})]
+    asked = ChatMessage("assistant", "", tool_calls=two)
+    sent = messages(USER, asked, ChatMessage("tool", "2", tool_call_id=given))
+    ids = [call["id"] for call in sent[1]["tool_calls"]]
+    assert [answer["tool_call_id"] for answer in sent[2:]] == ids
+    assert ids[1] == "call_2"
+    assert re.fullmatch("[a-zA-Z0-9]{9}", ids[0])
+
+
+def test_integers_go_back_exactly() -> None:
+    exact = ToolCall("c1", "pay", {"n": [2512292042121000001, 2**64 - 1, -(2**63)]})
+    [sent] = messages(ChatMessage("assistant", "", [exact]))[0]["tool_calls"]
+    assert sent["function"]["arguments"] == '{"n":[2512292042121000001,18446744073709551615,-9223372036854775808]}'
+
+
+def test_a_signature_goes_back_with_its_call_and_only_to_its_model() -> None:
+    signed = {"extra_content": {"google": {"thought_signature": "s"}}}
+    opaque = {"model": "m", "tool_calls": {"1": signed, "7": signed}}
+    asked = ChatMessage("assistant", "", [CALL, ToolCall("call_2", "clock", {})], opaque=[opaque])
+    first, second = messages(asked)[0]["tool_calls"]
+    assert "extra_content" not in first
+    assert second["extra_content"] == signed["extra_content"]
+    [elsewhere] = [message for message in chat_messages([asked], "another") if message["role"] == "assistant"]
+    assert "extra_content" not in str(elsewhere)

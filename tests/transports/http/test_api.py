@@ -489,7 +489,7 @@ async def test_every_operation_is_described(client: httpx.AsyncClient) -> None:
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             assert operation.get("description"), f"{method} {path} says nothing"
-            if method == "post":
+            if method == "post" and not path.endswith("/release"):  # the one that takes no body
                 assert all(body["schema"] for body in operation["requestBody"]["content"].values())
             if "/healthz" not in path and "readyz" not in path:
                 assert {"400", "401", "403", "404", "409", "422", "429"} <= set(operation["responses"])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from broker.errors import EngineError, shown
+from broker.errors import EngineError, quoted
 from broker.runs.chat_completions.errors import as_it_is, error_in, hidden, says_why, stream_error
 from broker.runs.chat_completions.event_stream import StreamEvent
 from broker.runs.chat_completions.json_texts import DONE, json_texts
@@ -120,7 +120,7 @@ class AnswerReader:
             if is_error:
                 raise stream_error({"message": data}, self._hide) from error
             raise EngineError(
-                f"the provider sent a frame that is not JSON ({error}): {shown(self._hide(data))}", kind="stream"
+                f"the provider sent a frame that is not JSON ({error}): {quoted(self._hide(data))}", kind="stream"
             ) from error
 
     def take_whole(self, text: str) -> Iterator[EngineEvent]:
@@ -131,7 +131,7 @@ class AnswerReader:
         yield from self.take_event(StreamEvent("message", text, ""))
         if not self._choices:
             raise self._no_answer() or EngineError(
-                f"the provider's JSON holds no answer: {shown(self._hide(text.strip()))}", kind="stream"
+                f"the provider's JSON holds no answer: {quoted(self._hide(text.strip()))}", kind="stream"
             )
         self.done = True
 
@@ -141,7 +141,7 @@ class AnswerReader:
         if not isinstance(chunk, dict):
             if error is not None:
                 raise stream_error(error, self._hide)
-            text = shown(hidden(chunk, self._hide))
+            text = quoted(hidden(chunk, self._hide))
             raise EngineError(f"the provider sent a frame that is not a JSON object: {text}", kind="stream")
         usage = chunk.get("usage")
         if isinstance(usage, dict) and usage:

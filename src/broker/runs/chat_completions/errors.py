@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from broker.errors import EngineError, shown
+from broker.errors import EngineError, quoted
 from broker.runs.chat_completions.event_stream import EventStreamDecoder, EventTooLarge
 from broker.runs.chat_completions.json_texts import json_texts
 from broker.runs.foreign import clean_text
@@ -77,7 +77,7 @@ def stream_error(error: Mapping[str, Any], hide: Callable[[str], str] = as_it_is
     """
     error = hidden(dict(error), hide)
     return EngineError(
-        _message(error) or f"the provider reported an error without a message: {shown(dict(error))}",
+        _message(error) or f"the provider reported an error without a message: {quoted(dict(error))}",
         kind="stream",
         retryable=_is_retryable(_numeric(error.get("code")), error),
         **_provider_fields(error),
@@ -94,9 +94,9 @@ def http_error(
     text = _message(error)
     if not text:
         fields["body"] = hide(body.decode("utf-8", "replace"))[:200]
-        text = f"an answer that says no reason: {shown(fields['body'])}" if body else "an empty answer"
+        text = f"an answer that says no reason: {quoted(fields['body'])}" if body else "an empty answer"
     if 300 <= status < 400:
-        target = shown(hide(headers.get("location", "")))
+        target = quoted(hide(headers.get("location", "")))
         text += f" (it redirects to {target}; set OPENAI_BASE_URL to the final address)"
     if (retry_after_ms := retry_after(headers)) is not None:
         fields["retry_after_ms"] = retry_after_ms
@@ -163,7 +163,7 @@ def _nested_message(value: object) -> str:
     try:
         return str(value)
     except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
-        return shown(type(value).__name__)
+        return quoted(type(value).__name__)
 
 
 def _provider_fields(error: Mapping[str, Any]) -> dict[str, Any]:

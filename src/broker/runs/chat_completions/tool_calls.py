@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from broker.errors import shown
+from broker.errors import quoted
 from broker.exact_json import loads_exact
 from broker.runs.engine import ToolCallDelta, ToolCallEnd, ToolCallStart
 from broker.runs.foreign import MAX_NAME_CHARS, TextJoiner, clean_json, clean_text
@@ -72,7 +72,7 @@ class ToolCallAssembler:
                 yield ToolCallDelta(call.key, rest)
             arguments, error = decode_arguments(call.name, call.text())
             if call.renamed:
-                arguments, error = {}, f"a call of {call.name} went on as one of {shown(call.renamed)}; call again"
+                arguments, error = {}, f"a call of {call.name} went on as one of {quoted(call.renamed)}; call again"
             yield ToolCallEnd(call.key, arguments, error)
 
     def begin(self) -> Iterator[ToolCallStart | ToolCallDelta]:
@@ -189,7 +189,7 @@ def decode_arguments(name: str, text: str) -> tuple[dict[str, Any], str | None]:
     """Return the input object that `text` spells, and an error for the model if it spells none.
 
     Absent, empty and null arguments are an empty object: that is how providers say "called without
-    arguments". Integers are exact, whatever their size.
+    arguments". Integers are exact.
     """
     if not name:
         return {}, "a tool was called without a name; call it again with the name of one of the offered tools"
@@ -200,12 +200,12 @@ def decode_arguments(name: str, text: str) -> tuple[dict[str, Any], str | None]:
     except ValueError as error:
         return (
             {},
-            f"the arguments of {name} are not valid JSON ({error}): {shown(text)}; send one JSON object",
+            f"the arguments of {name} are not valid JSON ({error}): {quoted(text)}; send one JSON object",
         )
     if value is None:
         return {}, None
     if not isinstance(value, dict):
-        return {}, f"the arguments of {name} are not a JSON object: {shown(text)}; send one JSON object"
+        return {}, f"the arguments of {name} are not a JSON object: {quoted(text)}; send one JSON object"
     return value, None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from broker.errors import InvalidInput
-from broker.telemetry import RateLimit, configure_logging, escape_controls
+from broker.logs import RateLimit, configure_logging, escape_controls
 
 
 @pytest.fixture

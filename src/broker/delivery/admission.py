@@ -1,0 +1,92 @@
+"""Admission: may this caller follow this conversation, and through which view? Asked once per connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from broker.conversations.manager import ConversationManager
+from broker.delivery.subscription import SubscribeRequest
+from broker.envelope import check_conv_id
+from broker.errors import NotFound, PermissionDenied
+from broker.eventlog.base import EventLog
+from broker.plugins.access import Access
+from broker.security import Principal
+from broker.views.compiler import ViewCompiler
+from broker.views.view import View
+
+_MADE_HERE = object()
+
+
+class Admitted:
+    """The proof that a caller was let in: who it is, what it asked for, and the view that it gets.
+
+    Only `Admission.admit` makes one, so whatever takes an Admitted need not ask again, and cannot be called for somebody
+    who was not let in.
+    """
+
+    __slots__ = ("principal", "request", "view")
+
+    def __init__(self, principal: Principal, request: SubscribeRequest, view: View, *, made_by: object) -> None:
+        if made_by is not _MADE_HERE:
+            raise TypeError("an Admitted is made by Admission.admit alone: ask there whether the caller may follow")
+        self.principal = principal
+        self.request = request
+        self.view = view
+
+    @property
+    def conv_id(self) -> str:
+        return self.request.conv_id
+
+
+class Admission:
+    """Lets callers in. The only place that compiles a view for somebody and asks whether it may be followed."""
+
+    def __init__(self, access: Access, views: ViewCompiler, conversations: ConversationManager, log: EventLog) -> None:
+        self._access = access
+        self._views = views
+        self._conversations = conversations
+        self._log = log
+
+    async def admit(self, principal: Principal, request: SubscribeRequest) -> Admitted:
+        """Let a caller in that wants to follow a conversation.
+
+        One that does not exist yet opens empty for those who may create it; NotFound for everybody else, before anything
+        is opened for them. Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput, InvalidConversationId,
+        StoreError.
+        """
+        view = await self.view(principal, request.conv_id, request.profile, request.channels)
+        await self._may_begin(principal, request.conv_id)
+        return Admitted(principal, request, view, made_by=_MADE_HERE)
+
+    async def view(
+        self,
+        principal: Principal,
+        conv_id: str,
+        profile: str,
+        channels: str | None = None,
+        *,
+        shows: Iterable[str] = (),
+    ) -> View:
+        """Return the view through which a caller may read a conversation, without the question about creating it.
+
+        shows: channels that the answer shows besides those of the view. Raises what `admit` raises, but NotFound.
+        """
+        view = self._views.compile(principal, profile, channels)
+        names = view.channel_names
+        more = [name for name in shows if name not in names]
+        await self._access.authorize(principal, "read", check_conv_id(conv_id), sorted([*names, *more]))
+        return view
+
+    async def _may_begin(self, principal: Principal, conv_id: str) -> None:
+        known = self._conversations.get(conv_id)
+        if not self._access.asks or (known is not None and known.position):
+            return
+        if (await self._log.state(conv_id)).exists:
+            return
+        try:
+            await self._access.authorize(principal, "create", conv_id)
+        except PermissionDenied as exc:
+            raise NotFound(
+                f"conversation {conv_id!r} does not exist, and {principal.subject!r} may not create it",
+                conv_id=conv_id,
+            ) from exc

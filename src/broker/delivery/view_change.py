@@ -1,0 +1,67 @@
+"""Changes of view in place: a connection goes on in another profile or with other channels, without reconnecting."""
+
+from __future__ import annotations
+
+import asyncio
+
+from broker.delivery.admission import Admission
+from broker.delivery.dispatch import Dispatcher
+from broker.delivery.pool import Pool
+from broker.delivery.recovery import Recovery
+from broker.delivery.start import Starts
+from broker.delivery.subscription import Subscription
+from broker.views.frames import control_message, through_message
+from broker.views.view import View
+
+
+class ViewChanges:
+    """Changes the views of subscriptions, one change after another for each."""
+
+    def __init__(
+        self, admission: Admission, starts: Starts, recovery: Recovery, dispatcher: Dispatcher, pool: Pool
+    ) -> None:
+        self._admission = admission
+        self._starts = starts
+        self._recovery = recovery
+        self._dispatcher = dispatcher
+        self._pool = pool
+
+    async def change(
+        self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
+    ) -> None:
+        """Change a subscription's view in place. With `since` the newly visible part of the past follows, each once.
+
+        Changes of one subscription are made one after another, in the order in which they were asked for. Raises
+        UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; then the view stays as it was.
+        """
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        async with subscription.changing:
+            view = await self._admission.view(subscription.principal, subscription.conv_id, profile, channels)
+            back = await self._starts.reaching_back(subscription.conversation, since) if since is not None else None
+            await self._recovery.end(subscription)
+            if subscription.status != "closed":
+                self._change(subscription, view, back)
+
+    def _change(self, subscription: Subscription, view: View, back: int | None) -> None:
+        conversation = subscription.conversation
+        position, old = subscription.position, subscription.view
+        if subscription.status == "live":
+            subscription.state_cursor = conversation.timeline.shown_floor
+        self._pool.leave(subscription.connection_id)
+        subscription.cursor = position if back is None else min(back, position)
+        subscription.end_view(position, subscription.cursor)
+        subscription.view = view
+        subscription.told = subscription.cursor
+        data = {
+            "profile": view.profile.name,
+            "channels": view.channel_names,
+            "view": view.key,
+            "from": str(subscription.cursor),
+        }
+        changed = control_message("ws.profile", data, subscription.connection_id)
+        self._dispatcher.deliver(
+            subscription.connection_id, [changed, through_message(conversation.conv_id, subscription.cursor)]
+        )
+        # A view that had no state before gets all of it; one that had it keeps what it has.
+        self._recovery.begin(subscription, state_after=subscription.state_cursor if old.shows_state else 0, lag=False)
