@@ -6,6 +6,8 @@ import { entity, fetchOf, ManualClock, settle, socketClass } from "./fakes.mjs";
 
 const SNAPSHOT = { convId: "c1", version: "100", epoch: "e1", more: false, entities: [entity("u1", 100, { role: "user", text: "hi" })] };
 
+const CHANNELS = ["control", "sem", "timeline"];
+
 function setUp({ answer = () => ({ body: SNAPSHOT }), token = null } = {}) {
   const clock = new ManualClock();
   const { FakeSocket, sockets } = socketClass();
@@ -27,11 +29,11 @@ function setUp({ answer = () => ({ body: SNAPSHOT }), token = null } = {}) {
   return { client, clock, sockets, requests, seen };
 }
 
-async function live(options) {
+async function live({ channels = CHANNELS, ...options } = {}) {
   const all = setUp(options);
   await all.client.start();
   const [socket] = all.sockets;
-  socket.hello({ from: "100" });
+  socket.hello({ from: "100", channels });
   socket.control("ws.caught_up", { seq: "100" });
   return { ...all, socket };
 }
@@ -152,18 +154,135 @@ test("a reset that names no position accepts what comes until it is caught up", 
   assert.equal(socket.closedWith, 1000, "linked again: this was a gap");
 });
 
-test("a changed profile is replayed from the hydrated state on, by going back to where the server says", async () => {
-  const { socket, seen, client } = await live();
+test("a changed profile is replayed from the connection's start, on top of its own state", async () => {
+  const { socket, sockets, seen, client, clock } = await live({
+    answer: (_, number) => ({ body: number === 1 ? SNAPSHOT : { ...SNAPSHOT, version: "120" } }),
+  });
+  socket.drop();
+  socket.event(105, 100);
+  await clock.advance(1_000);
+  sockets[1].hello({ from: "100" });
+  sockets[1].event(110, 100);
+  sockets[1].control("ws.caught_up", { seq: "110" });
+  client.setProfile("debug");
+  assert.deepEqual(sockets[1].sent.at(-1), { type: "ws.profile", profile: "debug", since: "100" });
+  assert.equal(client.profile, "default", "not before the server agrees");
+  sockets[1].event(115, 110);
+  sockets[1].control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
+  assert.deepEqual(seen.profiles, ["debug"]);
+  sockets[1].event(105, 100, "debug.note");
+  sockets[1].control("ws.caught_up", { seq: "115" });
+  sockets[1].event(125, 115);
+  await settle();
+  assert.deepEqual(seen.events, ["110", "115", "105", "125"]);
+  assert.equal(seen.resets, 2);
+  assert.equal(client.state, "live");
+});
+
+test("a state that is older than what the old profile had shown is not taken: it would lack the difference", async () => {
+  const { socket, seen, client, clock, requests } = await live();
   socket.event(110, 100);
   client.setProfile("debug");
-  assert.deepEqual(socket.sent.at(-1), { type: "ws.profile", profile: "debug", since: "100" });
-  assert.equal(client.profile, "default", "not before the server agrees");
-  socket.control("ws.profile", { profile: "debug", from: "100" });
+  socket.control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
+  await settle();
+  assert.equal(seen.resets, 1);
+  await clock.advance(1_000);
+  assert.equal(requests.length, 3);
+  assert.equal(seen.resets, 2, "a new start takes it, and every event after it");
+});
+
+test("frames of a changed profile wait for its state, and come after it", async () => {
+  const asked = [];
+  const answer = ({ url }, number) => {
+    if (number === 1) return { body: SNAPSHOT };
+    return new Promise((resolve) => asked.push(() => resolve({ body: { ...SNAPSHOT, version: "130", entities: [entity(url.searchParams.get("profile"), 130)] } })));
+  };
+  const { socket, seen, client, sockets, clock } = await live({ answer });
+  socket.event(110, 100);
+  client.setProfile("debug");
+  socket.control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
   socket.event(105, 100, "debug.note");
-  socket.control("ws.caught_up", { seq: "110" });
-  socket.event(120, 110);
-  assert.deepEqual(seen.events, ["110", "105", "120"]);
-  assert.deepEqual(seen.profiles, ["debug"]);
+  client.setProfile("text");
+  socket.control("ws.caught_up", { seq: "120" });
+  socket.control("ws.profile", { profile: "text", from: "100", channels: CHANNELS });
+  socket.event(140, 100);
+  socket.control("ws.caught_up", { seq: "140" });
+  await settle();
+  assert.deepEqual([seen.events, seen.resets, client.profile], [["110"], 1, "debug"]);
+  asked[0]();
+  await settle();
+  assert.deepEqual([seen.events, seen.resets, client.profile], [["110", "105"], 2, "text"]);
+  assert.deepEqual(seen.states, ["u1", "debug"]);
+  asked[1]();
+  await settle();
+  assert.deepEqual([seen.events, seen.resets, client.state], [["110", "105", "140"], 3, "live"]);
+  assert.deepEqual(seen.states, ["u1", "debug", "text"]);
+  assert.equal(client.last, 140n);
+  await clock.advance(1_000);
+  assert.equal(sockets.length, 1);
+});
+
+test("a changed profile whose state cannot be read starts over", async () => {
+  let broken = false;
+  const { socket, sockets, clock, client, seen } = await live({
+    answer: () => (broken ? { status: 500, body: { detail: "no luck" } } : { body: SNAPSHOT }),
+  });
+  broken = true;
+  client.setProfile("debug");
+  socket.control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
+  socket.control("ws.caught_up", { seq: "100" });
+  await settle();
+  assert.equal(seen.statuses.at(-1).message, "no luck");
+  broken = false;
+  await clock.advance(1_000);
+  assert.equal(sockets[1].url.searchParams.get("profile"), "debug");
+  assert.equal(seen.resets, 2, "the new view's own state");
+});
+
+test("a goodbye is heard while frames wait for the state", async () => {
+  const { socket, clock, client, seen, sockets } = await live({ answer: (_, number) => (number === 1 ? { body: SNAPSHOT } : new Promise(() => {})) });
+  client.setProfile("debug");
+  socket.control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
+  socket.control("ws.bye", { reason: "drain", retryAfterMs: 3210, reconnect: true });
+  socket.drop(1012);
+  assert.equal(seen.statuses.at(-1).retryInMs, 3210);
+  await clock.advance(4_000);
+  assert.equal(sockets.length, 1, "the state of the new view is asked for first");
+});
+
+for (const [what, send, from] of [
+  ["ws.dropped", (socket) => socket.control("ws.dropped", { count: 7, seq: "150" }), "150"],
+  ["ws.reset", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1", from: "150" }), "150"],
+]) {
+  test(`${what} in a view without entities: they are read over HTTP, and the position is raised`, async () => {
+    const answer = (_, number) => ({ body: number === 1 ? SNAPSHOT : { ...SNAPSHOT, version: "160", entities: [entity("whole", 160)] } });
+    const { socket, seen, client, clock, sockets } = await live({ answer, channels: ["sem"] });
+    socket.event(110, 100);
+    send(socket);
+    socket.event(155, Number(from));
+    socket.event(170, 155);
+    assert.deepEqual(seen.events, ["110"]);
+    await settle();
+    assert.deepEqual(seen.events, ["110", "155", "170"], "the store knows which of them are in the state already");
+    assert.deepEqual(seen.states, ["u1", "whole"]);
+    assert.equal(client.last, 170n);
+    await clock.advance(1_000);
+    assert.equal(sockets.length, 1);
+  });
+}
+
+test("ws.dropped raises the position; the entities come over the socket", async () => {
+  const { socket, sockets, seen, clock, requests } = await live();
+  socket.event(110, 100);
+  socket.control("ws.dropped", { count: 3, seq: "150" });
+  socket.event(160, 140); // links below what was skipped
+  assert.deepEqual(seen.events, ["110", "160"]);
+  socket.control("ws.dropped", { count: 3, seq: "190" });
+  socket.control("ws.dropped", { count: 1, seq: "170" });
+  socket.drop();
+  await clock.advance(1_000);
+  assert.equal(sockets[1].url.searchParams.get("since"), "190", "raised, never lowered");
+  assert.equal(requests.length, 1);
 });
 
 test("a refused profile stays what it was, and says why", async () => {
@@ -281,11 +400,14 @@ test("a cut before ws.caught_up asks for the whole state again, until it has bee
 for (const [what, send] of [
   ["ws.reset", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1", from: "150" })],
   ["a reset that names no position", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1" })],
-  ["ws.profile", (socket) => socket.control("ws.profile", { profile: "debug", from: "50" })],
+  ["ws.profile", async (socket) => {
+    socket.control("ws.profile", { profile: "debug", from: "50", channels: CHANNELS });
+    await settle(); // its snapshot is there, the entities that changed since are not
+  }],
 ]) {
   test(`a cut between ${what} and ws.caught_up asks for the whole state`, async () => {
     const { socket, sockets, clock } = await live();
-    send(socket);
+    await send(socket);
     socket.state(entity("a", 50));
     socket.drop();
     await clock.advance(1_000);
