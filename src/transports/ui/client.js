@@ -277,7 +277,7 @@ export class ConversationClient {
   #gap() {
     const at = this.#cursor.last;
     this.#gaps = { at, count: this.#gaps.at === at ? this.#gaps.count + 1 : 1 };
-    this.#resync ||= this.#gaps.count >= GAPS_BEFORE_RESYNC;
+    this.#resync = this.#gaps.count >= GAPS_BEFORE_RESYNC;
     this.#hangUp();
     if (this.#gaps.count === 1) this.#timers.after("retry", 0, () => this.#again());
     else this.#retry("Something was missing; fetching it.", 0);

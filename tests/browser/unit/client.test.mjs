@@ -250,6 +250,26 @@ test("a goodbye is heard while frames wait for the state", async () => {
   assert.equal(sockets.length, 1, "the state of the new view is asked for first");
 });
 
+test("a gap among the frames that waited for the state ends the connection: nothing behind it counts", async () => {
+  const { socket, sockets, clock, client, seen } = await live();
+  client.setProfile("debug");
+  socket.control("ws.profile", { profile: "debug", from: "100", channels: CHANNELS });
+  socket.event(130, 120);
+  socket.control("ws.caught_up", { seq: "130" });
+  await settle();
+  assert.notEqual(client.state, "live");
+  await clock.advance(0);
+  assert.equal(sockets[1].url.searchParams.get("since"), "100");
+  assert.deepEqual(seen.events, []);
+});
+
+test("a client that is stopped leaves the profile to whoever stopped it", async () => {
+  const { client, seen } = await live();
+  client.setProfile("debug");
+  client.stop();
+  assert.deepEqual(seen.profiles, []);
+});
+
 for (const [what, send, from] of [
   ["ws.dropped", (socket) => socket.control("ws.dropped", { count: 7, seq: "150" }), "150"],
   ["ws.reset", (socket) => socket.control("ws.reset", { reason: "expired", epoch: "e1", from: "150" }), "150"],
@@ -467,6 +487,14 @@ test("ws.bye: its delay is kept exactly, and reconnect=false is final", async ()
   assert.equal(second.sockets.length, 1);
   assert.equal(second.seen.statuses.at(-1).state, "stopped");
   assert.match(second.seen.statuses.at(-1).message, /erased/);
+});
+
+test("done, and yet asked back by ws.bye: it comes back", async () => {
+  const { socket, sockets, clock } = await live();
+  socket.control("ws.bye", { reason: "moved", retryAfterMs: 700, reconnect: true });
+  socket.drop(1000);
+  await clock.advance(700);
+  assert.equal(sockets.length, 2);
 });
 
 for (const [code, comesBack] of [[1000, false], [1001, true], [1002, false], [1007, false], [1006, true], [1008, false], [1009, true], [1012, true], [4401, false], [4403, false], [4404, false], [4408, true], [4429, true], [4500, true]]) {
