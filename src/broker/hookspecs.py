@@ -672,7 +672,8 @@ def check_draft(draft: Draft) -> Draft | None:
             something.
     Returns: the draft to go on with. None: leave it as it is.
     Raises: `DraftRefused` refuses the draft, and with it all that were published together; the publisher gets
-        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported.
+        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported. The
+        end of a run cannot be refused: it is offered again without its details, and then told without asking.
         Never quarantined: a producer who can make it fail must not be able to switch it off.
     Example:
         from broker.errors import DraftRefused

@@ -145,6 +145,7 @@ class _Building:
                 release=self.conversations.release,
                 head=self.conversations.head_seq,
                 publish_fenced=self.ingest.publish_fenced,
+                publish_unasked=self.ingest.publish_unasked,
             ),
         )
         self.erasure = Erasure(

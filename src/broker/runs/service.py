@@ -70,6 +70,7 @@ class RunService:
             profiles=EngineProfiles(plugins),
             engines=EngineCache(plugins),
             tools=ToolRunner(plugins),
+            publish_unasked=conversations.publish_unasked,
         )
         self._queues = Queues(
             self._runtime, hold=conversations.hold, release=conversations.release, on_ended=self._run_ended
