@@ -155,8 +155,6 @@ class _Building:
             self.subscriptions,
             self.log,
             stores.timeline,
-            stores.runs,
-            stores.turns,
             database.erase_traces if database is not None else None,
         )
         self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)
