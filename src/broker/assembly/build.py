@@ -145,6 +145,7 @@ class _Building:
                 release=self.conversations.release,
                 head=self.conversations.head_seq,
                 publish_fenced=self.ingest.publish_fenced,
+                publish_unasked=self.ingest.publish_unasked,
             ),
         )
         self.erasure = Erasure(
@@ -154,8 +155,6 @@ class _Building:
             self.subscriptions,
             self.log,
             stores.timeline,
-            stores.runs,
-            stores.turns,
             database.erase_traces if database is not None else None,
         )
         self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)

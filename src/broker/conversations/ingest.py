@@ -69,6 +69,7 @@ class Ingest:
         times_ms: Sequence[int] | None = None,
         fence: str | None = None,
         request: Request | None = None,
+        asked: bool = True,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
@@ -76,7 +77,7 @@ class Ingest:
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
         of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
-        it is published once. A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft,
+        it is published once. asked: whether plugins check the drafts. A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft,
         UnknownChannel, DraftRefused, StoreError, Unavailable, AlreadyAppended; then nothing was published.
         """
         if self._phase.draining and not self.still_working():
@@ -85,7 +86,7 @@ class Ingest:
         dropped: list[int] = []  # places in `drafts`
         sealed = self._seal
         for draft in drafts:
-            envelope = sealed(conv_id, draft)
+            envelope = sealed(conv_id, draft, asked)
             if envelope is None:
                 dropped.append(len(live) + len(dropped))
                 continue
@@ -120,12 +121,16 @@ class Ingest:
         """As `publish`, for the holder of a run's lease."""
         return await self.publish(conv_id, drafts, fence=fence)
 
+    async def publish_unasked(self, conv_id: str, drafts: Sequence[Draft], fence: str | None) -> list[int]:
+        """As `publish`, for what no plugin may refuse: the end of a run (I13)."""
+        return await self.publish(conv_id, drafts, fence=fence, asked=False)
+
     async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
         self._availability.admit()
         return await self.publish(conv_id, drafts)
 
-    def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
-        if self._checks_drafts:
+    def _seal(self, conv_id: str, draft: Draft, asked: bool) -> Envelope | None:
+        if self._checks_drafts and asked:
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:

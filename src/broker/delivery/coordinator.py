@@ -124,6 +124,7 @@ class StreamCoordinator:
         before = self._dispatcher.mark(conversation) if conversation.audiences else NOBODY_LIVE
         position = conversation.timeline.position
         show = conversation.timeline.fold(envelopes)
+        # What is raised from here on is met where it concerns the fewest: these envelopes count as handed on.
         if conversation.recent is not None:
             conversation.recent.extend(position, envelopes)
         self._conversations.touch(conversation, written=True)

@@ -97,6 +97,8 @@ def clean_usage(usage: Mapping[str, Any], max_bytes: int = _MAX_USAGE_BYTES) -> 
 
     A report of more than `max_bytes` (and of more than 16 KiB anyway) is reduced to the numbers at its top.
     """
+    if not isinstance(usage, Mapping):
+        return {}
     max_bytes = min(max_bytes, _MAX_USAGE_BYTES)
     clean: dict[str, Any] = _counted(clean_json(usage, levels=_MAX_USAGE_NESTING), usage)
     if len(encode_json(clean)) > max_bytes:

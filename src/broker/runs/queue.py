@@ -166,6 +166,9 @@ class Queues:
         ended: Run | None = None
         try:
             ended = await task.work()
+        except Exception:  # it never should; the others that wait must not wait for it
+            log.exception("run %s of %s was left undone", task.run.run_id, queue.conv_id)
+            task.left_undone = True
         finally:
             queue.task = None
             task.over.set()

@@ -33,6 +33,8 @@ REFOLD_MAX = 2000
 to fold again at most."""
 REFOLD_BYTES = 256
 """Unless what waits is larger than so much per envelope: it is saved beyond its budget only as often as bytes stay linear."""
+DEAD_LETTER_ENTITY_CHARS = 128
+"""How much of an entity's id names a state of it that could not be written, where other dead letters name their type."""
 LOGGED_DEAD_LETTERS = 10
 """Dead letters that an open conversation logs one by one; after these only each DEAD_LETTERS_KEPT-th, so that no producer
 can fill the log."""
@@ -186,7 +188,7 @@ class ConversationTimeline:
             self.late += 1
             return []
         except Exception as exc:
-            self._bury(envelope, exc)
+            self._bury(envelope.seq, envelope.type, exc)
             return []
         touched = []
         for entity in changed:
@@ -229,19 +231,47 @@ class ConversationTimeline:
         self._ahead.difference_update(found)
         return found
 
-    def _bury(self, envelope: Envelope, error: Exception) -> None:
+    def discard(self, entity: Entity, error: Exception) -> None:
+        """Give up a state of an entity that turned out to be unwritable: it goes to the dead letters under its version.
+
+        What the store has of it stays, and is what the next envelope about it is folded over.
+        """
+        if self._entities.get(entity.id) is not entity:
+            return
+        del self._entities[entity.id]
+        self._unsaved.pop(entity.id, None)
+        self._shown.pop(entity.id, None)
+        self._fed.pop(entity.id, None)
+        self.pending.discard(entity.id)
+        self._ahead.discard(entity.id)
+        self._cache_floor = max(self._cache_floor, entity.version)
+        self.complete = False
+        self._bury(entity.version, f"entity {entity.id}"[:DEAD_LETTER_ENTITY_CHARS], error)
+
+    def discard_unwritable(self, entities: Iterable[Entity]) -> int:
+        """Give up those of `entities`, just now found by a save that failed, which cannot be written; return how many."""
+        found = 0
+        for entity in entities:
+            try:
+                entity.wire_json()
+            except Exception as exc:
+                self.discard(entity, exc)
+                found += 1
+        return found
+
+    def _bury(self, seq: int, type: str, error: Exception) -> None:
         self.dead_letters += 1
-        text = f"{type(error).__name__}: {error}"[:DEAD_LETTER_ERROR_CHARS]
+        text = _told(error)
         if self.dead_letters <= LOGGED_DEAD_LETTERS or self.dead_letters % DEAD_LETTERS_KEPT == 0:
             logger.warning(
                 "conversation %s: %s seq %s cannot be folded (number %s here): %s",
                 self.conv_id,
-                envelope.type,
-                envelope.seq,
+                type,
+                seq,
                 self.dead_letters,
                 text,
             )
-        self._dead[envelope.seq] = DeadLetter(self.conv_id, envelope.seq, envelope.type, text)
+        self._dead[seq] = DeadLetter(self.conv_id, seq, type, text)
         if len(self._dead) > DEAD_LETTERS_KEPT:  # the store is away, or slower than they come
             del self._dead[next(iter(self._dead))]
             self._forgotten += 1
@@ -382,3 +412,13 @@ class ConversationTimeline:
             entity = self._entities.pop(id)
             self._cache_floor = max(self._cache_floor, entity.version)
             self.complete = False
+
+
+def _told(error: Exception) -> str:
+    """Return what an exception says as a store can keep it, however badly it is made."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "its text cannot be read"
+    text = f"{type(error).__name__}: {said[:DEAD_LETTER_ERROR_CHARS]}"
+    return text.encode("utf-8", "backslashreplace").decode()[:DEAD_LETTER_ERROR_CHARS]

@@ -86,6 +86,9 @@ class View:
             envelope.seq = seq  # it may have been changed in place: the other views still show this envelope
             logger.error("view %s: a transform changed seq %s; withheld", self.profile.name, seq)
             return None
+        if not _can_be_framed(shaped):
+            logger.error("view %s: a transform made seq %s unusable; withheld", self.profile.name, seq)
+            return None
         return shaped
 
     def show(self, envelope: Envelope) -> Envelope | None:
@@ -138,3 +141,16 @@ class View:
         except Exception:
             logger.exception("merge of %s failed; sent unmerged", second.type)
             return None
+
+
+def _can_be_framed(envelope: Envelope) -> bool:
+    """Say whether what a transform returned has the types of which a frame can be made."""
+    try:
+        return (
+            envelope.type.isascii()
+            and envelope.channel.isascii()
+            and (envelope.id.isascii() or bool(envelope.id.encode()))
+            and isinstance(envelope.data_json, bytes)
+        )
+    except (AttributeError, UnicodeEncodeError):
+        return False
