@@ -34,6 +34,7 @@ from broker.sqlite.jobs import Call, Calls
 from broker.sqlite.schema import Schema
 from broker.sqlite.statements import StatementReaders
 from broker.sqlite.traces import Traces
+from broker.sqlite.wal import KEPT_BYTES, WalKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class Database:
         self._calls = Calls()
         self._traces = Traces(self.path, wal_pages=_WAL_PAGES)
         self._traces_pass: asyncio.Task[None] | None = None
+        self._wal = WalKeeper(
+            self.path, submit=self.submit, in_use=lambda: self._traces.under_way, busy_timeout_s=busy_timeout_s
+        )
         self._lock = ProcessLock(self.path)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -123,6 +127,7 @@ class Database:
                     on_stopped=self._writer_stopped,
                 )
                 self._state = "open"
+                self._wal.open()
             elif not self._schema.is_current:
                 await self.write(self._schema.migrate)
                 self._schema.migrated()
@@ -132,6 +137,7 @@ class Database:
         async with self._opening:
             if self._state != "open" or self._writer is None or self._stopped is None:
                 return
+            await self._wal.close()
             self._state = "closing"
             self._admit_waiting()
             self._flush_outbox()
@@ -154,6 +160,7 @@ class Database:
             self._schema.claim(connection)
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
             connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
+            connection.execute(f"PRAGMA journal_size_limit={KEPT_BYTES}").fetchone()
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             connection.execute("PRAGMA secure_delete=ON").fetchone()
             # What tells a crash of the machine from one of the process must itself survive it.
@@ -286,6 +293,11 @@ class Database:
             pass
 
     @property
+    def problem(self) -> str | None:
+        """What an operator should know although the file can be written: a WAL that somebody keeps from shrinking."""
+        return self._wal.problem
+
+    @property
     def pending_jobs(self) -> int:
         """How many writes are queued or being committed."""
         return self._pending_jobs
@@ -299,6 +311,7 @@ class Database:
                 logger.exception("database %s: a listener failed after the commit", self.path)
         self._pending_jobs -= len(batch)
         self._pending_bytes -= size_bytes
+        self._wal.grown_by(size_bytes)
         for job in batch:
             future = job.future
             if job.error is None:
