@@ -144,6 +144,7 @@ def configure_logging(
         logger.propagate = True
     # Its info lines say on start and stop what `broker serve` says itself, and one line per WebSocket.
     logging.getLogger("uvicorn.error").setLevel("WARNING" if level != "debug" else "DEBUG")
-    for name in ("httpx", "httpcore", "websockets"):
+    # They tell at "debug" what is sent, or which parameters a statement has: whose ids and keys they are.
+    for name in ("httpx", "httpcore", "websockets", "aiosqlite"):
         logging.getLogger(name).setLevel("WARNING")
     return handler

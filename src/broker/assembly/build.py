@@ -218,6 +218,7 @@ class _Building:
         )
 
     def _doors(self) -> Doors:
+        readiness = Readiness(self.phase, self.log, self.housekeeping, self.stores.database)
         return Doors(
             settings=self.settings,
             phase=self.phase,
@@ -229,7 +230,8 @@ class _Building:
             operators=self.operators,
             offers=Offers(self.catalog, self.views, self.runs, self.plugins),
             library=self.library,
-            readiness=Readiness(self.phase, self.log, self.housekeeping).check,
+            readiness=readiness.check,
+            remarks=readiness.remarks,
         )
 
     def parts(self) -> Parts:

@@ -77,8 +77,9 @@ class Ingest:
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
         of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
-        it is published once. asked: whether plugins check the drafts. A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft,
-        UnknownChannel, DraftRefused, StoreError, Unavailable, AlreadyAppended; then nothing was published.
+        it is published once. asked: whether plugins check the drafts. A draft for a debug channel that is off is dropped;
+        its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable, AlreadyAppended; then
+        nothing was published.
         """
         if self._phase.draining and not self.still_working():
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")

@@ -138,11 +138,8 @@ class SqliteTimelineStore:
             await self._database.submit(_Save(self._saves, parts, size))
 
     async def cursor(self, conv_id: str) -> int:
-        def cursor(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(cursor)
+        rows = await self._database.fetch("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         if not ids:
@@ -161,27 +158,21 @@ class SqliteTimelineStore:
     ) -> list[Entity]:
         statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
         parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
-        rows = await self._database.read(lambda connection: connection.execute(statement, parameters).fetchone()[0])
-        entities = _entities(rows)
+        rows = await self._database.fetch(statement, parameters)
+        entities = _entities(rows[0][0])
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
         return entities
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
-        def letters(connection: sqlite3.Connection) -> list[DeadLetter]:
-            rows = connection.execute(
-                f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
-                {"conv_id": conv_id, "limit": limit},
-            )
-            return [DeadLetter(conv_id, *row) for row in rows]
-
-        return await self._database.read(letters)
+        rows = await self._database.fetch(
+            f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
+            {"conv_id": conv_id, "limit": limit},
+        )
+        return [DeadLetter(conv_id, *row) for row in rows]
 
     async def dead_letters_forgotten(self, conv_id: str) -> int:
-        def forgotten(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(forgotten)
+        rows = await self._database.fetch("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:
