@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from broker.timeline.entity import Entity
 
 BYTES_MAX = 2 * 1024 * 1024
-"""Of one conversation: what grows beyond while it is kept is forgotten, and read anew for whoever comes next."""
+"""Of one conversation: what would grow beyond is forgotten, and whoever comes next is served from the log."""
 ENVELOPE_BYTES, MESSAGE_BYTES = 512, 192
 """About what Python takes for an envelope and for a frame beside their texts (measured with sys.getsizeof)."""
 
@@ -113,17 +113,24 @@ class RecentEvents:
         """Take envelopes that follow the position `before` and are being dispatched."""
         if self.closed:
             return
-        if before != self.through or self.size_bytes > BYTES_MAX:
+        more_bytes = sum([_size(envelope) for envelope in envelopes])
+        if before != self.through or self.size_bytes + more_bytes > BYTES_MAX:
             self.close()
             return
         self._envelopes.extend(envelopes)
         self._seqs.extend([envelope.seq for envelope in envelopes])
         self.through = self._seqs[-1]
-        self._takes(sum([_size(envelope) for envelope in envelopes]))
+        self._takes(more_bytes)
 
     def prepend(self, since: int, page: Page, *, since_known: bool) -> None:
-        """Take what the log has between `since` and here. since_known: it is the seq of an event there, or 0."""
+        """Take what the log has between `since` and here, unless that is more than is kept of a conversation.
+
+        since_known: it is the seq of an event there, or 0.
+        """
         if self.closed:
+            return
+        if sum([_size(envelope) for envelope in (*page.envelopes, *self._envelopes)]) > BYTES_MAX:
+            self.useless_below = max(self.useless_below, since + 1)
             return
         self._envelopes[:0] = page.envelopes
         self._seqs[:0] = [envelope.seq for envelope in page.envelopes]
