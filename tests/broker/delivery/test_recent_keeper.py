@@ -531,7 +531,7 @@ async def test_conversations_that_take_the_room_from_each_other_hold_nobody(
         nonlocal reads
         reads += 1
         page = await read(*args, **kwargs)
-        for conversation, since in conversations:  # others come back meanwhile
+        for conversation, _ in conversations:  # others come back meanwhile
             if conversation.conv_id != args[0] and reads < 50:
                 few.drop(conversation)
         return page
