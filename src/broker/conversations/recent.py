@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from broker.envelope import Envelope
@@ -192,12 +192,11 @@ class RecentEvents:
         self._kept.frames_built += 1
         return Message(event_frame(shown, prev), shown.seq)
 
-    def state_messages(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
-        """Return the upserts of `entities` as `view` shows them."""
+    def state_messages(self, conv_id: str, view: View, entities: Sequence[Entity]) -> Iterator[Message]:
+        """Yield the upserts of `entities` as `view` shows them."""
         if not view.shows_state:
-            return []
+            return
         known = self._entities.setdefault(view if view.filters or view.transforms else None, {})
-        messages = []
         for entity in entities:
             kept = known.get(entity.id)
             if kept is None or kept[0] is not entity:  # entities are never changed in place
@@ -207,8 +206,7 @@ class RecentEvents:
                 known[entity.id] = kept
                 self._takes(MESSAGE_BYTES + (len(kept[1].text) if kept[1] is not None else 0))
             if kept[1] is not None:
-                messages.append(kept[1])
-        return messages
+                yield kept[1]
 
 
 def _size(envelope: Envelope) -> int:

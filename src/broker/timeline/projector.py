@@ -289,6 +289,11 @@ class ConversationTimeline:
         found = [entity for entity in self._entities.values() if entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
+    def growing_since(self, version: int) -> list[Entity]:
+        """Return the growing entities newer than `version`, by position: memory has all of them that change."""
+        found = [entity for entity in self._entities.values() if entity.growing and entity.version > version]
+        return sorted(found, key=lambda entity: entity.position)
+
     def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:
         """Return the entities that folding `envelope`, just now, changed."""
         try:
