@@ -36,9 +36,15 @@ class TimelineReader:
         self._store = store
 
     async def page(
-        self, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+        self,
+        conv_id: str,
+        *,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        after_position: int = 0,
+        limit: int = 1000,
     ) -> TimelinePage:
-        """Return entities newer than `since_version` that stand after `after_position`, at most `limit`.
+        """Return entities with since_version < version <= upto_version after `after_position`, at most `limit`.
 
         Fewer where they are large: a page ends with the entity that makes it PAGE_BYTES long.
         """
@@ -46,7 +52,11 @@ class TimelineReader:
         self._conversations.hold(conv_id)
         try:
             return await self.page_of(
-                conversation, since_version=since_version, after_position=after_position, limit=limit
+                conversation,
+                since_version=since_version,
+                upto_version=upto_version,
+                after_position=after_position,
+                limit=limit,
             )
         finally:
             self._conversations.release(conv_id)
