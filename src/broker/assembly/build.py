@@ -6,6 +6,7 @@ from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
 from broker.api.operators import Operators
+from broker.api.polling import Polls
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
@@ -161,7 +162,8 @@ class _Building:
 
     def _library(self) -> None:
         stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
-        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, self.notices, self.phase)
+        polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
+        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
         self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
         sources = CopySources(
             access=self.access,

@@ -28,6 +28,8 @@ class Mark(NamedTuple):
     prev: int = 0
 
 
+LATE_S = 60.0
+"""How long a conversation remembers at least what was shown late: for polls, which may wait so long."""
 NOBODY_LIVE = Mark(0, 0)
 """Stands for the mark where there is no live connection that it could be needed for: it takes a look at all entities that
 are held back."""
@@ -104,6 +106,13 @@ class Dispatcher:
 
     def dispatch_state(self, conversation: Conversation, show: Sequence[Entity], before: Mark) -> None:
         """Send entities whose upsert was held back (trailing edge)."""
+        now_s = self._clock.monotonic_s()
+        late = conversation.shown_late
+        for id in [id for id, shown_at_s in late.items() if now_s - shown_at_s >= LATE_S]:
+            del late[id]
+        late.update((entity.id, now_s) for entity in show)
+        if conversation.waiters:
+            conversation.wake()
         upserts = self._upserts(conversation, show)
         for audience in list(conversation.audiences.values()):
             try:

@@ -14,7 +14,7 @@ from broker.characters import beginning
 from broker.library.store import LibraryStore, Message
 from broker.library.terms import terms_of
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore
 
 TITLE_CHARS = 80
 _KNOWN_MAX = 20_000
@@ -72,10 +72,8 @@ class IndexingTimelineStore:
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         return await self._inner.get(conv_id, ids)
 
-    async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        return await self._inner.page(conv_id, after_position=after_position, since_version=since_version, limit=limit)
+    async def page(self, conv_id: str, **asked: int) -> StoredEntities:
+        return await self._inner.page(conv_id, **asked)
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)

@@ -304,6 +304,15 @@ class ConversationTimeline:
         """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
         return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], tick=True)]
 
+    def shown_version(self, entity: Entity) -> int | None:
+        """Return up to which version a growing entity was shown to those who were there; None: nothing of it is held back."""
+        known = self._shown.get(entity.id) if entity.growing else None
+        return known[1] if known is not None else None
+
+    def entity(self, id: str) -> Entity | None:
+        """Return an entity if memory has it."""
+        return self._entities.get(id)
+
     @property
     def shown_floor(self) -> int:
         """Every entity version up to here was shown to those who were there: where a parked client's state stands."""
@@ -317,6 +326,11 @@ class ConversationTimeline:
         if not self.complete and version < self._cache_floor:
             return None
         found = [entity for entity in self._entities.values() if entity.version > version]
+        return sorted(found, key=lambda entity: entity.position)
+
+    def growing_since(self, version: int) -> list[Entity]:
+        """Return the growing entities newer than `version`, by position: memory has all of them that change."""
+        found = [entity for entity in self._entities.values() if entity.growing and entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
     def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:

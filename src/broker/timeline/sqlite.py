@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import orjson
 
+from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
 _TABLES = (
@@ -62,10 +63,18 @@ _GET = f"""
 SELECT json_group_array(json_array({_COLUMNS})) FROM entity
 WHERE {_TIMELINE.format("?")} AND id IN {{ids}}
 """
+# An entity's position is not above its version. Sizes first (SQLite knows a BLOB's length without reading it), then only
+# what fits into the page.
 _PAGE = f"""
-SELECT json_group_array(json_array({_COLUMNS})) FROM (
-    SELECT * FROM entity INDEXED BY {{index}}
-    WHERE {_THIS} AND position > :after AND version > :since ORDER BY position, id LIMIT :limit)
+WITH found AS MATERIALIZED (
+    SELECT rowid AS row, position, id, length(props) AS size FROM entity INDEXED BY {{index}}
+    WHERE {_THIS} AND position > :after AND position <= :upto AND version > :since AND version <= :upto
+    ORDER BY position, id LIMIT :limit + 1),
+summed AS (
+    SELECT row, sum(size) OVER (ORDER BY position, id ROWS UNBOUNDED PRECEDING) - size AS before,
+        row_number() OVER (ORDER BY position, id) AS place FROM found)
+SELECT json_group_array(json_array({_COLUMNS})), (SELECT count(*) FROM found) > count(*) FROM summed
+JOIN entity ON entity.rowid = summed.row WHERE place <= :limit AND before < :max_bytes
 """
 _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
 # Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
@@ -154,14 +163,24 @@ class SqliteTimelineStore:
         return {entity.id: entity for text in await self._database.read(rows) for entity in _entities(text)}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
         statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
-        parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
-        rows = await self._database.fetch(statement, parameters)
-        entities = _entities(rows[0][0])
+        parameters = {
+            "conv_id": conv_id, "after": after_position, "since": since_version, "upto": upto_version, "limit": limit,
+            "max_bytes": max_bytes,
+        }  # fmt: skip
+        ((rows, more),) = await self._database.fetch(statement, parameters)
+        entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
-        return entities
+        return StoredEntities(entities, more=bool(more))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         rows = await self._database.fetch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -83,12 +83,14 @@ def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, conne
     return control_message("ws.reset", data, connection_id)
 
 
-def state_messages(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
-    """Return the upserts of `entities` as this view shows them; none where it has no state."""
+def state_messages(conv_id: str, view: View, entities: Iterable[Entity]) -> Iterator[Message]:
+    """Yield the upserts of `entities` as this view shows them, each made when it is asked for; none where it has no state."""
     if not view.shows_state:
-        return []
-    envelopes = [upsert_envelope(conv_id, entity) for entity in entities]
-    return shown_upserts(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
+        return
+    for entity in entities:
+        shown = view.show_state(upsert_envelope(conv_id, entity))
+        if shown is not None:
+            yield Message(state_frame(shown))
 
 
 def shown_upserts(view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
