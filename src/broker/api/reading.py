@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
-from broker.conversations.reader import TimelinePage, TimelineReader
+from broker.conversations.reader import SeenPage, TimelineReader
 from broker.delivery.admission import Admission
 from broker.delivery.notices import Notices
 from broker.delivery.start import decide_start
 from broker.delivery.subscription import SubscribeRequest
-from broker.envelope import TIMELINE
 from broker.errors import Unavailable
 from broker.eventlog.base import EventLog
 from broker.phase import Phase
@@ -175,18 +174,18 @@ class Reading:
         limit: int = 1000,
         profile: str = "default",
         newest: bool = False,
-    ) -> TimelinePage:
+    ) -> SeenPage:
         """Return a page of a conversation's entities; one that does not exist is empty and stays so.
 
         newest: with everything that the log has now, also where this process still has to read it.
         The profile's filters and transforms apply to it as to `timeline.upsert` frames (I14).
         """
         # State is what this shows, also for a profile that has none of it: who may not see it is not let in this way.
-        view = await self._admission.view(principal, conv_id, profile, shows=(TIMELINE,))
+        view = await self._admission.view(principal, conv_id, profile, state=True)
         if self._conversations.get(conv_id) is None:
             state = await self._log.state(conv_id)
             if not state.exists:
-                return TimelinePage(conv_id, 0, state.epoch, [])
+                return SeenPage(conv_id, 0, state.epoch, [])
         if newest:
             await self._conversations.current(conv_id)
         return await self._reader.page_seen(

@@ -11,7 +11,8 @@ from broker.conversations.conversation import Audience, Conversation
 from broker.delivery.pool import Pool
 from broker.envelope import CONTROL, Envelope
 from broker.timeline.entity import Entity
-from broker.views.frames import Message, event_frame, shown_upserts, state_frame, through_message, upsert_envelope
+from broker.views.frames import Message, event_frame, shown_upserts, through_message, upserts_of
+from broker.views.upsert import Upsert
 from broker.views.view import View
 
 logger = logging.getLogger(__name__)
@@ -136,11 +137,10 @@ class Dispatcher:
             audience.hidden = 0 if prev == envelopes[-1].seq else audience.hidden
         return messages
 
-    def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:
+    def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Upsert, Message]]:
         if not show or not any(audience.view.shows_state for audience in conversation.audiences.values()):
             return []
-        envelopes = [upsert_envelope(conversation.conv_id, entity) for entity in show]
-        return [(envelope, state_frame(envelope)) for envelope in envelopes]
+        return upserts_of(conversation.conv_id, show)
 
     def _through(self, audience: Audience) -> Message:
         audience.hidden = 0

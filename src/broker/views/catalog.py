@@ -17,6 +17,7 @@ from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import Fold, TimelineHandler
+from broker.timeline.projector import DEBUG_CHANNELS
 from broker.timeline.text import Text
 
 T = TypeVar("T")
@@ -49,6 +50,10 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
+        self.folded_channels = frozenset(
+            name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
+        )
+        """Event channels whose envelopes are folded into the timeline."""
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -72,9 +77,11 @@ class Catalog:
                 owners[name] = plugin
 
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
-        """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
+        """Return the item as it counts here, its callables wrapped so that what they raise is the plugin's."""
         if isinstance(item, TimelineHandler):
             return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, checked_fold(item))))
+        if isinstance(item, Channel) and item.permission is None and item.name.startswith(DEBUG_CHANNELS):
+            return cast("T", replace(item, permission="debug"))  # denied by default (I14)
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item

@@ -9,7 +9,6 @@ import orjson
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from broker.api import Entity
 from broker.envelope import check_conv_id
 from broker.sequence import parse_seq
 from transports.http.answers import raw_json
@@ -51,10 +50,6 @@ def timeline_router(api: Api) -> APIRouter:
                 "more": page.more,
             }
         )
-        return raw_json(head[:-1] + b',"entities":[' + b",".join(map(_entity_json, page.entities)) + b"]}")
+        return raw_json(head[:-1] + b',"entities":[' + b",".join([one.json for one in page.seen]) + b"]}")
 
     return router
-
-
-def _entity_json(entity: Entity) -> bytes:
-    return orjson.dumps(entity.to_wire())
