@@ -33,6 +33,7 @@ from broker.delivery.subscriptions import Subscriptions
 from broker.delivery.view_change import ViewChanges
 from broker.eventlog.availability import Availability
 from broker.library.copying import Copier, CopySources
+from broker.library.indexing import SeenByAll
 from broker.library.library import Library
 from broker.nodes.overview import Overview
 from broker.nodes.this_node import ThisNode
@@ -68,6 +69,8 @@ class _Building:
         self.catalog = Catalog(plugins, debug_channels_on=settings.debug_channels)
         self.views = ViewCompiler(self.catalog, plugins)
         self.access = Access(settings, plugins)
+        self.seen_by_all = SeenByAll(self.views)
+        stores.timeline.seen = self.seen_by_all
         self.emitters = EmitterSupervisor(plugins, clock)
         self.observers = Observers(plugins)
         self._conversations()
@@ -187,6 +190,7 @@ class _Building:
             stores.timeline,
             self.reader,
             Copier(sources, stores.library),
+            self.seen_by_all,
             erase,
         )
 

@@ -10,7 +10,7 @@ from broker.conversations.manager import ConversationManager
 from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
 from broker.timeline.store import PAGE_BYTES, TimelineStore, stored_page
-from broker.views.frames import entities_as_shown
+from broker.views.frames import SeenEntity, entities_as_seen
 from broker.views.view import View
 
 
@@ -26,6 +26,22 @@ class TimelinePage:
     epoch: str
     entities: list[Entity]
     more: bool = False
+
+
+@dataclass(slots=True)
+class SeenPage:
+    """A page of entities as a view shows them; else as `TimelinePage`."""
+
+    conv_id: str
+    version: int
+    epoch: str
+    seen: list[SeenEntity]
+    more: bool = False
+
+    @property
+    def entities(self) -> list[Entity]:
+        """The entities as they are seen."""
+        return [one.entity for one in self.seen]
 
 
 class TimelineReader:
@@ -63,27 +79,24 @@ class TimelineReader:
 
     async def page_seen(
         self, view: View, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
-    ) -> TimelinePage:
+    ) -> SeenPage:
         """As `page`, with what `view` hides left out and what it changes changed, as in `timeline.upsert` frames (I14)."""
         while True:
             page = await self.page(conv_id, since_version=since_version, after_position=after_position, limit=limit)
-            if not view.filters and not view.transforms:
-                return page
-            seen = entities_as_shown(conv_id, view, page.entities)
+            seen = entities_as_seen(conv_id, view, page.entities)
             if seen or not page.more:
-                page.entities = seen
-                return page
+                return SeenPage(page.conv_id, page.version, page.epoch, seen, page.more)
             after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
 
-    async def pages_seen(self, view: View, conv_id: str) -> AsyncIterator[TimelinePage]:
+    async def pages_seen(self, view: View, conv_id: str) -> AsyncIterator[SeenPage]:
         """Yield the pages of a whole conversation as `view` shows it, by position. Raises StoreError."""
         after = 0
         while True:
             page = await self.page_seen(view, conv_id, after_position=after)
             yield page
-            if not page.more or not page.entities:
+            if not page.more or not page.seen:
                 return
-            after = page.entities[-1].position
+            after = page.seen[-1].entity.position
 
     async def page_of(
         self,

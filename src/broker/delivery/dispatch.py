@@ -11,7 +11,8 @@ from broker.conversations.conversation import Audience, Conversation
 from broker.delivery.pool import Pool
 from broker.envelope import CONTROL, Envelope
 from broker.timeline.entity import Entity
-from broker.views.frames import Message, event_frame, shown_upserts, state_frame, through_message, upsert_envelope
+from broker.views.frames import Message, event_frame, shown_upserts, through_message, upserts_of
+from broker.views.upsert import Upsert
 from broker.views.view import View
 
 logger = logging.getLogger(__name__)
@@ -167,14 +168,13 @@ class Dispatcher:
                 audience.prev = envelope.seq
         return messages
 
-    def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Envelope, bytes]]:
+    def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Upsert, Message]]:
         if not show or not any(audience.view.shows_state for audience in conversation.audiences.values()):
             return []
-        upserts = []
+        upserts: list[tuple[Upsert, Message]] = []
         for entity in show:
             try:
-                envelope = upsert_envelope(conversation.conv_id, entity)
-                upserts.append((envelope, state_frame(envelope)))
+                upserts += upserts_of(conversation.conv_id, (entity,))
             except Exception as exc:  # somebody changed it in place after it was folded
                 conversation.timeline.discard(entity, exc)
         return upserts

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from broker.timeline.sources import UNKNOWN, Sources
 from broker.timeline.text import Text
 
 
@@ -19,6 +20,7 @@ class Entity:
     prompt that waited for its turn, and of its run, of the one that began the run.
     growing: more is expected to be appended (a streaming answer); upserts and saves of it are spaced by growth (I16).
     props: JSON object; text that still grows is a `Text`, everything else plain JSON values. Never changed in place.
+    sources: channels and types of the events that it was folded from; the projector's, like version and times.
     """
 
     id: str
@@ -29,6 +31,7 @@ class Entity:
     position: int
     props: Mapping[str, Any] = field(default_factory=dict)
     growing: bool = False
+    sources: Sources = UNKNOWN
 
     def changed(self, *, growing: bool | None = None, **props: Any) -> Entity:
         """Return a copy with `props` merged over the present ones; the projector stamps version and times."""
@@ -42,6 +45,7 @@ class Entity:
             self.position,
             {**self.props, **props},
             growing,
+            self.sources,
         )
 
     @property

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from broker.envelope import Envelope
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import LateEnvelope, TimelineHandler
+from broker.timeline.sources import UNKNOWN, Source, Sources, joined, shared
 from broker.timeline.store import DEAD_LETTER_ERROR_CHARS, DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 
 logger = logging.getLogger(__name__)
@@ -191,12 +192,16 @@ class ConversationTimeline:
             self._bury(envelope.seq, envelope.type, exc)
             return []
         touched = []
+        source = (envelope.channel, envelope.type)
         for entity in changed:
             old = self._entities.get(entity.id)
             # The version guard: folding again from an older cursor must not change what already contains this envelope.
             if old is not None and old.version >= envelope.seq:
                 touched.extend(self._first_seen((entity.id,)))
                 continue
+            sources = old.sources if old is not None else None
+            if sources is None or source not in sources or len(known) > 1:
+                sources = _sources(handler, entity.id, keys, known, source)
             self._entities[entity.id] = Entity(  # `replace` takes twice as long
                 entity.id,
                 entity.kind,
@@ -206,6 +211,7 @@ class ConversationTimeline:
                 old.position if old and not handler.moves else entity.position,
                 entity.props,
                 entity.growing,
+                sources,
             )
             if entity.growing and not entity.grown_bytes:
                 self._fed[entity.id] = self._fed.get(entity.id, 0) + len(envelope.data_json)
@@ -436,3 +442,20 @@ def _told(error: Exception) -> str:
         said = "its text cannot be read"
     text = f"{type(error).__name__}: {said[:DEAD_LETTER_ERROR_CHARS]}"
     return text.encode("utf-8", "backslashreplace").decode()[:DEAD_LETTER_ERROR_CHARS]
+
+
+def _sources(
+    handler: TimelineHandler, id: str, keys: Sequence[str], known: Mapping[str, Entity], source: Source
+) -> Sources:
+    """Return what an entity is made of once an envelope from `source` has changed it. known: what the fold could read."""
+    old = known.get(id)
+    if handler.remarks:
+        before = old.sources if old is not None else None
+        source = source if id == keys[0] else (source[0], "")
+    else:
+        before = None
+        for one in known.values():
+            before = one.sources if before is None else joined(before, one.sources)
+    if before is None:
+        return shared(frozenset((source,)))
+    return shared(before | {source}) if before else UNKNOWN

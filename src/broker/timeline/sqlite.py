@@ -13,6 +13,7 @@ from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
+from broker.timeline.sources import sources_from, sources_text
 from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
@@ -32,18 +33,20 @@ _TABLES = (
     # How many dead letters are not kept any more, and the newest of them.
     "ALTER TABLE timeline ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE timeline ADD COLUMN forgotten_seq INTEGER NOT NULL DEFAULT 0",
+    # JSON list of [channel, type] of the events that an entity was folded from, NULL where nobody knows.
+    "ALTER TABLE entity ADD COLUMN sources TEXT",
 )
 _RAISE_CURSOR = """
 INSERT INTO timeline (conv_id, cursor) VALUES (?, ?)
 ON CONFLICT (conv_id) DO UPDATE SET cursor = max(cursor, excluded.cursor) RETURNING timeline
 """
 _UPSERT = """
-INSERT INTO entity (timeline, id, version, position, kind, created_at_ms, updated_at_ms, growing, texts, props)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO entity (timeline, id, version, position, kind, created_at_ms, updated_at_ms, growing, texts, sources, props)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (timeline, id) DO UPDATE SET
     version = excluded.version, position = excluded.position, kind = excluded.kind,
     created_at_ms = excluded.created_at_ms, updated_at_ms = excluded.updated_at_ms, growing = excluded.growing,
-    texts = excluded.texts, props = excluded.props
+    texts = excluded.texts, sources = excluded.sources, props = excluded.props
 WHERE excluded.version > entity.version
 """
 _ADD_DEAD_LETTER = """
@@ -56,7 +59,7 @@ SELECT count(*), max(seq) FROM (
     SELECT seq FROM dead_letter WHERE timeline = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)
 """
 _FORGET = "UPDATE timeline SET forgotten = forgotten + ?, forgotten_seq = max(forgotten_seq, ?) WHERE timeline = ?"
-_COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, CAST(props AS TEXT)"
+_COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, sources, CAST(props AS TEXT)"
 _TIMELINE = "timeline = (SELECT timeline FROM timeline WHERE conv_id = {})"
 _THIS = _TIMELINE.format(":conv_id")
 _GET = f"""
@@ -209,7 +212,8 @@ def _row(entity: Entity) -> tuple[Any, ...]:
     texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else None
     return (
         entity.id, entity.version, entity.position, entity.kind, entity.created_at_ms, entity.updated_at_ms,
-        int(entity.growing), orjson.dumps(texts).decode() if texts else None, entity.props_json(),
+        int(entity.growing), orjson.dumps(texts).decode() if texts else None,
+        sources_text(entity.sources) if entity.sources else None, entity.props_json(),
     )  # fmt: skip
 
 
@@ -219,9 +223,11 @@ def _entities(rows: str) -> list[Entity]:
 
 def _entity(
     id_: str, kind: str, created_at_ms: int, updated_at_ms: int, version: int, position: int, growing: int,
-    texts: str | None, props_json: str,
+    texts: str | None, sources: str | None, props_json: str,
 ) -> Entity:  # fmt: skip
     props = orjson.loads(props_json)
     for name in orjson.loads(texts) if texts else ():
         props[name] = Text(props[name])
-    return Entity(id_, kind, created_at_ms, updated_at_ms, version, position, props, bool(growing))
+    return Entity(
+        id_, kind, created_at_ms, updated_at_ms, version, position, props, bool(growing), sources_from(sources)
+    )

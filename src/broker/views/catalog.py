@@ -15,6 +15,7 @@ from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.checked import checked
 from broker.timeline.handlers import TimelineHandler
+from broker.timeline.projector import DEBUG_CHANNELS
 
 T = TypeVar("T")
 BUILTIN = "built-in"
@@ -45,6 +46,10 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
+        self.folded_channels = frozenset(
+            name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
+        )
+        """Event channels whose envelopes are folded into the timeline."""
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -68,10 +73,12 @@ class Catalog:
                 owners[name] = plugin
 
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
-        """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
+        """Return the item as it counts here, its callables wrapped so that what they raise is the plugin's."""
         if isinstance(item, TimelineHandler):
             handler = checked(item)
             return cast("T", replace(handler, fold=self._plugins.guard(plugin, hook, handler.fold)))
+        if isinstance(item, Channel) and item.permission is None and item.name.startswith(DEBUG_CHANNELS):
+            return cast("T", replace(item, permission="debug"))  # denied by default (I14)
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item
