@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,8 @@ async def measure(rounds: int, events: int) -> None:
             ("quick_check (doctor)", lambda: checked_plain(path), lambda: checked(path)),
             ("copy of the file (verify)", lambda: copied_plain(path, target()), lambda: copied(path, target())),
         ]
-        for name, plain, theirs in single:
-            print(await row(name, rounds, lambda plain=plain: asyncio.to_thread(plain), theirs, 1))
+        for name, plain, their_way in single:
+            print(await row(name, rounds, partial(asyncio.to_thread, plain), their_way, 1))
         for connection in readers.connections:
             await connection.close()
         await database.close()

@@ -58,7 +58,7 @@ class Rude(EngineError):
 FAILURES = {
     "half a pair": EngineError("half \ud83d"),
     "long status": EngineError("x", status="s" * 3_000_000),  # type: ignore[arg-type]
-    "deep status": EngineError("x", status=nested(3000)),  # type: ignore[arg-type]
+    "deep status": EngineError("x", status=nested(3000)),
     "wide status": EngineError("x", status=2**80),
     "no message": Rude(message=None),
     "message is bytes": Rude(message=b"\xff"),
@@ -142,7 +142,14 @@ async def test_a_recovery_that_a_plugin_refuses_does_not_keep_the_server_from_st
 
 
 async def test_usage_that_grows_over_the_steps_ends_the_run_all_the_same(db: str) -> None:
-    reports = [{"total": MAX_INTEGER}, {f"key {n}": "x" * 1000 for n in range(900)}, [1], None, "many", {"total": 1}]
+    reports: list[Any] = [
+        {"total": MAX_INTEGER},
+        {f"key {n}": "x" * 1000 for n in range(900)},
+        [1],
+        None,
+        "many",
+        {"total": 1},
+    ]
 
     def answer(request: Any) -> list[Any]:
         return [Usage(reports[int(request.messages[-1].content)]), *text("hi")]

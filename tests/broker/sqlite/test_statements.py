@@ -85,7 +85,7 @@ async def test_whoever_gives_up_leaves_the_connection_to_the_others(database: Da
             await asyncio.sleep(0)
         tasks[0].cancel()
         tasks[2].cancel()
-        assert await asyncio.gather(tasks[1], tasks[3]) == [[(0,)]] * 2
+        assert [await tasks[1], await tasks[3]] == [[(0,)]] * 2
         await database.close()
         await database.open()
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -113,11 +114,13 @@ async def test_readers_that_take_turns_without_a_gap_do_not_let_it_grow(database
         end.set()
         await reading
 
+    def further_than(turn: int) -> bool:
+        return turns > turn
+
     readers = asyncio.create_task(take_turns())
     largest = 0
     for _ in range(40):
-        turn = turns
-        await eventually(lambda turn=turn: turns > turn)
+        await eventually(partial(further_than, turns))
         await write(database, LIMIT // 2)
         largest = max(largest, wal_bytes(database))
     enough = True

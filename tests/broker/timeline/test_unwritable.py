@@ -106,7 +106,7 @@ class Odd:
     @hookimpl
     def register_timeline_handlers(self) -> list[TimelineHandler]:
         return [
-            TimelineHandler("odd.thing", self.fold, self.keys),  # type: ignore[arg-type]
+            TimelineHandler("odd.thing", self.fold, self.keys),
             TimelineHandler("odd.text", self.grow),
         ]
 
