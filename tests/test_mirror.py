@@ -97,13 +97,27 @@ ELSEWHERE: dict[str, By] = {
     "broker/eventlog/redis_scripts.py": By(
         f"{EVENT_LOGS} faults/test_redis_log.py", "each is run by the log", "RedisEventLog"
     ),
+    "broker/eventlog/requests.py": By(
+        f"{EVENT_LOGS} broker/api/test_publish_once.py", "a key is answered once, in every log", "publish"
+    ),
     "broker/eventlog/sqlite.py": By(EVENT_LOGS, EACH_LOG),
     "broker/eventlog/sqlite_append.py": By(EVENT_LOGS, "the appends of the SQLite log", "SqliteEventLog"),
+    "broker/timeline/checked.py": By(
+        "broker/timeline/test_unwritable.py", "handlers that return what cannot be stored", "TimelineHandler"
+    ),
     # -- timeline
     "broker/timeline/entity.py": By("broker/timeline/test_builtin.py broker/timeline/test_store.py", "folded and kept"),
     "broker/timeline/handlers.py": By("broker/timeline/test_projector.py", "handlers that a test declares"),
     "broker/timeline/memory.py": By("broker/timeline/test_store.py", "one contract for every timeline store"),
+    "broker/timeline/rebuild.py": By(
+        f"broker/timeline/test_prompt_order.py {LIBRARY}", "forks and exports of what was trimmed", "fork"
+    ),
     "broker/timeline/redis.py": By("broker/timeline/test_store.py", "one contract for every timeline store"),
+    "broker/timeline/sources.py": By(
+        "transports/http/test_what_views_hide.py",
+        "who may not see an event does not see what became of it",
+        "/api/timeline",
+    ),
     "broker/timeline/sqlite.py": By("broker/timeline/test_store.py", "one contract for every timeline store"),
     # -- runs
     "broker/runs/actions.py": By(RUNS, "what people do to runs", ".approve_tools("),
@@ -151,6 +165,7 @@ ELSEWHERE: dict[str, By] = {
     # -- views
     "broker/views/compiler.py": By("broker/views/test_views.py", "views of profiles and channels"),
     "broker/views/frames.py": By("broker/views/test_views.py", "frames as they go out"),
+    "broker/views/upsert.py": By("broker/views/test_views.py", "what a view shows of entities"),
     "broker/views/view.py": By("broker/views/test_views.py", "what a view shows"),
     # -- conversations
     "broker/conversations/conversation.py": By(
@@ -172,9 +187,9 @@ ELSEWHERE: dict[str, By] = {
     ),
     # -- delivery
     "broker/delivery/admission.py": By("broker/api/test_doors.py", "who is let in, asked once", "Admitted"),
+    "broker/delivery/chunks.py": By("broker/delivery/test_state_in_bytes.py", "what a slow reader lacks, in chunks"),
     "broker/delivery/coordinator.py": By(f"{RACES} {DELIVERY}", "order, gaps, what has to wait", "publish("),
     "broker/delivery/dispatch.py": By(f"{DELIVERY} broker/views/test_views.py", "one frame for each view", "connect("),
-    "broker/delivery/erasure.py": By(f"{LIBRARY} {CONVERSATIONS}", "erased everywhere", "erase"),
     "broker/delivery/notices.py": By(
         "broker/eventlog/test_availability.py faults/test_store_notice.py", "outages are told to clients", "ws.notice"
     ),
@@ -190,6 +205,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/delivery/start.py": By(
         f"{DELIVERY} broker/api/test_messages_api.py", "live, from a position, with the state", "hydrate"
     ),
+    "broker/delivery/state_sender.py": By("broker/delivery/test_state_in_bytes.py", "the state, by pages and in bytes"),
     "broker/delivery/subscription.py": By(
         f"{DELIVERY} transports/test_plugin_connections.py", "positions, opening frames, what hooks see", "subscribe("
     ),
@@ -210,9 +226,12 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/api/offers.py": By(API, OVER_HTTP, "/api/profiles"),
     "broker/api/operators.py": By("broker/api/test_doors.py", "the permission `debug`, once per request"),
+    "broker/api/polling.py": By("broker/api/test_messages_api.py", "long polls, and what ends them"),
     "broker/api/prompts.py": By("broker/api/test_doors.py", "permissions of prompts and actions"),
     "broker/api/publishing.py": By(f"broker/api/test_messages_api.py {API}", "checked, and once per key", "publish("),
-    "broker/api/reading.py": By("broker/api/test_messages_api.py", "long polls and pages of the timeline"),
+    "broker/api/reading.py": By(
+        "broker/api/test_messages_api.py", "pages of the timeline; who may read", "timeline_page("
+    ),
     # -- library
     "broker/library/copying.py": By(f"{LIBRARY} {CONVERSATIONS}", "forks, exports, imports", "fork"),
     "broker/library/indexing.py": By(
@@ -220,9 +239,6 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/library/jsonl.py": By(LIBRARY, "lines that are good, bad, and cut off"),
     "broker/library/memory.py": By("broker/library/test_store.py", EACH_LIBRARY),
-    "broker/library/rebuild.py": By(
-        "broker/timeline/test_prompt_order.py broker/library/test_library.py", "forks", "fork"
-    ),
     "broker/library/redis_index.py": By("broker/library/test_redis.py", "words, shards, what an erasure leaves"),
     "broker/library/redis_scripts.py": By("broker/library/test_redis.py", "entries that several nodes write"),
     "broker/library/sqlite.py": By("broker/library/test_store.py", EACH_LIBRARY),

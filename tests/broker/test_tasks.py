@@ -1,4 +1,4 @@
-"""Background tasks: kept while they run, forgotten when they are over, ended with their owner."""
+"""Background tasks that end with their owner."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import weakref
 import pytest
 
 from broker.tasks import Tasks
+
+
+async def test_a_task_is_kept_until_it_is_done_and_no_longer() -> None:
+    tasks, gate = Tasks(), asyncio.Event()
+
+    async def work() -> str:
+        await gate.wait()
+        return "done"
+
+    task = tasks.spawn(work(), name="work")
+    await asyncio.sleep(0)
+    gc.collect()
+    assert list(tasks) == [task]
+    assert len(tasks) == 1
+    assert task.get_name() == "work"
+    gate.set()
+    assert await task == "done"
+    await asyncio.sleep(0)
+    assert not tasks
 
 
 async def test_a_task_that_nobody_else_holds_runs_to_its_end() -> None:
@@ -50,30 +69,38 @@ async def test_a_result_and_an_error_reach_whoever_awaits_the_task() -> None:
     assert len(tasks) == 0
 
 
-async def test_the_end_cancels_what_runs_and_waits_for_it() -> None:
-    """Also for one that takes its time to end, and for one that ends with an error of its own."""
-    tasks = Tasks()
-    ended: list[str] = []
+async def test_waiting_ends_with_the_tasks_or_with_the_time() -> None:
+    tasks, gate = Tasks(), asyncio.Event()
+    await tasks.wait()  # nothing to wait for
+    task = tasks.spawn(gate.wait())
+    await tasks.wait(0.01)
+    assert not task.done()
+    gate.set()
+    await tasks.wait()
+    assert task.done()
 
-    async def work(name: str) -> None:
+
+async def test_closing_cancels_what_runs_and_waits_for_its_end() -> None:
+    tasks, ended = Tasks(), []
+
+    async def work() -> None:
         try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            for _ in range(5):
-                await asyncio.sleep(0)
-            ended.append(name)
-            if name == "fails":
-                raise RuntimeError("on its way out") from None
-            raise
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
 
-    spawned = [tasks.spawn(work(name)) for name in ("slow", "fails")]
+    async def failing() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise ValueError("at the end")
+
+    tasks.spawn(work())
+    failed = tasks.spawn(failing())
     await asyncio.sleep(0)
     await tasks.close()
-    assert sorted(ended) == ["fails", "slow"]
-    assert [task.done() for task in spawned] == [True, True]
-    assert spawned[0].cancelled()
-    assert len(tasks) == 0
-
-
-async def test_the_end_of_nothing_is_nothing() -> None:
-    await Tasks().close()
+    assert ended == [True]
+    assert not tasks
+    with pytest.raises(ValueError, match="at the end"):
+        failed.result()

@@ -12,7 +12,7 @@ import pytest
 from tests.support.wire import Client, Peer
 
 from broker.api import SubscribeRequest, Subscription
-from broker.api.reading import MessagesPage
+from broker.api.polling import MessagesPage
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
 from broker.security import Principal
@@ -51,7 +51,11 @@ async def read_messages(
 ) -> MessagesPage:
     """Return a page of messages, as `GET /api/messages` does."""
     request = SubscribeRequest(conv_id, profile=profile, channels=channels, since=since, epoch=epoch)
-    return await broker.doors.reading.messages(principal, request, limit=limit, wait_s=wait_s)
+    page = await broker.doors.reading.messages(principal, request, limit=limit, wait_s=wait_s)
+    if page.rest is not None:
+        page.frames += [frame async for frame in page.rest]
+        page.rest = None
+    return page
 
 
 class Core:

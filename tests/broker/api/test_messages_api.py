@@ -12,7 +12,7 @@ import pytest
 from tests.support.core import CALLER, Core, read_messages, store_setting, until
 from tests.support.wire import Client
 
-from broker.api.reading import MessagesPage
+from broker.api.polling import MessagesPage
 from broker.envelope import Draft, Envelope
 from broker.errors import IdempotencyMismatch, InvalidDraft, PermissionDenied, UnknownProfile
 from broker.hookspecs import hookimpl

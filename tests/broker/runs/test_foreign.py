@@ -14,7 +14,7 @@ from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, text
 
 from broker.envelope import SEM, Draft, seal
 from broker.errors import EngineError
-from broker.exact_json import loads_exact, wide_integer
+from broker.exact_json import WideInteger, loads_checked, loads_exact, wide_integer
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.engine import (
     EngineEvent,
@@ -291,6 +291,26 @@ def test_integers_keep_every_digit(number: int) -> None:
     wide = not -(2**63) <= number < 2**64
     assert (wide_integer({"a": [(number,)]}) is not None) == wide
     assert (unusable({"n": number}, 10_000) is not None) == wide
+    for around in (
+        "%d",
+        "[1,%d]",
+        '{"n":%d}',
+        '{"a": {"n" : \n%d}, "b": "x"}',
+        '{"s": "1234567890123456789", "n": %d }',
+    ):
+        spelled = around % number
+        if wide:
+            with pytest.raises(WideInteger, match="beyond 64 bit"):
+                loads_checked(spelled)
+        else:
+            assert loads_checked(spelled.encode()) == json.loads(spelled)
+
+
+def test_numbers_that_are_none_are_refused_by_name() -> None:
+    why = unusable({"rows": [1.5, {"n": math.nan}], "none": None}, 10_000)
+    assert why is not None
+    assert why.startswith("holds the number nan,")
+    assert unusable({"rows": [1.5, {"n": "nan"}], "none": None}, 10_000) is None
 
 
 @pytest.mark.parametrize(
