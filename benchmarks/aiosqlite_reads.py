@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +159,8 @@ async def measure(rounds: int, events: int) -> None:
         for name, times, ours, theirs in kinds:
             print(await row(name, rounds, repeated(ours, times), repeated(theirs, times), times))
             if name == "one row":
-                plain = no_begin(STATE, ("c0",))
-                print(await row(f"{name}, no BEGIN", rounds, repeated(plain, times), repeated(theirs, times), times))
+                bare = no_begin(STATE, ("c0",))
+                print(await row(f"{name}, no BEGIN", rounds, repeated(bare, times), repeated(theirs, times), times))
             if "snapshot" not in name:  # one connection cannot have two snapshots
                 at_once = times // 16 or 1
                 print(
@@ -181,10 +180,19 @@ async def measure(rounds: int, events: int) -> None:
             ("copy of the file (verify)", lambda: copied_plain(path, target()), lambda: copied(path, target())),
         ]
         for name, plain, their_way in single:
-            print(await row(name, rounds, partial(asyncio.to_thread, plain), their_way, 1))
+            print(await row(name, rounds, on_a_thread(plain), their_way, 1))
         for connection in readers.connections:
             await connection.close()
         await database.close()
+
+
+def on_a_thread(plain: Callable[[], object]) -> Way:
+    """Return a way that runs `plain` on a thread."""
+
+    async def way() -> object:
+        return await asyncio.to_thread(plain)
+
+    return way
 
 
 async def last_of_page(database: Database) -> int:
