@@ -232,9 +232,10 @@ def register_timeline_handlers() -> Iterable[TimelineHandler] | None:
     Arguments: none.
     Returns: handlers, at most one per event type; a second one for a type is a start-up error. None: no
         handlers.
-    Raises: an error is reported under the plugin's name. A fold that raises sends that one envelope to the
-        conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal. Folds are
-        never quarantined: the timeline has to equal the fold of the log.
+    Raises: an error is reported under the plugin's name. A fold that raises, or returns an entity that cannot be
+        written (props that are no plain JSON, half a surrogate pair, an id its `keys` do not name), sends that one
+        envelope to the conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal.
+        Folds are never quarantined: the timeline has to equal the fold of the log.
     Example:
         from broker.timeline.handlers import TimelineHandler, new_entity
 
@@ -671,7 +672,8 @@ def check_draft(draft: Draft) -> Draft | None:
             something.
     Returns: the draft to go on with. None: leave it as it is.
     Raises: `DraftRefused` refuses the draft, and with it all that were published together; the publisher gets
-        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported.
+        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported. The
+        end of a run cannot be refused: it is offered again without its details, and then told without asking.
         Never quarantined: a producer who can make it fail must not be able to switch it off.
     Example:
         from broker.errors import DraftRefused

@@ -46,6 +46,21 @@ def test_a_decision_counts_in_every_window(windows: Windows, conv_id: str, butto
         expect(answers(asking).last).to_contain_text("notes.txt is gone")
 
 
+def test_what_is_approved_is_what_the_tool_gets(windows: Windows, conv_id: str) -> None:
+    """To the last digit of a number that JavaScript has none for: live, in a view of states, and after a reload."""
+    digits = "2512292042121000001"
+    page, states = windows.open(conv_id), windows.open(conv_id, "timeline")
+    send(page, f"delete the file of {digits} bytes")
+    expect(page.get_by_role("button", name="Approve")).to_be_visible()
+    for window in (page, states):
+        expect(window.locator(".tool pre").first).to_contain_text(f'"size": {digits}\n')
+    states.reload()
+    expect(states.locator(".tool pre").first).to_contain_text(f'"size": {digits}\n')
+    page.get_by_role("button", name="Approve").click()
+    finish(page)
+    expect(answers(page).last).to_contain_text(f"notes.txt, {digits} bytes, is gone")
+
+
 def test_a_run_that_waits_for_a_decision_can_be_stopped(windows: Windows, conv_id: str) -> None:
     """Then nothing is left to decide, also after a reload."""
     page = windows.open(conv_id)

@@ -72,7 +72,7 @@ class HypercornServer:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._running.set()
-        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)  # type: ignore[arg-type]
+        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.types import Message
+from tests.support.asgi import scope_of
 
 from broker.settings import Settings
 from transports.app import create_api, create_app, create_broker, create_ui, lifespan_of
@@ -105,14 +106,7 @@ async def test_a_socket_works_below_a_prefix(settings: Settings) -> None:
     async with client_of(app), asyncio.timeout(10):
         inbox: asyncio.Queue[Message] = asyncio.Queue()
         outbox: asyncio.Queue[Message] = asyncio.Queue()
-        scope = {
-            "type": "websocket",
-            "path": "/assistant/ws",
-            "root_path": "",
-            "query_string": b"conv_id=c1",
-            "headers": [(b"host", b"127.0.0.1:8000")],
-            "subprotocols": [],
-        }
+        scope = scope_of("websocket", "/assistant/ws", "conv_id=c1")
         serving = asyncio.create_task(app(scope, inbox.get, outbox.put))
         inbox.put_nowait({"type": "websocket.connect"})
         assert (await outbox.get())["type"] == "websocket.accept"

@@ -63,13 +63,13 @@ async def test_in_a_cluster_an_announcement_goes_to_the_server_of_the_slot_only(
         peers = {conv_id: (await other.connect(conv_id))[0] for conv_id in conv_ids}
         for conv_id, server in at.items():
             channel = live_channel(conv_id)
-            await until(lambda server=server, channel=channel: listeners(server, channel) == 1)
+            await until(lambda server, channel: listeners(server, channel) == 1, server, channel)
             assert sum(listeners(each, channel) for each in shared_cluster.servers) == 1
         before = {server: calls(server, "spublish") for server in shared_cluster.servers}
         plain = sum(calls(server, "publish") for server in shared_cluster.servers)
         for conv_id in conv_ids:
             seqs = [await one.say(conv_id, str(n)) for n in range(5)]
-            await until(lambda conv_id=conv_id, seqs=seqs: peers[conv_id].client.seqs() == seqs, timeout_s=SOON_S)
+            await until(lambda peer, seqs: peer.client.seqs() == seqs, peers[conv_id], seqs, timeout_s=SOON_S)
         for server in shared_cluster.servers:
             expected = 5 * sum(place is server for place in at.values())
             assert calls(server, "spublish") - before[server] == expected
@@ -87,7 +87,9 @@ async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_clu
         async with Core(redis_cluster_url) as other:
             place = owner(shared_cluster, POKES)
             await until(lambda: listeners(place, POKES) == 2)
-            await parts_of(other.broker).stores.runs.poke("c1")
+            theirs = parts_of(other.broker).stores.runs
+            assert isinstance(theirs, RedisRunStore)
+            await theirs.poke("c1")
             await until(lambda: heard == ["c1"], timeout_s=SOON_S)
     finally:
         await runs.close()
@@ -260,7 +262,7 @@ async def test_a_killed_subscriber_connection_comes_back(request: pytest.Fixture
         await until(listening)
         for conv_id, peer in peers.items():
             seq = await one.say(conv_id, "heard")
-            await until(lambda peer=peer, seq=seq: peer.client.seqs() == [seq], timeout_s=SOON_S)
+            await until(lambda peer, seq: peer.client.seqs() == [seq], peer, seq, timeout_s=SOON_S)
         assert log_of(other).stats()["found_by_check"] == 0
 
 

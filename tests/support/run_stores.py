@@ -186,7 +186,7 @@ class _MortalConnection(RedisConnection):
     ) -> list[Any]:
         if lane != "append":
             return await super().execute(commands, lane=lane, patience_s=patience_s)
-        what = f"{commands[0][0]} {commands[0][-1]!r:.60}"
+        what = f"{commands[0][0]!s} {commands[0][-1]!r:.60}"
         await self._process.step(f"before {what}")
         replies = await super().execute(commands, lane=lane, patience_s=patience_s)
         await self._process.step(f"after {what}")

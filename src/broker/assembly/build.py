@@ -6,6 +6,7 @@ from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
 from broker.api.operators import Operators
+from broker.api.polling import Polls
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
@@ -32,6 +33,7 @@ from broker.delivery.subscriptions import Subscriptions
 from broker.delivery.view_change import ViewChanges
 from broker.eventlog.availability import Availability
 from broker.library.copying import Copier, CopySources
+from broker.library.indexing import SeenByAll
 from broker.library.library import Library
 from broker.nodes.overview import Overview
 from broker.nodes.this_node import ThisNode
@@ -67,6 +69,8 @@ class _Building:
         self.catalog = Catalog(plugins, debug_channels_on=settings.debug_channels)
         self.views = ViewCompiler(self.catalog, plugins)
         self.access = Access(settings, plugins)
+        self.seen_by_all = SeenByAll(self.views)
+        stores.timeline.seen = self.seen_by_all
         self.emitters = EmitterSupervisor(plugins, clock)
         self.observers = Observers(plugins)
         self._conversations()
@@ -145,6 +149,7 @@ class _Building:
                 release=self.conversations.release,
                 head=self.conversations.head_seq,
                 publish_fenced=self.ingest.publish_fenced,
+                publish_unasked=self.ingest.publish_unasked,
             ),
         )
         self.erasure = Erasure(
@@ -154,15 +159,14 @@ class _Building:
             self.subscriptions,
             self.log,
             stores.timeline,
-            stores.runs,
-            stores.turns,
             database.erase_traces if database is not None else None,
         )
         self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)
 
     def _library(self) -> None:
         stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
-        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, self.notices, self.phase)
+        polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
+        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
         self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
         sources = CopySources(
             access=self.access,
@@ -186,6 +190,7 @@ class _Building:
             stores.timeline,
             self.reader,
             Copier(sources, stores.library),
+            self.seen_by_all,
             erase,
         )
 
@@ -219,6 +224,7 @@ class _Building:
         )
 
     def _doors(self) -> Doors:
+        readiness = Readiness(self.phase, self.log, self.housekeeping, self.stores.database)
         return Doors(
             settings=self.settings,
             phase=self.phase,
@@ -230,7 +236,8 @@ class _Building:
             operators=self.operators,
             offers=Offers(self.catalog, self.views, self.runs, self.plugins),
             library=self.library,
-            readiness=Readiness(self.phase, self.log, self.housekeeping).check,
+            readiness=readiness.check,
+            remarks=readiness.remarks,
         )
 
     def parts(self) -> Parts:

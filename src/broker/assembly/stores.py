@@ -1,4 +1,4 @@
-"""Which stores a broker uses: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
+"""Chooses the stores of a broker: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from broker.settings import Settings
 from broker.sqlite.database import Database
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
-from broker.timeline.store import TimelineStore
 
 if TYPE_CHECKING:
     from broker.redis.connection import RedisConnection
@@ -40,7 +39,7 @@ class Stores:
     """The stores of one broker, its way to the other nodes, and the file or connection to Redis that they share, if they do."""
 
     log: EventLog
-    timeline: TimelineStore
+    timeline: IndexingTimelineStore
     runs: RunStore
     turns: TurnStore
     library: LibraryStore

@@ -11,6 +11,7 @@ from broker.envelope import Draft, Envelope, check_conv_id, seal
 from broker.errors import InvalidDraft, StoreUnavailable, Unavailable
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog, Fenced
+from broker.eventlog.requests import Request
 from broker.phase import Phase
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
@@ -67,15 +68,18 @@ class Ingest:
         *,
         times_ms: Sequence[int] | None = None,
         fence: str | None = None,
+        request: Request | None = None,
+        asked: bool = True,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
         By then they have been dispatched too, unless the conversation must first read something from the store.
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
-        of a run's lease, without which RunEnded is raised (runs/leases.py). A draft for a debug channel that is off is
-        dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable; then nothing
-        was published.
+        of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
+        it is published once. asked: whether plugins check the drafts. A draft for a debug channel that is off is dropped;
+        its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable, AlreadyAppended; then
+        nothing was published.
         """
         if self._phase.draining and not self.still_working():
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
@@ -83,7 +87,7 @@ class Ingest:
         dropped: list[int] = []  # places in `drafts`
         sealed = self._seal
         for draft in drafts:
-            envelope = sealed(conv_id, draft)
+            envelope = sealed(conv_id, draft, asked)
             if envelope is None:
                 dropped.append(len(live) + len(dropped))
                 continue
@@ -93,6 +97,8 @@ class Ingest:
         if not live:
             check_conv_id(conv_id)
             return [0] * len(dropped)
+        if request is not None:
+            request.mark(live, [place for place in range(len(drafts)) if place not in dropped])
         conversation = self._conversations.get(conv_id)
         if conversation is None or conversation.opening is not None:
             conversation = await self._conversations.open(conv_id)
@@ -116,12 +122,16 @@ class Ingest:
         """As `publish`, for the holder of a run's lease."""
         return await self.publish(conv_id, drafts, fence=fence)
 
+    async def publish_unasked(self, conv_id: str, drafts: Sequence[Draft], fence: str | None) -> list[int]:
+        """As `publish`, for what no plugin may refuse: the end of a run (I13)."""
+        return await self.publish(conv_id, drafts, fence=fence, asked=False)
+
     async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
         self._availability.admit()
         return await self.publish(conv_id, drafts)
 
-    def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
-        if self._checks_drafts:
+    def _seal(self, conv_id: str, draft: Draft, asked: bool) -> Envelope | None:
+        if self._checks_drafts and asked:
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:

@@ -10,8 +10,6 @@ from broker.envelope import check_conv_id
 from broker.eventlog.base import EventLog, SharedLog
 from broker.plugins.emitters import EmitterSupervisor
 from broker.runs.service import RunService
-from broker.runs.store import RunStore
-from broker.runs.turns import TurnStore
 from broker.timeline.store import TimelineStore
 
 
@@ -29,8 +27,6 @@ class Erasure:
         subscriptions: Subscriptions,
         log: EventLog,
         timeline: TimelineStore,
-        run_store: RunStore,
-        turn_store: TurnStore,
         last: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self._runs = runs
@@ -39,29 +35,27 @@ class Erasure:
         self._subscriptions = subscriptions
         self._log = log
         self._timeline = timeline
-        self._run_store = run_store
-        self._turn_store = turn_store
         self._last = last
 
     async def erase(self, conv_id: str) -> None:
         """Remove a conversation everywhere: log, timeline, runs, turns, library, memory. No byte of it stays (I14).
 
-        Its connections are closed (4404). Whoever opens or publishes to it meanwhile waits, and begins a new one.
+        Its connections are closed (4404). Who opens it, publishes or sends a prompt to it meanwhile waits, and begins a new one.
         Repeat it when it fails: it goes on where it was. Raises InvalidConversationId, StoreError.
         """
         check_conv_id(conv_id)
-        await self._runs.erase(conv_id)
-        await self._emitters.stop(conv_id)
-        async with self._conversations.erasing(conv_id):
-            # Only now: before, somebody might still have connected to what is being erased.
-            await self._subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
-            await self._timeline.erase(conv_id)  # the library's part goes with it
-            # Again: a run's last turn and a tool's late result may have come in after the first time.
-            await self._run_store.erase(conv_id)
-            await self._turn_store.erase(conv_id)
-            await self._log.erase(conv_id)
-            if isinstance(self._log, SharedLog) and not (await self._log.state(conv_id)).exists:
-                # Again: as long as the log was there, another node may have saved what it had folded of it.
-                await self._timeline.erase(conv_id)
-            if self._last is not None:
-                await self._last()
+        async with self._runs.erasing(conv_id):
+            await self._emitters.stop(conv_id)
+            async with self._conversations.erasing(conv_id):
+                # Only now: before, somebody might still have connected to what is being erased.
+                await self._subscriptions.close_conversation(conv_id, 4404, "the conversation was erased")
+                await self._emitters.stop(conv_id)  # and have had an emitter begin
+                await self._timeline.erase(conv_id)  # the library's part goes with it
+                await self._log.erase(conv_id)
+                if isinstance(self._log, SharedLog):
+                    # Again: as long as the log was there, another node may have saved what it had made of it.
+                    await self._runs.remove(conv_id)
+                    if not (await self._log.state(conv_id)).exists:
+                        await self._timeline.erase(conv_id)
+                if self._last is not None:
+                    await self._last()

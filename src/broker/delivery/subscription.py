@@ -49,9 +49,10 @@ class Subscription:
     cursor: every event up to here is decided for it (while live, the audience's position counts instead).
     told: the position that the client knows of: seq of the last event frame or `ws.through`. told_outage: number of the
     outage that it knows of, 0: it believes that all is well.
-    state_cursor: it has every entity up to this version. viewed_after: the present view has shown everything between
-    this and the cursor. history: the same for views it had before a change in place, so that a replay leaves out what
-    it has already got.
+    state_cursor: it has every entity up to this version; but of those that are growing, where state_owed_after is set, only
+    what they were up to that version. state_rounds: how often it was sent state since it was last live.
+    viewed_after: the present view has shown everything between this and the cursor. history: the same for views it had
+    before a change in place, so that a replay leaves out what it has already got.
     """
 
     __slots__ = (
@@ -66,6 +67,8 @@ class Subscription:
         "request",
         "skipped",
         "state_cursor",
+        "state_owed_after",
+        "state_rounds",
         "status",
         "task",
         "told",
@@ -92,6 +95,8 @@ class Subscription:
         self.told = 0
         self.told_outage = 0
         self.state_cursor = 0
+        self.state_rounds = 0
+        self.state_owed_after: int | None = None
         self.parked = 0
         self.skipped = 0
         self.opened_at_ms = 0

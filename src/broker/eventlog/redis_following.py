@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from broker.errors import BrokerError
 from broker.eventlog.base import Committed, Follower
@@ -20,6 +19,7 @@ from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
 from broker.redis.script import RedisReplyError
 from broker.sequence import MAX_SEQ, seq_from_stream_id, stream_id_from_seq
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Following:
         self._followed: dict[str, _Followed] = {}
         self._wanted: dict[str, bool] = {}
         self._to_check: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._scheduled = False
         self._cursor = 0
         self.wakeups = Wakeups(connection, on_message=self._on_message, on_listening=self._on_listening)
@@ -81,20 +81,11 @@ class Following:
         """Listen, and look at the positions now and then, if somebody follows."""
         if self._follower is not None and not self._tasks:
             self.wakeups.start()
-            self._spawn(self._check_now_and_then())
+            self._tasks.spawn(self._check_now_and_then())
 
     async def close(self) -> None:
         await self.wakeups.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._tasks.clear()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._tasks.close()
 
     # -- interest ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +135,7 @@ class Following:
         self._check_soon(channel[len(_PREFIX) : -len(_SUFFIX)])
 
     def own_landed(self, conv_id: str, epoch: str, prev_seq: int, first_seq: int) -> bool:
-        """Take note of an own append; return whether it may go on from what the follower knows, as the log it knows.
+        """Note an own append; return whether it may go on from what the follower knows, as the log it knows.
 
         Where others appended before it, the follower reads what is missing and finds out whether it follows.
         """
@@ -159,7 +150,7 @@ class Following:
         return True
 
     def own_settled(self, conv_id: str) -> None:
-        """Take note that no own append is under way any more."""
+        """Note that no own append is under way any more."""
         self._look(conv_id)
 
     def _look(self, conv_id: str) -> None:
@@ -199,10 +190,10 @@ class Following:
         self._scheduled = False
         wanted, self._wanted = list(self._wanted), {}
         for start in range(0, len(wanted), READS_AT_ONCE):
-            self._spawn(self._read(wanted[start : start + READS_AT_ONCE]))
+            self._tasks.spawn(self._read(wanted[start : start + READS_AT_ONCE]))
         if self._to_check:
             to_check, self._to_check = list(self._to_check), set()
-            self._spawn(self._check(to_check))
+            self._tasks.spawn(self._check(to_check))
 
     async def _read(self, conv_ids: list[str]) -> None:
         """Read what follows the positions, one page each, and hand it on in one go."""

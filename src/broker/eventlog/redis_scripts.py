@@ -1,4 +1,4 @@
-"""What the event log does inside Redis, each script atomic within one conversation.
+"""The event log's Lua scripts. Each is atomic within one conversation.
 
 Per conversation, all in one slot (`chat:{conv_id}` is its topic):
 
@@ -25,8 +25,8 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 # ARGV: append id, clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
 #       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each.
-# Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `new`, `fenced`: then nothing was
-#       done.
+# Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already, `-` stands for one of a request, see
+#       requests.py, that was appended before), or `new`, `fenced`: then nothing was done.
 APPEND = Script(
     _PARTS
     + """
@@ -51,19 +51,31 @@ local reply = {'ok', epoch, head}
 local size, fresh = 0, false
 local packed, at = ARGV[8], 1
 local function take(length) at = at + length return string.sub(packed, at - length, at - 1) end
+local request, place, taken
 while at <= #packed do
   local t, i, c, m, k, d
   t, i, c, m, k, d, at = struct.unpack('>I4I4I4I4I4I4', packed, at)
   t, i, c, m = take(t), take(i), take(c), take(m)
   local key, data = take(k), take(d)
   local known
-  if key ~= '' then
+  local name, position = string.match(key, '^([^\\31]*)\\31[^\\31]*\\31(%x+)')
+  if name then
+    if name ~= request or position <= place then
+      taken = #redis.call('ZRANGEBYLEX', KEYS[3], '[' .. name .. '\\31', '(' .. name .. '\\32', 'LIMIT', 0, 1) > 0
+    end
+    request, place = name, position
+  else
+    request = nil
+  end
+  if key ~= '' and not name then
     local from = key .. '\\0'
     for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '[' .. from, '(' .. key .. '\\1', 'LIMIT', 0, 1)) do
       known = string.sub(member, #from + 1)
     end
   end
-  if known then
+  if name and taken then
+    reply[#reply + 1] = '-'
+  elseif known then
     reply[#reply + 1] = known .. '='
   else
     if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end

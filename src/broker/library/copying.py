@@ -8,21 +8,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from broker.characters import is_shown
 from broker.clock import Clock
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.delivery.admission import Admission
-from broker.envelope import TIMELINE, Draft, Envelope, check_conv_id, encode_json, seal
+from broker.envelope import Draft, Envelope, check_conv_id, encode_json, seal
 from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
-from broker.library.rebuild import CUT, KINDS, drafts_of, in_talking_order
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore
 from broker.plugins.access import Access
 from broker.runs.store import ConversationState, RunStore
 from broker.security import Principal
+from broker.timeline.builtin import TOOL_FINAL
 from broker.timeline.entity import Entity
 from broker.timeline.projector import ConversationTimeline
+from broker.timeline.rebuild import CUT, KINDS, drafts_of, in_talking_order, is_of_one_channel
 from broker.views.catalog import Catalog
 from broker.views.view import View
 
@@ -85,7 +87,7 @@ class Copier:
         What was not over is so in the copy, as partial. Raises
         NotFound for an unknown message, Conflict for one that is still being written and for a `new_id` that exists.
         """
-        view = await self._sources.admission.view(principal, conv_id, "default", shows=(TIMELINE,))
+        view = await self._sources.admission.view(principal, conv_id, "default", state=True)
         entities = in_talking_order(await self._shown_entities(view, conv_id))
         new_id = await self._new_id(principal, new_id)
         place = next((i for i, one in enumerate(entities) if one.id == message_id and one.kind == "message"), None)
@@ -126,17 +128,22 @@ class Copier:
         return found
 
     async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
-        own = {entity.id for entity in entities if entity.kind not in KINDS}
-        events = await self._events_of(view, conv_id, own) if own else {}
+        own = {entity.id for entity in entities if entity.kind not in KINDS or not is_of_one_channel(entity)}
+        whole = view.with_all_channels(self._sources.catalog.folded_channels)
+        events = await self._events_of(whole, conv_id, own) if own else {}
         timed: list[Timed] = []
         for entity in entities:
-            timed += events.get(entity.id) or _with_times(
-                drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity
-            )
+            if entity.id in own:
+                timed += _closed(events.get(entity.id, []), entity)
+            else:
+                timed += _with_times(drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity)
         return timed
 
     async def _events_of(self, view: View, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
-        """Return the retained events of entities that only their plugin knows how to make, by the first entity's id."""
+        """Return the retained events of entities that cannot be made anew, by the first entity's id.
+
+        Only their plugin knows how to make them, or they were made of several channels.
+        """
         found: dict[str, list[Timed]] = {}
         async for envelope in self._retained(conv_id, view):
             keys = self._keys(envelope)
@@ -165,8 +172,7 @@ class Copier:
         """
         state = await self._sources.log.state(check_conv_id(conv_id))
         # What retention has removed is told by the timeline: who may not see that is not let in this way.
-        shows = (TIMELINE,) if state.trimmed_seq else ()
-        view = await self._sources.admission.view(principal, conv_id, profile, shows=shows)
+        view = await self._sources.admission.view(principal, conv_id, profile, state=state.trimmed_seq > 0)
         entry = (await self._store.entries([conv_id])).get(conv_id)
         if not state.exists:
             raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
@@ -191,6 +197,8 @@ class Copier:
                 found = await self._sources.reader.get(conv_id, keys[1:])
                 for entity in found.values():
                     prompts.add(entity.id)
+                    if not view.may_read(entity) or not is_of_one_channel(entity):
+                        continue
                     for shown_one in self._made_anew(conv_id, view, entity):
                         count += 1
                         yield envelope_line(shown_one)
@@ -203,14 +211,20 @@ class Copier:
         if not trimmed:
             return
         await self._sources.conversations.current(conv_id)
-        async for page in self._sources.reader.pages_seen(view, conv_id):
+        after = 0
+        while True:
+            # As they are, not as the view shows them: it shows the events that are made of them.
+            page = await self._sources.reader.page(conv_id, after_position=after)
             past = [entity for entity in page.entities if entity.position <= trimmed]
             for entity in past:
+                if not view.may_read(entity) or not is_of_one_channel(entity):
+                    continue  # what is retained of its events is told as it is
                 older.add(entity.id)
                 for shown_one in self._made_anew(conv_id, view, entity):
                     yield shown_one
-            if len(past) < len(page.entities):
+            if len(past) < len(page.entities) or not page.more:
                 return
+            after = page.entities[-1].position
 
     def _made_anew(self, conv_id: str, view: View, entity: Entity) -> Iterator[Envelope]:
         drafts = drafts_of(entity, close=False, max_text_bytes=self._text_bytes)
@@ -338,6 +352,18 @@ def _with_times(drafts: Sequence[Draft], entity: Entity) -> list[Timed]:
     return timed
 
 
+def _closed(events: Sequence[Timed], entity: Entity) -> list[Timed]:
+    """Return the events of an entity, and what ends it where it stands if they do not."""
+    timed = list(events)
+    ends = {"message": "llm.final", "thinking": "llm.thinking.final", "tool_call": "tool.done"}
+    unfinished = entity.growing or (entity.kind == "tool_call" and entity.props.get("status") not in TOOL_FINAL)
+    if not timed or not unfinished or entity.kind not in ends:
+        return timed
+    last, _ = timed[-1]
+    data = {"id": entity.id, "error": CUT} if entity.kind == "tool_call" else {"partial": True}
+    return [*timed, (Draft(ends[entity.kind], data, entity.id, last.channel), entity.updated_at_ms)]
+
+
 def _batches(timed: Sequence[Timed]) -> list[list[Timed]]:
     batches: list[list[Timed]] = []
     size = _BATCH_BYTES
@@ -379,7 +405,7 @@ MAX_METADATA_BYTES = 16_384
 
 def check_title(title: str | None) -> None:
     """Raise InvalidInput for a title that is no line of text of 1 to 200 characters."""
-    if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and title.isprintable()):
+    if title is not None and not (0 < len(title) <= MAX_TITLE_CHARS and title.strip() and all(map(is_shown, title))):
         raise InvalidInput(
             f"title {quoted(title)} is not usable: 1 to {MAX_TITLE_CHARS} printable characters, or null", field="title"
         )

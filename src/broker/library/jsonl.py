@@ -18,6 +18,7 @@ import orjson
 
 from broker.envelope import Draft, Envelope, check_channel_name, check_event_type
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import WideInteger, loads_checked
 from broker.library.store import LibraryEntry
 
 FORMAT = "conversation-broker.conversation"
@@ -124,8 +125,10 @@ def _lines(body: bytes) -> Iterator[bytes]:
 
 def _object(number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as exc:
+        value = loads_checked(line)
+    except WideInteger as exc:
+        raise BadLine(number, str(exc)) from exc
+    except ValueError as exc:
         raise BadLine(number, f"no valid JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise BadLine(number, f"{quoted(value)} is no JSON object")

@@ -11,10 +11,10 @@ from typing import Any
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.envelope import check_conv_id
-from broker.errors import BrokerError, NotFound, PermissionDenied
+from broker.errors import BrokerError, NotFound
 from broker.eventlog.base import EventLog
 from broker.library.copying import Copier, check_metadata, check_title
-from broker.library.indexing import messages_of
+from broker.library.indexing import SeenByAll, messages_of
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
 from broker.plugins.access import Access
@@ -75,6 +75,7 @@ class Library:
         timeline: TimelineStore,
         reader: TimelineReader,
         copier: Copier,
+        seen_by_all: SeenByAll,
         erase: Callable[[str], Awaitable[None]],
     ) -> None:
         self._store = store
@@ -84,6 +85,7 @@ class Library:
         self._timeline = timeline
         self._reader = reader
         self._copier = copier
+        self._seen_by_all = seen_by_all
         self._erase = erase
         self._task: asyncio.Task[None] | None = None
 
@@ -142,7 +144,7 @@ class Library:
             created_at_ms = entities[0].created_at_ms if entities else created_at_ms
             # In parts: splitting texts into terms takes time, and between the parts others have their turn.
             for start in range(0, max(1, len(entities)), _NOTE_ENTITIES):
-                messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES])
+                messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES], self._seen_by_all)
                 if not conversation.position or conversations.get(conv_id) is not conversation:
                     return  # erased, before or meanwhile: it must not come back
                 epochs = {conv_id: conversation.epoch}
@@ -168,9 +170,14 @@ class Library:
         examined = 0
         while True:
             batch = await self._batch(terms, before, limit)
-            found += await self._readable(principal, batch.conversations)
+            found += await self._readable(principal, batch.conversations, found_by_text=bool(terms))
             examined += len(batch.conversations)
             before = batch.before
+            last = found[limit - 1].seq if len(found) >= limit else 0
+            if (
+                found and found[-1].seq < last
+            ):  # more than was asked for: the batches before had some that are not shown
+                return ListPage([info for info in found if info.seq >= last], last)
             short = (
                 len(batch.conversations) < limit
             )  # though there is more: the store looked at as many as it does in one go
@@ -183,9 +190,20 @@ class Library:
         batch = await self._log.conversations(before_seq=before, limit=limit)
         return Found(batch, batch[-1][1] if len(batch) >= limit else None)
 
-    async def _readable(self, principal: Principal, batch: Sequence[tuple[str, int]]) -> list[ConversationInfo]:
-        """Return those of a batch that the caller may read; what the library lacks of them is noted now."""
-        allowed = [(conv_id, seq) for conv_id, seq in batch if await self._may_read(principal, conv_id)]
+    async def _readable(
+        self, principal: Principal, batch: Sequence[tuple[str, int]], *, found_by_text: bool
+    ) -> list[ConversationInfo]:
+        """Return those of a batch that the caller may read; what the library lacks of them is noted now.
+
+        found_by_text: only those of whose messages the caller may be told.
+        """
+        told = {conv_id for conv_id, _ in batch if await self._may_be_told(principal, conv_id)}
+        # Who is refused these channels, but not the conversation, finds it in the list, without its title.
+        allowed = [
+            (conv_id, seq)
+            for conv_id, seq in batch
+            if conv_id in told or (not found_by_text and await self._access.may_read(principal, conv_id))
+        ]
         entries = await self._store.entries([conv_id for conv_id, _ in allowed])
         missing = [(conv_id, seq) for conv_id, seq in allowed if conv_id not in entries]
         if missing:
@@ -193,24 +211,24 @@ class Library:
                 await self._note(conv_id, seq // PER_MS)
             entries |= await self._store.entries([conv_id for conv_id, _ in missing])
         return [
-            ConversationInfo(entry, seq)
+            ConversationInfo(entry if conv_id in told else _untold(entry), seq)
             for conv_id, seq in allowed
             if (entry := entries.get(conv_id)) is not None and not entry.pending
         ]
 
-    async def _may_read(self, principal: Principal, conv_id: str) -> bool:
-        try:
-            await self._access.authorize(principal, "read", conv_id)
-        except PermissionDenied:
-            return False
-        return True
+    async def _may_be_told(self, principal: Principal, conv_id: str) -> bool:
+        """Say whether the caller may read the channels that title and search terms come from."""
+        return await self._access.may_read(principal, conv_id, self._seen_by_all.channels)
 
     # -- one ------------------------------------------------------------------------------------------------------
 
     async def get(self, principal: Principal, conv_id: str) -> ConversationInfo:
         """Return one conversation. Raises NotFound, PermissionDenied."""
-        await self._access.authorize(principal, "read", check_conv_id(conv_id))
-        return await self._existing(conv_id)
+        told = await self._may_be_told(principal, check_conv_id(conv_id))
+        if not told:
+            await self._access.authorize(principal, "read", conv_id)
+        info = await self._existing(conv_id)
+        return info if told else replace(info, entry=_untold(info.entry))
 
     async def _existing(self, conv_id: str) -> ConversationInfo:
         state = await self._log.state(conv_id)
@@ -242,7 +260,8 @@ class Library:
         entry = await self._store.change(conv_id, apply)
         if entry is None:
             raise NotFound(f"conversation {conv_id!r} does not exist", conv_id=conv_id)
-        return ConversationInfo(entry, known.seq)
+        told = await self._may_be_told(principal, conv_id)
+        return ConversationInfo(entry if told else _untold(entry), known.seq)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
@@ -271,6 +290,11 @@ class Library:
     async def export(self, principal: Principal, conv_id: str, *, profile: str = "default") -> AsyncIterator[bytes]:
         """Return the lines of a conversation's file. See `Copier.export`."""
         return await self._copier.export(principal, check_conv_id(conv_id), profile)
+
+
+def _untold(entry: LibraryEntry) -> LibraryEntry:
+    """Return an entry without the title that was made of a message; one that a person gave stays."""
+    return replace(entry, auto_title=None)
 
 
 def merged(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:

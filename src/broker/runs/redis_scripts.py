@@ -1,4 +1,4 @@
-"""How runs are kept in Redis, and the scripts that change them.
+"""Runs in Redis, and the Lua scripts that change them.
 
 Per conversation, in the slot of its stream:
 

@@ -58,8 +58,10 @@ class SqliteTurnStore:
         await self._database.write(add)
 
     async def get(self, conv_id: str, turn_id: str) -> Turn | None:
-        found = await self._select("conv_id = ? AND turn_id = ?", (conv_id, turn_id), 1)
-        return found[0] if found else None
+        rows = await self._database.fetch(
+            "SELECT body FROM turn WHERE conv_id = ? AND turn_id = ? ORDER BY number DESC LIMIT 1", (conv_id, turn_id)
+        )
+        return Turn(**orjson.loads(rows[0][0])) if rows else None
 
     async def turns(
         self, conv_id: str, *, run_id: str | None = None, phase: str | None = None, limit: int = 100

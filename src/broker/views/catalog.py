@@ -1,4 +1,4 @@
-"""What exists on this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
+"""The catalogue of this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
-import orjson
-
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
+from broker.envelope import SEM, check_channel_name, check_event_type
+from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
-from broker.timeline.entity import Entity
-from broker.timeline.handlers import Fold, TimelineHandler
-from broker.timeline.text import Text
+from broker.timeline.checked import checked
+from broker.timeline.handlers import TimelineHandler
+from broker.timeline.projector import DEBUG_CHANNELS
 
 T = TypeVar("T")
-_PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 BUILTIN = "built-in"
 
 
@@ -49,6 +46,10 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
+        self.folded_channels = frozenset(
+            name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
+        )
+        """Event channels whose envelopes are folded into the timeline."""
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -72,9 +73,12 @@ class Catalog:
                 owners[name] = plugin
 
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
-        """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
+        """Return the item as it counts here, its callables wrapped so that what they raise is the plugin's."""
         if isinstance(item, TimelineHandler):
-            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, checked_fold(item))))
+            handler = checked(item)
+            return cast("T", replace(handler, fold=self._plugins.guard(plugin, hook, handler.fold)))
+        if isinstance(item, Channel) and item.permission is None and item.name.startswith(DEBUG_CHANNELS):
+            return cast("T", replace(item, permission="debug"))  # denied by default (I14)
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item
@@ -155,32 +159,3 @@ class Catalog:
                 self.switch(name, on=wanted)
                 changed.append((name, wanted))
         return changed
-
-
-def checked_fold(handler: TimelineHandler) -> Fold:
-    """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
-
-    Only its own envelope is lost then. Further on, what cannot be written would keep everything else from being written.
-    """
-    fold, keys = handler.fold, handler.keys
-
-    def checked(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
-        changed = list(fold(entities, envelope))
-        named = keys(envelope)
-        for entity in changed:
-            if not isinstance(entity, Entity):
-                raise PluginError(f"fold of {envelope.type} returned {quoted(entity)}: entities are required")
-            if entity.id not in named:
-                raise PluginError(
-                    f"fold of {envelope.type} returned the entity {quoted(entity.id)}, which its keys do not name"
-                )
-            settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
-            try:
-                orjson.dumps([[[[settled]]]], option=_PLAIN_JSON)  # with room for the upsert around it
-            except TypeError as exc:
-                raise PluginError(
-                    f"fold of {envelope.type} returned an entity whose props are not plain JSON: {exc}"
-                ) from exc
-        return changed
-
-    return checked

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import orjson
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from broker.exact_json import WideInteger, loads_checked
 from transports.http.problems import HttpProblem, wrong_fields
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ async def read_json(request: Request, adapter: TypeAdapter[T], max_bytes: int) -
     """Return the JSON body as `adapter`'s type.
 
     Raises HttpProblem: 415 for another content type, 413 for too many bytes, 400 for what is no JSON (also NaN,
-    lone surrogates, nesting beyond 1024), 422 for fields that do not fit.
+    lone surrogates, nesting beyond 1024), 422 for fields that do not fit and integers beyond 64 bit.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -60,10 +60,15 @@ async def read_json(request: Request, adapter: TypeAdapter[T], max_bytes: int) -
 
 
 def parse_json(body: bytes) -> Any:
-    """Return the value that `body` is the JSON text of. Raises HttpProblem 400 naming the place of the mistake."""
+    """Return the value that `body` is the JSON text of.
+
+    Raises HttpProblem: 400 naming the place of the mistake, 422 for an integer that would lose digits.
+    """
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
+        return loads_checked(body)
+    except WideInteger as exc:
+        raise HttpProblem(422, "integer-too-wide", f"the body cannot be kept as it is: {exc}") from exc
+    except ValueError as exc:
         raise HttpProblem(400, "malformed-json", f"the body is not valid JSON: {exc}") from exc
 
 

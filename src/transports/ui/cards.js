@@ -1,7 +1,7 @@
 // How each kind of entity looks. A card is {element, update(entity, context)}; update is called whenever it changed.
 
 import { direct } from "./direction.js";
-import { errorText, h, icon, setText, showValue } from "./dom.js";
+import { beginning, errorText, h, icon, setText, showValue } from "./dom.js";
 import { MarkdownStream } from "./markdown.js";
 
 // A result of megabytes would freeze the page, and nobody reads it here.
@@ -216,7 +216,7 @@ function valueBlock(label) {
     element.hidden = value === undefined;
     const text = value === undefined ? "" : showValue(value);
     const cut = text.length > SHOWN_VALUE_CHARS;
-    setText(code, cut ? `${text.slice(0, SHOWN_VALUE_CHARS)}…\n(${text.length} characters in all)` : text);
+    setText(code, cut ? `${beginning(text, SHOWN_VALUE_CHARS)}…\n(${text.length} characters in all)` : text);
   };
   return { element, show };
 }

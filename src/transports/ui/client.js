@@ -2,6 +2,7 @@
 
 import { ApiProblem } from "./api.js";
 import { Cursor, parseSeq } from "./cursor.js";
+import { parseJson } from "./json.js";
 import { backOffMs, closeVerdict } from "./reconnect.js";
 import { readSnapshot } from "./snapshot.js";
 import { Timers } from "./timers.js";
@@ -257,7 +258,7 @@ export class ConversationClient {
     this.#timers.cancel("pong");
     let event;
     try {
-      event = JSON.parse(text).event;
+      event = parseJson(text).event;
       if (typeof event?.type !== "string") throw new TypeError("no event type");
       if (this.#held !== null && event.type !== "ws.bye") return void this.#held.push(text);
       if (event.seq === undefined) return this.#control(event);

@@ -1,7 +1,7 @@
 // Draws the store's entities: one card each, in order, at most once per frame of the screen.
 
 import { makeCard } from "./cards.js";
-import { h } from "./dom.js";
+import { beginning, h } from "./dom.js";
 import { ENDED } from "./folds.js";
 
 const ANNOUNCED_CHARS = 1500;
@@ -150,7 +150,7 @@ export class TimelineView {
     const words = spoken(entity);
     if (words === "") return;
     this.#announced.add(entity.id);
-    this.#announce(words.length > ANNOUNCED_CHARS ? `${words.slice(0, ANNOUNCED_CHARS)}…` : words);
+    this.#announce(words.length > ANNOUNCED_CHARS ? `${beginning(words, ANNOUNCED_CHARS)}…` : words);
   }
 }
 

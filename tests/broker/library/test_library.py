@@ -390,6 +390,32 @@ async def test_a_list_shows_what_the_caller_may_read(db: str) -> None:
                 await action
 
 
+async def test_a_page_has_as_many_as_asked_for(db: str) -> None:
+    """Also where some of those that were looked at are not shown, and the next page goes on right behind."""
+    async with Core(db, plugins=[Closed()]) as core:
+        for n in range(40):
+            conv_id = "private" if n == 35 else f"open{n}"
+            await core.broker.publish(conv_id, [Draft("user.message", {"text": "needle"}, "u")])
+            await asyncio.sleep(0.002)  # those of one millisecond share a seq, and so a page
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query in (None, "needle"):
+            first = await core.parts.library.find(CALLER, query=query, limit=20)
+            rest = await core.parts.library.find(CALLER, query=query, limit=20, before=first.before)
+            names = [info.entry.conv_id for page in (first, rest) for info in page.conversations]
+            assert len(first.conversations) == 20
+            assert names == [f"open{n}" for n in reversed(range(40)) if n != 35]
+
+
+async def test_emoji_and_signs_are_looked_for_and_not_ignored(db: str) -> None:
+    async with Core(db) as core:
+        await core.broker.publish("c1", [Draft("user.message", {"text": "party 🎉"}, "u")])
+        await core.broker.publish("c2", [Draft("user.message", {"text": "no party!"}, "u")])
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query, expected in (("🎉", ["c1"]), ("party 🎉", ["c1"]), ("party", ["c1", "c2"]), ("!", []), ("🎈", [])):
+            page = await core.parts.library.find(CALLER, query=query)
+            assert sorted(info.entry.conv_id for info in page.conversations) == expected, query
+
+
 async def test_a_conversation_without_messages_is_listed_too(db: str) -> None:
     async with Core(db) as core:
         await core.say("events-only", "x")
@@ -448,7 +474,10 @@ async def test_merge_patch(db: str) -> None:
         with pytest.raises(InvalidInput, match="metadata has"):
             await library.change(CALLER, "c", {"title": "new", "metadata": {"big": "x" * 17_000}})
         assert (await library.get(CALLER, "c")).to_wire()["title"] == "hello"
-        for title in ("", "  ", "a\nb", "x" * 201):
+        for title in ("👨\u200d👩\u200d👧 هم\u200cچنین", "日本語\u3000題", "1\u202f000"):
+            assert (await library.change(CALLER, "c", {"title": title})).to_wire()["title"] == title
+        await library.change(CALLER, "c", {"title": None})
+        for title in ("", "  ", "a\nb", "a\x1bb", "a\u202eb", "x" * 201):
             with pytest.raises(InvalidInput, match="title"):
                 await library.change(CALLER, "c", {"title": title})
         with pytest.raises(NotFound):
