@@ -132,6 +132,9 @@ def test_prompts_that_wait_stand_where_their_runs_begin(
     runs = running_broker.http.get(f"api/conversations/{conv_id}/state").json()["queue"]
     last = {"run_id": runs[-1]["runId"]}
     running_broker.http.post(f"api/conversations/{conv_id}/actions/move_to_front", json=last).raise_for_status()
+    for page in pages:
+        lines = page.locator(".run-detail").filter(has_text="in line")
+        expect(lines).to_have_text([f"number {number} in line" for number in (2, 3, 1)])
     steps = (
         ["first", "second", "third", "fourth"],
         ["first", "second", "third", "fourth"],  # the fourth runs; those that wait stand where they were sent

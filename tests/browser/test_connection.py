@@ -130,11 +130,16 @@ def test_a_refused_message_says_why_and_can_be_taken_back(windows: Any, conv_id:
 
 
 def test_a_profile_that_does_not_exist_is_explained(windows: Any, conv_id: str) -> None:
-    """The page stops trying and shows the server's words."""
+    """The page stops trying and shows the server's words; with another one it goes on."""
     page = windows.blank()
     page.goto(f"{windows.base}?conv_id={conv_id}&profile=nonsense")
     expect(page.locator("#banner-text")).to_contain_text("nonsense")
     expect(page.locator("#connection")).to_have_attribute("data-state", "stopped")
+    expect(page.get_by_text("Nothing said yet")).to_be_hidden()  # nobody knows
+    page.locator("#profile").select_option("default")
+    expect(page.locator("#connection")).to_have_attribute("data-state", "live")
+    expect(page.get_by_text("Nothing said yet")).to_be_visible()
+    expect(page.locator("#banner")).to_be_hidden()
     windows.faults[:] = [fault for fault in windows.faults if "400" not in fault]
 
 
