@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from broker.broker import ConversationWSBroker
 from broker.plugins import PluginHost
 from broker.settings import Settings, load_settings
+from transports.closing import Closing
 from transports.http import problems
 from transports.http.actions import actions_router
 from transports.http.caller import Api
@@ -144,6 +145,7 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
+    app.add_middleware(Closing)
     if broker.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import pytest
@@ -60,6 +61,7 @@ class Peer:
         self.sent: list[dict[str, Any]] = []
         self.client = Client(since=0)
         self.broken = False
+        self.few_codes = False
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "websocket.connect"})
         self.task = asyncio.create_task(app(self.scope, self._incoming.get, self._send))
@@ -67,6 +69,10 @@ class Peer:
     async def _send(self, message: dict[str, Any]) -> None:
         if self.broken:
             raise ConnectionResetError("the peer is gone")
+        if message["type"] == "websocket.close":
+            if self.few_codes and message["code"] != 1000 and not 3000 <= message["code"] <= 4999:
+                raise Exception(f"invalid close code {message['code']} (must be 1000 or from [3000, 4999])")
+            assert len(message["reason"].encode()) <= 123, "no close frame holds that"
         await asyncio.sleep(0)
         self.sent.append(message)
         if message["type"] == "websocket.send":
@@ -307,3 +313,32 @@ async def test_the_size_limit_counts_bytes(message: str | bytes) -> None:
         await peer.ended()
         assert peer.close_code == 1009
         await served.nothing_left()
+
+
+# -- servers that do not send every close frame ------------------------------------------------------------------------
+
+
+async def test_a_server_that_refuses_a_close_code_sends_a_stand_in() -> None:
+    """As Daphne does (autobahn's rule): the connection must not stay open because its end cannot be said."""
+    async with serving() as served:
+        peer = served.connect()
+        peer.few_codes = True
+        await peer.live()
+        for _ in range(5):
+            peer.say("nonsense")
+        await peer.ended()
+        assert peer.close_code == 4008
+        refused = served.connect("conv_id=c1&profile=nope", denial=False)
+        refused.few_codes = True
+        await refused.ended()
+        assert refused.close_code == 4008
+        await served.nothing_left()
+
+
+@pytest.mark.parametrize("sign", ["😀", "ü", "長"])
+async def test_a_reason_fits_its_close_frame(sign: str) -> None:
+    async with serving() as served:
+        peer = served.connect(f"conv_id=c1&profile={quote(sign * 100)}", denial=False)
+        await peer.ended()
+        assert peer.close_code == 1008
+        assert sign in peer.sent[-1]["reason"]

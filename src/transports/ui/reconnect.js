@@ -22,9 +22,12 @@ const CLOSE_CODES = new Map([
   [4500, { leastMs: 1_000 }],
 ]);
 
+// Added to a code below 3000 by servers that send no other ones.
+const STAND_IN = 3000;
+
 /** Say what a close code means: {stop, signIn, text, leastMs}; codes that are not in the table are worth another try. */
 export function closeVerdict(code, reason = "") {
-  const known = CLOSE_CODES.get(code) ?? {};
+  const known = CLOSE_CODES.get(code) ?? CLOSE_CODES.get(code - STAND_IN) ?? {};
   return {
     stop: known.stop ?? false,
     signIn: known.signIn ?? false,

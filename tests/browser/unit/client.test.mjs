@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Api } from "../../../src/transports/ui/api.js";
 import { ConversationClient } from "../../../src/transports/ui/client.js";
+import { closeVerdict } from "../../../src/transports/ui/reconnect.js";
 import { entity, fetchOf, ManualClock, settle, socketClass } from "./fakes.mjs";
 
 const SNAPSHOT = { convId: "c1", version: "100", epoch: "e1", more: false, entities: [entity("u1", 100, { role: "user", text: "hi" })] };
@@ -575,4 +576,11 @@ test("after stop nothing comes back, whatever was under way", async () => {
   await clock.advance(100_000);
   assert.equal(sockets.length, 0);
   assert.equal(clock.nextInMs, null);
+});
+
+test("a server that sends no codes below 3000 is understood", () => {
+  assert.deepEqual(closeVerdict(4008, "why"), closeVerdict(1008, "why"));
+  assert.deepEqual(closeVerdict(4013), closeVerdict(1013));
+  assert.equal(closeVerdict(4008).stop, true);
+  assert.equal(closeVerdict(4012).stop, false);
 });
