@@ -14,6 +14,7 @@ from contextvars import Context
 from typing import Any
 
 from transports.keepalive import PingWheel
+from transports.progress import progress
 from transports.rate_limited_log import RateLimitedLog
 from transports.takeover import ConnectionHandler
 from transports.ws_frames import (
@@ -80,6 +81,7 @@ class FastConnection(asyncio.Protocol):
         "_handler",
         "_hold",
         "_owed_pong",
+        "_progress_at_ping",
         "_reader",
         "_server",
         "_state",
@@ -109,6 +111,7 @@ class FastConnection(asyncio.Protocol):
         self._hold = _STARTING
         self._timer: asyncio.TimerHandle | None = None
         self._owed_pong: bytes | None = None
+        self._progress_at_ping = 0
         self.quiet_since = -1
         self.wheel_slot = -1
         self.transport = transport
@@ -121,6 +124,11 @@ class FastConnection(asyncio.Protocol):
     def buffered_bytes(self) -> int:
         """Bytes written and not yet taken by the kernel."""
         return 0 if self._state == _LOST else self.transport.get_write_buffer_size()
+
+    @property
+    def progress(self) -> int:
+        """A number that changes when the peer takes something."""
+        return progress(self.transport)
 
     @property
     def remote(self) -> tuple[str, int] | None:
@@ -186,11 +194,20 @@ class FastConnection(asyncio.Protocol):
         """Called by the wheel. A full transport gets no ping: that it drains is sign of life enough."""
         if self.writable:
             self.write(PING_FRAME)
+        self._progress_at_ping = self.progress
 
     def keepalive_expired(self) -> None:
-        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing."""
-        if not self._hold:
+        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing.
+
+        Nor does it where the peer reads: the ping lies behind what it has to read first.
+        """
+        if self._hold:
+            return
+        before, self._progress_at_ping = self._progress_at_ping, self.progress
+        if self._progress_at_ping == before:
             self._fail(1011, "keepalive ping timeout")
+        else:
+            self._server.wheel.wait_on(self)
 
     # What the transport calls
 

@@ -24,7 +24,7 @@ from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import EVENT_STREAM
 from transports.http.caller import credentials_of
 from transports.pool import ConnectionPool
-from transports.takeover import abort_of
+from transports.takeover import abort_of, progress_of
 from transports.websocket import parse_subscribe_request
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request],
             buffer_bytes=doors.settings.connection_buffer_bytes,
             send=stream.send,
             close_with=stream.close,
+            progress=progress_of(request.scope),
         )
 
         async def leave() -> None:

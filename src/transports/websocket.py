@@ -35,7 +35,7 @@ from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET, DeflatedWebSocketF
 from transports.http.caller import credentials_of
 from transports.http.problems import response_of
 from transports.pool import ConnectionPool, Framing
-from transports.takeover import Taken, Takeover, agree_on_deflate, takeover_of
+from transports.takeover import Taken, Takeover, agree_on_deflate, progress_of, takeover_of
 
 SUBPROTOCOL = "conversation.v1"
 QUERY_KEYS = frozenset({"conv_id", "profile", "channels", "since", "epoch", "hydrate", "view", "ticket"})
@@ -189,6 +189,10 @@ class _TakenOver:
     def buffered_bytes(self) -> int:
         return self._fast.buffered_bytes
 
+    @property
+    def progress(self) -> int:
+        return self._fast.progress
+
     def close(self, code: int, reason: str) -> None:
         self._fast.close(code, reason)
 
@@ -230,6 +234,7 @@ async def _serve_asgi(
         buffer_bytes=doors.settings.connection_buffer_bytes,
         send=websocket.send_text,
         close_with=websocket.close,
+        progress=progress_of(websocket.scope),
     )
     messages = ClientMessages(doors.following, connection.close)
     pool.add(connection)

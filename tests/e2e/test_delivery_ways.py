@@ -30,8 +30,10 @@ from broker.testing import parts_of
 from transports.admission import limited_http_protocol
 from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX
+from transports.write_timeout import WriteTimeout
 
 T = TypeVar("T")
+PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 WAYS = ["fast path", "compressed", "plain ASGI", "hypercorn"]
 STALL_SETTINGS = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
 
@@ -83,7 +85,8 @@ class HypercornServer:
 class Running:
     """A served broker, and what a test asks of it from its own thread."""
 
-    def __init__(self, way: str, db: str, **settings: Any) -> None:
+    def __init__(self, way: str, db: str, *, uvicorn: dict[str, Any] | None = None, **settings: Any) -> None:
+        """uvicorn: options for it."""
         fast = way in ("fast path", "compressed")
         self.compressed = way == "compressed"
         if self.compressed:
@@ -99,12 +102,12 @@ class Running:
         if way == "hypercorn":
             self.server = HypercornServer(app)
         else:
-            options: dict[str, Any] = {} if fast else {"ws": "websockets-sansio"}
+            options: dict[str, Any] = ({} if fast else {"ws": PLAIN_PATH}) | (uvicorn or {})
             limit = self.broker.settings.max_client_message_bytes
             uvicorn_server = LiveServer(
                 app,
                 asyncio.new_event_loop,
-                http=limited_http_protocol(1000),
+                http=limited_http_protocol(1000, WriteTimeout(self.broker.settings.write_timeout_s)),
                 lifespan="on",
                 ws_max_size=limit,
                 ws_per_message_deflate=False,
