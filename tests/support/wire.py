@@ -99,6 +99,7 @@ class Peer:
         self.buffered: list[Message] = []
         self.max_buffered_bytes = 0
         self.max_write_bytes = 0
+        self.progress = 0
         self._pool = pool
         self._limit = buffer_bytes
         pool.add(self)

@@ -227,6 +227,25 @@ async def test_over_the_limit_it_says_when_to_come_back() -> None:
         await hung_up(first, served)
 
 
+async def test_after_a_reset_the_first_id_comes_when_the_state_is_complete() -> None:
+    """A browser that is cut off before asks again as it did, and one cut off after lacks nothing."""
+    async with serving() as served:
+        for n in range(201):
+            await served.say("x" * 2000, type="user.message", id=f"u{n}")
+        stream = await served.stream("conv_id=c1&since=5&epoch=another").until("ws.caught_up")
+        seen: set[str] = set()
+        for block in stream.blocks:
+            data = next(line.removeprefix("data: ") for line in block if line.startswith("data: "))
+            event = orjson.loads(data)["event"]
+            if event["type"] == "timeline.upsert":
+                seen.add(event["id"])
+            assert len(seen) == 201 or not any(line.startswith("id: ") for line in block)
+        ids = [line for block in stream.blocks for line in block if line.startswith("id: ")]
+        assert ids == [f"id: {(await served.broker.head('c1')).head_seq}"]
+        stream.hang_up()
+        await stream.ended()
+
+
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 

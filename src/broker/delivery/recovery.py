@@ -73,7 +73,7 @@ class Recovery:
         subscription.state_cursor = start.after
         if start.reset is not None:
             # The client's own position is void: this frame is where it starts to count again.
-            opening.append(through_message(conversation.conv_id, start.after))
+            opening.append(self._restart(subscription, start.after))
             subscription.told = start.after
         missed = self._at_once(subscription, start.state_after)
         if missed is not None:
@@ -86,6 +86,16 @@ class Recovery:
             return
         self._dispatcher.deliver(subscription.connection_id, opening)
         self.begin(subscription, state_after=start.state_after, lag=False)
+
+    def _restart(self, subscription: Subscription, after: int) -> Message:
+        """Return the frame that follows a reset.
+
+        Nobody can come back to this position before the state is complete that stands for all before it: an event stream
+        gets its id from the frame that ends the catch-up.
+        """
+        subscription.state_pending = subscription.view.shows_state
+        message = through_message(subscription.conv_id, after)
+        return message._replace(position=None) if subscription.state_pending else message
 
     def begin(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
         """Start to catch a connection up from its cursor, in a task that ends when it is live.
@@ -255,8 +265,9 @@ class Recovery:
             start=after,
             connection_id=subscription.connection_id,
         )
-        if not await self._chunks.send(subscription, [reset, through_message(subscription.conv_id, after)]):
+        if not await self._chunks.send(subscription, [reset, self._restart(subscription, after)]):
             return False
+        subscription.cursor = subscription.told = after
         subscription.state_cursor = 0
         return not subscription.view.shows_state or await self._state.send(subscription)
 
@@ -324,9 +335,10 @@ class Recovery:
         lag: it was live before, so it was told so, and is not told again: that it was slow is nothing it has to know.
         """
         messages = []
-        if subscription.told < subscription.cursor:
+        if subscription.told < subscription.cursor or subscription.state_pending:
             messages.append(through_message(subscription.conv_id, subscription.cursor))
             subscription.told = subscription.cursor
+            subscription.state_pending = False
         if not lag:
             caught_up = {"seq": str(subscription.cursor)}
             messages.append(control_message("ws.caught_up", caught_up, subscription.connection_id))

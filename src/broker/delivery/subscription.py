@@ -51,6 +51,7 @@ class Subscription:
     outage that it knows of, 0: it believes that all is well.
     state_cursor: it has every entity up to this version; but of those that are growing, where state_owed_after is set, only
     what they were up to that version. state_rounds: how often it was sent state since it was last live.
+    state_pending: it was reset, and the state that stands for what it lost is not complete yet.
     viewed_after: the present view has shown everything between this and the cursor. history: the same for views it had
     before a change in place, so that a replay leaves out what it has already got.
     """
@@ -68,6 +69,7 @@ class Subscription:
         "skipped",
         "state_cursor",
         "state_owed_after",
+        "state_pending",
         "state_rounds",
         "status",
         "task",
@@ -96,6 +98,7 @@ class Subscription:
         self.told_outage = 0
         self.state_cursor = 0
         self.state_rounds = 0
+        self.state_pending = False
         self.state_owed_after: int | None = None
         self.parked = 0
         self.skipped = 0

@@ -42,6 +42,7 @@ class Silent:
 
     writable = True
     buffered_bytes = 0
+    progress = 0
     write: Callable[[Any], Any] = len
 
     def __init__(self, id: str, framing: Framing = RAW_WEBSOCKET) -> None:
