@@ -10,8 +10,9 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 
+from broker.library.pauses import Pauses
 from broker.library.store import LibraryStore, Message
-from broker.library.terms import terms_of
+from broker.library.terms import MAX_TEXT_CHARS, terms_of
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
 
@@ -45,7 +46,8 @@ class IndexingTimelineStore:
             done.set_result(None)
 
     async def _save(self, saves: Sequence[TimelineSave]) -> None:
-        messages = [message for save in saves for message in messages_of(save.conv_id, save.entities)]
+        pauses = Pauses()
+        messages = [message for save in saves for message in await messages_of(save.conv_id, save.entities, pauses)]
         new = {
             save.conv_id: min(entity.created_at_ms for entity in save.entities)
             for save in saves
@@ -98,13 +100,18 @@ async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
             raise result
 
 
-def messages_of(conv_id: str, entities: Sequence[Entity]) -> list[Message]:
+async def messages_of(conv_id: str, entities: Sequence[Entity], pauses: Pauses) -> list[Message]:
     """Return those of the entities that are complete messages, as the library notes them."""
-    return [_message(conv_id, one) for one in entities if one.kind == "message" and not one.growing]
+    messages: list[Message] = []
+    for entity in entities:
+        if entity.kind == "message" and not entity.growing:
+            text = str(entity.props.get("text", ""))
+            messages.append(_message(conv_id, entity, text))
+            await pauses.after(min(len(text), MAX_TEXT_CHARS))
+    return messages
 
 
-def _message(conv_id: str, entity: Entity) -> Message:
-    text = str(entity.props.get("text", ""))
+def _message(conv_id: str, entity: Entity, text: str) -> Message:
     title = title_from(text) if entity.props.get("role") == "user" else None
     return Message(conv_id, entity.position, entity.version, entity.created_at_ms, title, terms_of(text))
 
