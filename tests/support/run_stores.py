@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.memory import MemoryRunStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore

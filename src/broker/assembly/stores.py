@@ -17,7 +17,8 @@ from broker.nodes.base import Nodes
 from broker.nodes.single import SingleNode
 from broker.nodes.switches import MemorySwitches, SqliteSwitches
 from broker.plugins import PluginHost
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.memory import MemoryRunStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.sqlite import SqliteRunStore
 from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore

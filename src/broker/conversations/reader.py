@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from broker.timeline.entity import Entity
 from broker.timeline.store import PAGE_BYTES, TimelineStore, stored_page
 from broker.views.frames import SeenEntity, entities_as_seen
 from broker.views.view import View
+
+_PAGE_ENTITIES = 256
+"""Of a whole timeline that is read in pages: decoding more would hold the event loop."""
 
 
 @dataclass(slots=True)
@@ -92,11 +96,12 @@ class TimelineReader:
         """Yield the pages of a whole conversation as `view` shows it, by position. Raises StoreError."""
         after = 0
         while True:
-            page = await self.page_seen(view, conv_id, after_position=after)
+            page = await self.page_seen(view, conv_id, after_position=after, limit=_PAGE_ENTITIES)
             yield page
             if not page.more or not page.seen:
                 return
             after = page.seen[-1].entity.position
+            await asyncio.sleep(0)  # what is in memory takes no turn to be read
 
     async def page_of(
         self,
@@ -165,11 +170,12 @@ class TimelineReader:
         found: list[Entity] = []
         after = 0
         while True:
-            page = await self.page(conv_id, after_position=after, limit=1000)
+            page = await self.page(conv_id, after_position=after, limit=_PAGE_ENTITIES)
             found.extend(page.entities)
             if not page.more:
                 return found
             after = page.entities[-1].position
+            await asyncio.sleep(0)
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         """Return those of the entities `ids` that exist, as they are with all that the log has now. Raises StoreError."""

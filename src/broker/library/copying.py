@@ -17,6 +17,7 @@ from broker.envelope import Draft, Envelope, check_conv_id, encode_json, seal
 from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
+from broker.library.pauses import Pauses
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore
 from broker.plugins.access import Access
 from broker.runs.store import ConversationState, RunStore
@@ -31,7 +32,6 @@ from broker.views.view import View
 MAX_IMPORT_LINES = 1_000_000
 _BATCH_DRAFTS = 200
 _BATCH_BYTES = 262_144
-_PAUSE_LINES = 100
 _CLOCK_SLACK_MS = 60_000
 _OPEN_RUN = frozenset({"queued", "running"})
 
@@ -88,7 +88,9 @@ class Copier:
         NotFound for an unknown message, Conflict for one that is still being written and for a `new_id` that exists.
         """
         view = await self._sources.admission.view(principal, conv_id, "default", state=True)
-        entities = in_talking_order(await self._shown_entities(view, conv_id))
+        shown = await self._shown_entities(view, conv_id)
+        # On a thread, since it goes through all of them: nobody changes entities.
+        entities = await asyncio.to_thread(in_talking_order, shown)
         new_id = await self._new_id(principal, new_id)
         place = next((i for i, one in enumerate(entities) if one.id == message_id and one.kind == "message"), None)
         if place is None:
@@ -98,12 +100,7 @@ class Copier:
             )
         if entities[place].growing or entities[place].props.get("streaming"):
             raise Conflict(f"message {quoted(message_id)} is still being written: wait for its end, or stop the run")
-        unheard = {entity.id for entity in entities if entity.kind == "run" and entity.props.get("status") == "queued"}
-        kept = [
-            entity
-            for entity in entities[: place + 1]
-            if entity.kind != "run" and (entity.id == message_id or not _unheard(entity, unheard))
-        ]
+        kept = await asyncio.to_thread(_heard, entities, place)
         origin = (await self._store.entries([conv_id])).get(conv_id)
         entry = LibraryEntry(
             new_id,
@@ -132,11 +129,13 @@ class Copier:
         whole = view.with_all_channels(self._sources.catalog.folded_channels)
         events = await self._events_of(whole, conv_id, own) if own else {}
         timed: list[Timed] = []
+        pauses = Pauses()
         for entity in entities:
             if entity.id in own:
                 timed += _closed(events.get(entity.id, []), entity)
             else:
                 timed += _with_times(drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity)
+            await pauses.after(len(str(entity.props.get("text", ""))))
         return timed
 
     async def _events_of(self, view: View, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
@@ -272,7 +271,7 @@ class Copier:
         now_ms = self._sources.clock.wall_ms()
         timed = imported.drafts
         last_ms = timed[-1][1] if timed else now_ms
-        timed += [(draft, last_ms) for draft in _endings(timeline)]
+        timed += [(draft, last_ms) for draft in await asyncio.to_thread(_endings, timeline)]
         if not timed:
             raise InvalidInput("the file has no envelope: there is nothing to make a conversation of")
         entry = LibraryEntry(new_id, timed[0][1], title=imported.title, metadata=imported.metadata)
@@ -297,9 +296,9 @@ class Copier:
         latest_ms = self._sources.clock.wall_ms() + _CLOCK_SLACK_MS
         imported = Imported()
         lines = read_lines(imported, body, check, max_lines=MAX_IMPORT_LINES, latest_ms=latest_ms)
-        for number in lines:
-            if number % _PAUSE_LINES == 0:
-                await asyncio.sleep(0)  # others have their turn between the lines of a long file
+        pauses = Pauses()
+        for size_bytes in lines:
+            await pauses.after(size_bytes)
         return imported, timeline
 
     # -- common ---------------------------------------------------------------------------------------------------
@@ -337,6 +336,16 @@ class Copier:
         return done
 
 
+def _heard(entities: Sequence[Entity], place: int) -> list[Entity]:
+    """Return what a copy has of `entities` up to and including the one at `place`."""
+    unheard = {entity.id for entity in entities if entity.kind == "run" and entity.props.get("status") == "queued"}
+    return [
+        entity
+        for entity in entities[: place + 1]
+        if entity.kind != "run" and (entity is entities[place] or not _unheard(entity, unheard))
+    ]
+
+
 def _unheard(entity: Entity, waiting: set[str]) -> bool:
     """Say whether an entity is a prompt that no model was told. waiting: ids of the runs that wait for their turn."""
     return bool(entity.props.get("withdrawn")) or (
@@ -364,17 +373,18 @@ def _closed(events: Sequence[Timed], entity: Entity) -> list[Timed]:
     return [*timed, (Draft(ends[entity.kind], data, entity.id, last.channel), entity.updated_at_ms)]
 
 
-def _batches(timed: Sequence[Timed]) -> list[list[Timed]]:
-    batches: list[list[Timed]] = []
-    size = _BATCH_BYTES
+def _batches(timed: Sequence[Timed]) -> Iterator[list[Timed]]:
+    batch: list[Timed] = []
+    size = 0
     for one in timed:
         added = len(encode_json(dict(one[0].data)))
-        if size + added > _BATCH_BYTES or len(batches[-1]) >= _BATCH_DRAFTS:
-            batches.append([])
-            size = 0
-        batches[-1].append(one)
+        if batch and (size + added > _BATCH_BYTES or len(batch) >= _BATCH_DRAFTS):
+            yield batch  # one at a time: measuring all of them would hold the loop
+            batch, size = [], 0
+        batch.append(one)
         size += added
-    return batches
+    if batch:
+        yield batch
 
 
 def _endings(timeline: ConversationTimeline) -> list[Draft]:

@@ -81,7 +81,7 @@ class BadLine(InvalidInput):
 def read_lines(
     found: Imported, body: bytes, check: Callable[[Draft], None], *, max_lines: int, latest_ms: int
 ) -> Iterator[int]:
-    """Read a file into `found`; yields the number of each line that was read, so that the caller can pause in between.
+    """Read a file into `found`; yields the bytes of each line that was read, so that the caller can pause in between.
 
     check: raises for a draft that may not be published. latest_ms: no time lies after this. `found` is complete once
     the iterator has ended. Raises BadLine.
@@ -105,7 +105,7 @@ def read_lines(
             ended = True
         else:
             found.drafts.append(_draft(number, value, check, latest_ms))
-        yield number
+        yield len(line)
     if not ended:
         what = (
             "the file is empty" if not number else "the last line ({'end': true, …}) is missing: the file was cut off"

@@ -15,6 +15,7 @@ from broker.errors import BrokerError, NotFound
 from broker.eventlog.base import EventLog
 from broker.library.copying import Copier, check_metadata, check_title
 from broker.library.indexing import SeenByAll, messages_of
+from broker.library.pauses import Pauses
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
 from broker.plugins.access import Access
@@ -142,9 +143,12 @@ class Library:
         try:
             entities = await self._reader.entities(conv_id)
             created_at_ms = entities[0].created_at_ms if entities else created_at_ms
-            # In parts: splitting texts into terms takes time, and between the parts others have their turn.
+            # In parts, each a transaction of its own; splitting texts into terms pauses by itself.
+            pauses = Pauses()
             for start in range(0, max(1, len(entities)), _NOTE_ENTITIES):
-                messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES], self._seen_by_all)
+                messages = await messages_of(
+                    conv_id, entities[start : start + _NOTE_ENTITIES], self._seen_by_all, pauses
+                )
                 if not conversation.position or conversations.get(conv_id) is not conversation:
                     return  # erased, before or meanwhile: it must not come back
                 epochs = {conv_id: conversation.epoch}

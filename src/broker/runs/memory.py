@@ -1,4 +1,4 @@
-"""Runs and turns kept in memory: for tests, and for a server that is told to keep nothing."""
+"""Runs kept in memory: for tests, and for a server that is told to keep nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up, next_to_begin
 from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of, queue_full
-from broker.runs.turns import Turn
 
 
 class MemoryRunStore:
@@ -163,48 +162,3 @@ class MemoryRunStore:
     def _put(self, run: Run) -> None:
         self._runs[run.run_id] = run
         self._saves += 1
-
-
-class MemoryTurnStore:
-    """Turns kept in memory, bounded by what `add` is told to keep."""
-
-    name = "memory"
-
-    def __init__(self) -> None:
-        self._turns: dict[str, list[Turn]] = {}
-
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    async def add(self, turn: Turn, *, keep: int) -> None:
-        turns = self._turns.setdefault(turn.conv_id, [])
-        turns.append(turn)
-        del turns[: max(0, len(turns) - keep)]
-
-    async def get(self, conv_id: str, turn_id: str) -> Turn | None:
-        return next((turn for turn in self._turns.get(conv_id, ()) if turn.turn_id == turn_id), None)
-
-    async def turns(
-        self, conv_id: str, *, run_id: str | None = None, phase: str | None = None, limit: int = 100
-    ) -> list[Turn]:
-        found = [
-            turn
-            for turn in reversed(self._turns.get(conv_id, []))
-            if run_id in (None, turn.run_id) and phase in (None, turn.phase)
-        ]
-        return found[:limit]
-
-    async def prune(self, before_ms: int) -> int:
-        count = 0
-        for conv_id, turns in list(self._turns.items()):
-            kept = [turn for turn in turns if turn.created_at_ms >= before_ms]
-            count += len(turns) - len(kept)
-            if kept:
-                self._turns[conv_id] = kept
-            else:
-                del self._turns[conv_id]
-        return count
-
-    async def erase(self, conv_id: str) -> None:
-        self._turns.pop(conv_id, None)
