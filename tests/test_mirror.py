@@ -49,7 +49,6 @@ OVER_HTTP = "its routes are asked over HTTP"
 ELSEWHERE: dict[str, By] = {
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
-    "broker/clock.py": By("broker/test_sequence.py", "both clocks, as the numbers are made of them"),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
     "broker/exact_json.py": By("broker/runs/test_foreign.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
@@ -160,7 +159,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/plugins/isolation.py": By(PLUGINS, "measured, reported, put into quarantine", "IsolationLimits"),
     "broker/plugins/loading.py": By(PLUGINS, "from packages, folders and objects", "PluginHost"),
     "broker/plugins/observers.py": By(RACES, "what observers are told, and when", "on_published"),
-    "broker/plugins/rules.py": By("broker/test_hookspecs.py", "each hook has its rules"),
+    "broker/plugins/rules.py": By(
+        f"broker/test_hookspecs.py {PLUGINS}", "each hook has its rules; what is never quarantined", "quarantine"
+    ),
     "broker/plugins/settings.py": By(PLUGINS, "from the environment", "BROKER_PLUGIN_"),
     # -- views
     "broker/views/compiler.py": By("broker/views/test_views.py", "views of profiles and channels"),
@@ -248,7 +249,9 @@ ELSEWHERE: dict[str, By] = {
         "broker/assembly/test_lifecycle.py", "a broker is put together", "ConversationWSBroker"
     ),
     "broker/assembly/housekeeping.py": By(
-        "broker/assembly/test_retention_sweep.py broker/eventlog/test_retention.py", "sweeps and ticks", "housekeeping"
+        f"broker/assembly/test_retention_sweep.py broker/eventlog/test_retention.py {RACES}",
+        "sweeps and ticks",
+        "housekeeping",
     ),
     "broker/assembly/parts.py": By("broker/plugins/test_what_plugins_hold.py", "a record; nobody outside gets it"),
     "broker/assembly/stores.py": By(
