@@ -9,15 +9,18 @@ import orjson
 from broker.envelope import topic
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Script
+from broker.runs.redis_scripts import run_keys
 from broker.runs.turns import Turn
 
 TURN_CONVERSATIONS = "broker:turns"
 """Sorted set of conversations by when their newest turn was made (ms)."""
 
-# KEYS turns, by id. ARGV: turn id, JSON, keep. The list has the ids, newest first; the hash their contents.
+# KEYS turns, by id, runs. ARGV: turn id, JSON, keep, run id ('' = whichever). The list has the ids, newest first; the hash
+# their contents. Nothing is kept of a run that was erased.
 ADD = Script(
     """
-if redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2]) == 0 then return 0 end
+if ARGV[4] ~= '' and redis.call('HEXISTS', KEYS[3], ARGV[4]) == 0 then return 0 end
+if redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2]) == 0 then return 1 end
 redis.call('LPUSH', KEYS[1], ARGV[1])
 for _, id in ipairs(redis.call('LRANGE', KEYS[1], tonumber(ARGV[3]), -1)) do redis.call('HDEL', KEYS[2], id) end
 redis.call('LTRIM', KEYS[1], 0, tonumber(ARGV[3]) - 1)
@@ -43,8 +46,10 @@ class RedisTurnStore:
 
     name = "redis"
 
-    def __init__(self, connection: RedisConnection) -> None:
+    def __init__(self, connection: RedisConnection, *, beside_runs: bool = False) -> None:
+        """beside_runs: the runs are in the same Redis, so that a turn of one that was erased can be told."""
         self._connection = connection
+        self._beside_runs = beside_runs
         connection.register(ADD, FORGET)
 
     async def open(self) -> None:
@@ -54,12 +59,11 @@ class RedisTurnStore:
         """Nothing to close."""
 
     async def add(self, turn: Turn, *, keep: int) -> None:
-        await self._connection.all(
-            [
-                ADD.command(_keys(turn.conv_id), (turn.turn_id, orjson.dumps(asdict(turn)), keep)),
-                ("ZADD", TURN_CONVERSATIONS, "GT", turn.created_at_ms, turn.conv_id),
-            ]
-        )
+        of_run = turn.run_id if self._beside_runs else ""
+        keys = (*_keys(turn.conv_id), run_keys(turn.conv_id)[0])
+        added = await self._connection.one(ADD.command(keys, (turn.turn_id, orjson.dumps(asdict(turn)), keep, of_run)))
+        if added:
+            await self._connection.one(("ZADD", TURN_CONVERSATIONS, "GT", turn.created_at_ms, turn.conv_id))
 
     async def get(self, conv_id: str, turn_id: str) -> Turn | None:
         value = await self._connection.one(("HGET", _keys(conv_id)[1], turn_id))
