@@ -7,6 +7,7 @@ import secrets
 from broker.envelope import check_conv_id, encode_json
 from broker.errors import InvalidInput, quoted
 from broker.plugins.access import Access
+from broker.runs.foreign import MAX_NESTING, too_deep
 from broker.security import Principal
 
 MAX_TITLE_CHARS = 200
@@ -22,7 +23,11 @@ def check_title(title: str | None) -> None:
 
 
 def check_metadata(metadata: object) -> None:
-    """Raise InvalidInput for metadata larger than 16 KiB of JSON."""
+    """Raise InvalidInput for metadata larger than 16 KiB of JSON, or nested more than 100 levels deep."""
+    if too_deep(metadata):
+        raise InvalidInput(
+            f"metadata is nested more than {MAX_NESTING} levels deep: keep it flat", field="metadata", limit=MAX_NESTING
+        )
     size = len(encode_json(metadata))
     if size > MAX_METADATA_BYTES:
         raise InvalidInput(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from broker.clock import Clock
 from broker.envelope import Draft
-from broker.errors import InvalidDraft, InvalidInput, PermissionDenied
+from broker.errors import InvalidDraft, InvalidInput, PermissionDenied, quoted
 from broker.library.checks import admitted_id, check_metadata, check_title
 from broker.library.exporting import sealed
 from broker.library.filling import Filling
@@ -23,6 +23,9 @@ MAX_IMPORT_LINES = 1_000_000
 _PAUSE_LINES = 100
 _CLOCK_SLACK_MS = 60_000
 _OPEN_RUN = frozenset({"queued", "running"})
+_ONE_OF_A_KIND = frozenset({"user.message", "log"})
+"""Of these a second one with the same id replaces the first: in a log that is a correction, in a file that somebody made by
+hand it is a mistake."""
 
 
 class Importer:
@@ -68,7 +71,7 @@ class Importer:
         timeline = ConversationTimeline(new_id, self._catalog.handlers)
         timeline.complete = True
 
-        def check(draft: Draft) -> None:
+        def check(draft: Draft, made: bool) -> None:
             channel = self._catalog.channel(str(draft.channel))
             if channel.kind == "state":
                 raise InvalidDraft(f"channel {channel.name!r} is derived state: leave these lines out")
@@ -77,7 +80,14 @@ class Importer:
             self._check(draft)
             envelope = sealed(self._catalog, new_id, draft, 0, self._max_envelope_bytes)
             envelope.seq = timeline.position + 1
+            if made and draft.type in _ONE_OF_A_KIND and timeline.has(envelope.id):
+                raise InvalidDraft(
+                    f"id {quoted(draft.id)} is used twice: the second {draft.type} would replace the first"
+                )
+            before = timeline.dead_letters + timeline.late
             timeline.fold([envelope])
+            if made and timeline.dead_letters + timeline.late > before:
+                raise InvalidDraft(_why_not(timeline, draft))
 
         latest_ms = self._clock.wall_ms() + _CLOCK_SLACK_MS
         imported = Imported()
@@ -86,6 +96,15 @@ class Importer:
             if number % _PAUSE_LINES == 0:
                 await asyncio.sleep(0)  # others have their turn between the lines of a long file
         return imported, timeline
+
+
+def _why_not(timeline: ConversationTimeline, draft: Draft) -> str:
+    """Return why the newest draft could not be folded. A line of an export may be such a one: it was so in its log."""
+    save = timeline.take_save(everything=True)
+    letters = save.dead_letters if save is not None else ()
+    if letters and letters[-1].seq == timeline.position:
+        return f"it cannot be folded: {letters[-1].error}"
+    return f"{draft.type} {quoted(draft.id)} comes too late: what it is about was over before"
 
 
 def _endings(timeline: ConversationTimeline) -> list[Draft]:

@@ -257,6 +257,8 @@ class Library:
         known = await self._existing(conv_id)
         if "title" in changes:
             check_title(changes["title"])
+        if "metadata" in changes:  # before it is merged, which goes down into it
+            check_metadata(changes["metadata"])
 
         def apply(entry: LibraryEntry) -> LibraryEntry:
             title = changes.get("title", entry.title)
