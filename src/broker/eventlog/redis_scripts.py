@@ -132,6 +132,19 @@ return cjson.encode({log[1], log[2], log[3] or '0-0', more, known, out})
     reads=True,
 )
 
+# KEYS log hashes of any number of conversations: not for a cluster. Reply: epoch, head of each.
+HEADS = Script(
+    """
+local out = {}
+for at, key in ipairs(KEYS) do
+  local log = redis.call('HMGET', key, 'epoch', 'head')
+  out[2 * at - 1], out[2 * at] = log[1], log[2]
+end
+return out
+""",
+    reads=True,
+)
+
 # KEYS stream, log. ARGV: after, most entries to count. Reply: now (ms), head or '', first ID after or '', count.
 BACKLOG = Script(
     """
@@ -216,4 +229,4 @@ return existed
 """
 )
 
-SCRIPTS = (APPEND, BEGIN, READ, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE, *GATE_SCRIPTS)
+SCRIPTS = (APPEND, BEGIN, READ, HEADS, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE, *GATE_SCRIPTS)
