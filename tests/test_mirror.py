@@ -234,7 +234,10 @@ ELSEWHERE: dict[str, By] = {
         "broker/api/test_messages_api.py", "pages of the timeline; who may read", "timeline_page("
     ),
     # -- library
-    "broker/library/copying.py": By(f"{LIBRARY} {CONVERSATIONS}", "forks, exports, imports", "fork"),
+    "broker/library/checks.py": By(LIBRARY, "titles and metadata that are refused", "title"),
+    "broker/library/exporting.py": By(f"{LIBRARY} {CONVERSATIONS}", "exports", "export"),
+    "broker/library/forking.py": By(f"{LIBRARY} {CONVERSATIONS}", "forks", "fork"),
+    "broker/library/importing.py": By(f"{LIBRARY} {CONVERSATIONS}", "imports", "import"),
     "broker/library/indexing.py": By(
         f"broker/library/test_store.py {LIBRARY}", "titles; messages as they are saved", "title"
     ),

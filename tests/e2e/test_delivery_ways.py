@@ -37,7 +37,7 @@ from transports.write_timeout import WriteTimeout
 T = TypeVar("T")
 PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 WAYS = ["fast path", "compressed", "plain ASGI", "hypercorn"]
-STALL_SETTINGS = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
+STALL_SETTINGS: dict[str, Any] = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
 
 
 class Server(Protocol):

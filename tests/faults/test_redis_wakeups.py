@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import redis
 from redis.crc import key_slot
-from tests.support.core import Core, until
+from tests.support.core import Core, deafen, until
 from tests.support.redis_server import RedisCluster, RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
+from broker.eventlog import redis_following
 from broker.eventlog.redis import RedisEventLog
+from broker.eventlog.redis_following import CHECK_AT_ONCE
 from broker.eventlog.redis_keys import live_channel
 from broker.nodes.redis_scripts import HINTS
 from broker.redis.connection import RedisConnection
@@ -75,6 +77,48 @@ async def test_in_a_cluster_an_announcement_goes_to_the_server_of_the_slot_only(
             assert calls(server, "spublish") - before[server] == expected
         assert sum(calls(server, "publish") for server in shared_cluster.servers) == plain
         assert log_of(other).stats()["found_by_check"] == 0
+
+
+async def test_a_lost_wakeup_is_found_in_one_round_of_few_commands_however_many_are_open(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_following, "CHECK_S", 3600.0)
+    count = 2500
+    async with Core(redis_server.url) as one, Core(redis_server.url) as other:
+        deafen(other)
+        names = [f"c{n}" for n in range(count)]
+        for start in range(0, count, 250):
+            await asyncio.gather(*(other.parts.conversations.open(name) for name in names[start : start + 250]))
+        written = [names[0], names[1234], names[-1]]
+        peers = {name: (await other.connect(name))[0] for name in written}
+        seqs = {name: [await one.say(name, "not heard")] for name in written}
+        following = log_of(other).following
+        for followed in following._followed.values():
+            followed.hot_until_s = 0.0
+        assert all(peers[name].client.seqs() == [] for name in written)
+        before = calls(redis_server, "evalsha"), calls(redis_server, "hmget")
+        await following._check(following._due(), by_clock=True)
+        asked = calls(redis_server, "evalsha") - before[0]
+        assert calls(redis_server, "hmget") - before[1] >= count  # within the scripts
+        assert asked <= count / CHECK_AT_ONCE + 25  # with the reads, and what nodes say to each other now and then
+        await until(lambda: all(peers[name].client.seqs() == seqs[name] for name in written), timeout_s=SOON_S)
+        assert log_of(other).stats()["found_by_check"] == len(written)
+
+
+async def test_in_a_cluster_a_round_looks_at_every_conversation_too(
+    redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_following, "CHECK_S", 3600.0)
+    async with Core(redis_cluster_url) as one, Core(redis_cluster_url) as other:
+        deafen(other)
+        names = [f"c{n}" for n in range(1200)]
+        await asyncio.gather(*(other.parts.conversations.open(name) for name in names))
+        peer, _ = await other.connect(names[-1])
+        seqs = [await one.say(names[-1], "not heard")]
+        following = log_of(other).following
+        following._followed[names[-1]].hot_until_s = 0.0
+        await following._check(following._due(), by_clock=True)
+        await until(lambda: peer.client.seqs() == seqs, timeout_s=SOON_S)
 
 
 async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_cluster_url: str) -> None:

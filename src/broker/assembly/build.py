@@ -16,6 +16,7 @@ from broker.assembly.readiness import Readiness
 from broker.assembly.stores import Stores
 from broker.assembly.wiring import wire
 from broker.clock import Clock
+from broker.conversations.gates import Gates
 from broker.conversations.ingest import Ingest
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
@@ -32,9 +33,12 @@ from broker.delivery.start import Starts
 from broker.delivery.subscriptions import Subscriptions
 from broker.delivery.view_change import ViewChanges
 from broker.eventlog.availability import Availability
-from broker.library.copying import Copier, CopySources
+from broker.library.exporting import Exporter
+from broker.library.filling import Filling
+from broker.library.forking import Forker
+from broker.library.importing import Importer
 from broker.library.indexing import SeenByAll
-from broker.library.library import Library
+from broker.library.library import Copies, Library
 from broker.nodes.overview import Overview
 from broker.nodes.this_node import ThisNode
 from broker.phase import Phase
@@ -92,6 +96,7 @@ class _Building:
             page_events=settings.replay_page_events,
         )
         self.reader = TimelineReader(self.conversations, timeline)
+        self.gates = Gates(self.log)
 
     def _delivery(self) -> None:
         settings = self.settings
@@ -110,6 +115,7 @@ class _Building:
             self.availability,
             self.clock,
             self.phase,
+            self.gates,
             max_envelope_bytes=settings.max_envelope_bytes,
         )
 
@@ -159,29 +165,19 @@ class _Building:
             self.subscriptions,
             self.log,
             stores.timeline,
+            self.gates,
             database.erase_traces if database is not None else None,
         )
-        self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)
+        self.prompts = Prompts(
+            self.access, self.availability, self.log, self.runs, self.erasure.erase, self.gates.check
+        )
 
     def _library(self) -> None:
         stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
         polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
         self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
-        sources = CopySources(
-            access=self.access,
-            admission=self.admission,
-            conversations=self.conversations,
-            reader=self.reader,
-            log=self.log,
-            catalog=self.catalog,
-            run_store=stores.runs,
-            clock=self.clock,
-            check=self.publishing.check,
-            publish=ingest.publish,
-            erase=erase,
-            max_envelope_bytes=self.settings.max_envelope_bytes,
-        )
+        copies = self._copies()
         self.library = Library(
             stores.library,
             self.access,
@@ -189,9 +185,29 @@ class _Building:
             self.log,
             stores.timeline,
             self.reader,
-            Copier(sources, stores.library),
+            copies,
             self.seen_by_all,
+            self.gates,
             erase,
+        )
+
+    def _copies(self) -> Copies:
+        limit, store = self.settings.max_envelope_bytes, self.stores.library
+        filling = Filling(self.log, store, self.conversations, self.gates, self.ingest.publish, self.erasure.erase)
+        return Copies(
+            Exporter(self.admission, self.conversations, self.reader, self.log, self.catalog, self.clock, store, limit),
+            Importer(self.access, self.catalog, self.clock, self.publishing.check, filling, limit),
+            Forker(
+                self.access,
+                self.admission,
+                self.conversations,
+                self.reader,
+                self.catalog,
+                self.stores.runs,
+                self.clock,
+                filling,
+                limit,
+            ),
         )
 
     def _operators(self) -> None:
@@ -255,6 +271,7 @@ class _Building:
             availability=self.availability,
             conversations=self.conversations,
             timeline=self.reader,
+            gates=self.gates,
             ingest=self.ingest,
             dispatcher=self.dispatcher,
             coordinator=self.coordinator,

@@ -98,7 +98,7 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
             log=log or RedisEventLog(redis),
             timeline=IndexingTimelineStore(timeline or RedisTimelineStore(redis), shared_library),
             runs=runs or RedisRunStore(redis, lease_s=settings.run_lease_s),
-            turns=RedisTurnStore(redis),
+            turns=RedisTurnStore(redis, beside_runs=runs is None),
             library=shared_library,
             nodes=RedisNodes(redis, heartbeat_s=settings.node_heartbeat_s),
             database=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+from broker.conversations.gates import Gate, Gates
 from broker.conversations.manager import ConversationManager
 from broker.delivery.subscriptions import Subscriptions
 from broker.envelope import check_conv_id
@@ -27,6 +28,7 @@ class Erasure:
         subscriptions: Subscriptions,
         log: EventLog,
         timeline: TimelineStore,
+        gates: Gates,
         last: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self._runs = runs
@@ -35,16 +37,18 @@ class Erasure:
         self._subscriptions = subscriptions
         self._log = log
         self._timeline = timeline
+        self._gates = gates
         self._last = last
 
-    async def erase(self, conv_id: str) -> None:
+    async def erase(self, conv_id: str, *, gate: Gate | None = None) -> None:
         """Remove a conversation everywhere: log, timeline, runs, turns, library, memory. No byte of it stays (I14).
 
         Its connections are closed (4404). Who opens it, publishes or sends a prompt to it meanwhile waits, and begins a new one.
-        Repeat it when it fails: it goes on where it was. Raises InvalidConversationId, StoreError.
+        Other processes are kept out. gate: of the conversation, where the caller fills it. Repeat it when it fails: it goes on
+        where it was. Raises InvalidConversationId, ConversationShut, StoreError.
         """
-        check_conv_id(conv_id)
-        async with self._runs.erasing(conv_id):
+        self._gates.check(check_conv_id(conv_id), gate)
+        async with self._gates.alone(conv_id, "erased"), self._runs.erasing(conv_id):
             await self._emitters.stop(conv_id)
             async with self._conversations.erasing(conv_id):
                 # Only now: before, somebody might still have connected to what is being erased.

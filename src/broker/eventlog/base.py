@@ -147,6 +147,23 @@ class Fenced(Protocol):
         ...
 
 
+@runtime_checkable
+class Gated(Protocol):
+    """What a log offers in addition when other processes write to it: keep them out of one conversation."""
+
+    async def shut(self, conv_id: str, why: str) -> None:
+        """Let nobody but this process write to a conversation until `let_in`; counted. why: `filled` or `erased`.
+
+        A process that dies keeps nobody out for long. Appends of one that was taken for dead raise ConversationShut, as
+        those of others do. Raises ConversationShut where another process has shut it, StoreError.
+        """
+        ...
+
+    async def let_in(self, conv_id: str) -> None:
+        """Undo one `shut`. Never raises."""
+        ...
+
+
 class EventLog(Protocol):
     """An append-only log per conversation.
 

@@ -145,6 +145,18 @@ def _why_not(value: object, error: InvalidDraft) -> str:
     return f"cannot be written as JSON: {reason[:200]}"
 
 
+def too_deep(value: object, levels: int = MAX_NESTING) -> bool:
+    """Say whether a JSON value is nested more than `levels` deep: with what stands around it, JSON could not carry it."""
+    waiting = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, Mapping | list | tuple):
+            if depth >= levels:
+                return True
+            waiting.extend((below, depth + 1) for below in (item.values() if isinstance(item, Mapping) else item))
+    return False
+
+
 def _wrapped(value: object) -> object:
     """Return `value` inside so many lists that orjson refuses it if it is nested too deeply itself."""
     for _ in range(_ORJSON_LEVELS - MAX_NESTING):

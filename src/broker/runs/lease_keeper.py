@@ -245,7 +245,12 @@ class LeaseKeeper:
         try:
             async with self._queues.enter(conv_id) as queue:
                 run = await self._runtime.store.active(conv_id)
-                if run is None or self._runtime.closing:
+                if self._runtime.closing:
+                    return
+                task = queue.task
+                if run is None:
+                    if task is not None and await self._runtime.store.get(task.run.run_id) is None:
+                        task.stop("lost")  # another node has erased the conversation
                     return
                 if queue.task is None and conv_id in self._awaiting and _goes_on(run):
                     self._awaiting.discard(conv_id)

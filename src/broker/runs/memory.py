@@ -133,15 +133,18 @@ class MemoryRunStore:
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return self._conversations.get(conv_id)
 
-    async def save_conversation(self, state: ConversationState) -> None:
-        if self._conversations.get(state.conv_id) == state:
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        if self._conversations.get(state.conv_id) == state or (of_run is not None and of_run not in self._runs):
             self._saves_skipped += 1
             return
         self._conversations[state.conv_id] = state
         self._saves += 1
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        self._opaque.setdefault(conv_id, {})[message_id] = list(data)
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        if of_run is None or of_run in self._runs:
+            self._opaque.setdefault(conv_id, {})[message_id] = list(data)
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         return dict(self._opaque.get(conv_id, {}))

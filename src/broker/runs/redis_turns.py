@@ -9,6 +9,7 @@ import orjson
 from broker.envelope import topic
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Script
+from broker.runs.redis_scripts import run_keys
 from broker.runs.turn_pieces import SWEEP_AFTER, Unpacking, names_and_blocks, names_in, pack
 from broker.runs.turns import Turn
 
@@ -16,20 +17,22 @@ TURN_CONVERSATIONS = "broker:turns"
 """Sorted set of conversations by when their oldest turn was made (ms), or before that."""
 _PRUNED_AT_ONCE = 100
 
-# KEYS turns, by id, pieces. ARGV: turn id, JSON, keep, how many names follow, the names, then name and JSON of each piece
-# that comes along. Reply: the names of those that neither are there nor come along: then nothing was done. Else how many
-# turns were forgotten since the pieces were looked through. The list has the ids, newest first; the first hash their
-# contents, the second the pieces, and under no name how many turns were forgotten.
+# KEYS turns, by id, pieces, runs. ARGV: turn id, JSON, keep, run id ('' = whichever), how many names follow, the names, then
+# name and JSON of each piece that comes along. Reply: -1 if the run was erased: nothing is kept of it. The names of those
+# that neither are there nor come along: then nothing was done. Else how many turns were forgotten since the pieces were
+# looked through. The list has the ids, newest first; the first hash their contents, the second the pieces, and under no
+# name how many turns were forgotten.
 ADD = Script(
     """
+if ARGV[4] ~= '' and redis.call('HEXISTS', KEYS[4], ARGV[4]) == 0 then return -1 end
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 0 end
-local count, coming, missing = tonumber(ARGV[4]), {}, {}
-for i = 5 + count, #ARGV, 2 do coming[ARGV[i]] = true end
-for i = 5, 4 + count do
+local count, coming, missing = tonumber(ARGV[5]), {}, {}
+for i = 6 + count, #ARGV, 2 do coming[ARGV[i]] = true end
+for i = 6, 5 + count do
   if not coming[ARGV[i]] and redis.call('HEXISTS', KEYS[3], ARGV[i]) == 0 then missing[#missing + 1] = ARGV[i] end
 end
 if #missing > 0 then return missing end
-for i = 5 + count, #ARGV, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
+for i = 6 + count, #ARGV, 2 do redis.call('HSETNX', KEYS[3], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('LPUSH', KEYS[1], ARGV[1])
 local old = redis.call('LRANGE', KEYS[1], tonumber(ARGV[3]), -1)
@@ -72,8 +75,10 @@ class RedisTurnStore:
 
     name = "redis"
 
-    def __init__(self, connection: RedisConnection) -> None:
+    def __init__(self, connection: RedisConnection, *, beside_runs: bool = False) -> None:
+        """beside_runs: the runs are in the same Redis, so that a turn of one that was erased can be told."""
         self._connection = connection
+        self._beside_runs = beside_runs
         connection.register(ADD, FORGET, DROP)
 
     async def open(self) -> None:
@@ -84,14 +89,15 @@ class RedisTurnStore:
 
     async def add(self, turn: Turn, *, keep: int) -> None:
         packed = await pack(turn)
-        await self._connection.one(("ZADD", TURN_CONVERSATIONS, "LT", turn.created_at_ms, turn.conv_id))
+        await self._note(turn)
+        of_run = turn.run_id if self._beside_runs else ""
+        keys = (*_keys(turn.conv_id), run_keys(turn.conv_id)[0])
         # Most pieces are there: only those are sent that are asked for. A new block asks for its messages in turn.
         names, coming = list(packed.names), dict[str, bytes]()
         while True:
             parts = [part for piece in coming.items() for part in piece]
-            reply = await self._connection.one(
-                ADD.command(_keys(turn.conv_id), (turn.turn_id, packed.body, keep, len(names), *names, *parts))
-            )
+            arguments = (turn.turn_id, packed.body, keep, of_run, len(names), *names, *parts)
+            reply = await self._connection.one(ADD.command(keys, arguments))
             if isinstance(reply, int):
                 break
             for name in (missing.decode() for missing in reply):
@@ -99,6 +105,13 @@ class RedisTurnStore:
                 names += packed.under.get(name, ())
         if reply >= SWEEP_AFTER:
             await self._drop_unused(turn.conv_id)
+        elif reply < 0:  # erased meanwhile: its name goes again, unless the id has been used anew
+            await self._connection.one(("ZREM", TURN_CONVERSATIONS, turn.conv_id))
+            if await self._connection.one(("EXISTS", keys[0])):
+                await self._note(turn)
+
+    async def _note(self, turn: Turn) -> None:
+        await self._connection.one(("ZADD", TURN_CONVERSATIONS, "LT", turn.created_at_ms, turn.conv_id))
 
     async def get(self, conv_id: str, turn_id: str) -> Turn | None:
         value = await self._connection.one(("HGET", _keys(conv_id)[1], turn_id))

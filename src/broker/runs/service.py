@@ -259,9 +259,14 @@ class RunService:
             await asyncio.wait({work}, timeout=self.limits.stop_grace_s)
 
     async def remove(self, conv_id: str) -> None:
-        """Remove what the stores have of a conversation's runs. Inside `erasing`. Raises StoreError."""
+        """Remove what the stores have of a conversation's runs, and tell the node that works there. Inside `erasing`.
+
+        Raises StoreError.
+        """
         await self.store.erase(conv_id)
         await self.turns.erase(conv_id)
+        if isinstance(self.store, Leases):
+            await self.store.poke(conv_id)
 
     async def _stop_for_good(self, queue: ConversationQueue) -> None:
         """Stop the run at work and wait until it has written its last."""

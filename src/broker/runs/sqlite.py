@@ -169,8 +169,9 @@ class _Writer:
         order = run.order if first.run_id == run_id else first.order - 1
         return self.update(run_id, frozenset({"queued"}), {"order": order}, now_ms)
 
-    def save_conversation(self, state: ConversationState) -> None:
-        if conversation(self._connection, state.conv_id) == state:
+    def save_conversation(self, state: ConversationState, of_run: str | None) -> None:
+        erased = of_run is not None and self.run(of_run) is None
+        if erased or conversation(self._connection, state.conv_id) == state:
             self.saves_skipped += 1
             return
         self._put_conversation(state)
@@ -254,14 +255,16 @@ class SqliteRunStore:
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return _first(_conversation, await self._database.fetch(_CONVERSATION, (conv_id,)))
 
-    async def save_conversation(self, state: ConversationState) -> None:
-        await self._write(lambda writer: writer.save_conversation(state))
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        await self._write(lambda writer: writer.save_conversation(state, of_run))
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        sql = "INSERT OR REPLACE INTO run_opaque (conv_id, message_id, body) VALUES (?, ?, ?)"
-        await self._database.write(
-            lambda connection: connection.execute(sql, (conv_id, message_id, _json(list(data)))).rowcount
-        )
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        sql = """INSERT OR REPLACE INTO run_opaque (conv_id, message_id, body)
+            SELECT ?1, ?2, ?3 WHERE ?4 IS NULL OR EXISTS (SELECT 1 FROM run WHERE run_id = ?4)"""
+        values = (conv_id, message_id, _json(list(data)), of_run)
+        await self._database.write(lambda connection: connection.execute(sql, values).rowcount)
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         sql = "SELECT message_id, body FROM run_opaque WHERE conv_id = ?"

@@ -349,6 +349,10 @@ class ConversationTimeline:
             self._entities[id] for id in keys if id in self._entities and self._entities[id].version == envelope.seq
         ]
 
+    def has(self, id: str) -> bool:
+        """Say whether an entity is in memory."""
+        return id in self._entities
+
     def live(self) -> dict[str, Entity]:
         """Return the entities in memory by id: with the store's, the whole state at `position`."""
         return dict(self._entities)

@@ -27,6 +27,7 @@ from broker.timeline.store import TimelineSave
 from broker.timeline.text import Text
 from broker.views.view import View
 from transports.framing import RAW_WEBSOCKET
+from transports.places import Places
 from transports.takeover import Taken
 from transports.websocket import _TakenOver
 
@@ -751,7 +752,9 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following.subscribe = broken  # type: ignore[method-assign, assignment]
         served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: cast("Taken", wire), admitted, buffer_bytes=1000)
+            await served.serve(
+                lambda handler: cast("Taken", wire), admitted, Places(core.pool, 1).take(), buffer_bytes=1000
+            )
         assert len(core.pool) == 0
         assert wire.closed == (4500, "internal error")
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from tests.support.core import CALLER, Core, store_setting, until, until_async
 from tests.support.run_bench import TERMINAL
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, text
 
 from broker.envelope import Draft
 from broker.errors import Conflict, Unavailable
-from broker.runs.engine import TextDelta
+from broker.runs.engine import Opaque, TextDelta
 from broker.runs.intake import SendResult
 
 
@@ -99,7 +100,7 @@ async def test_a_prompt_that_comes_while_a_run_is_being_stopped_waits_for_the_ne
         erasing = asyncio.create_task(core.broker.erase("c"))
         await asyncio.sleep(0)
         sent = await core.parts.runs.send(CALLER, "c", "new words")
-        assert erasing.done()
+        await erasing
         await at_rest(core)
         assert await assert_whole(core, "c") == {sent.run_id}
         assert await core.parts.stores.runs.get(old.run_id) is None
@@ -144,3 +145,66 @@ async def test_events_beside_an_erasure_begin_a_new_life(db: str) -> None:
             assert page.envelopes[-1].seq == after[0]
             assert "before" not in {envelope.data["text"] for envelope in page.envelopes}
             await core.broker.erase("c")
+
+
+# -- several nodes ------------------------------------------------------------------------------------------------------
+
+
+def left_of(redis_url: str, conv_id: str) -> set[str]:
+    """The keys of a conversation, without what expires by itself within a minute."""
+    with redis.Redis.from_url(redis_url, protocol=2) as client:
+        keys = client.keys(f"*{{{conv_id}}}*")
+        return {key.decode() for key in keys if client.pttl(key) < 0}
+
+
+async def test_an_erasure_while_another_node_works_leaves_nothing(redis_url: str) -> None:
+    gate = Gate()
+    slow = ScriptedEngine([TextDelta("secret"), gate, Opaque({"secret": 1}), *text("words")])
+    one = EnginePlugin(ScriptedEngine(text("new")))
+    async with Core(redis_url, plugins=[one]) as here, Core(redis_url, plugins=[EnginePlugin(slow)]) as there:
+        old = await there.parts.runs.send(CALLER, "c", "old words")
+        await gate.reached.wait()
+        await here.broker.erase("c")
+        gate.open()
+        await until(lambda: there.parts.runs.active == 0)
+        assert await there.parts.stores.runs.get(old.run_id) is None
+        assert not (await here.parts.log.state("c")).exists
+        assert left_of(redis_url, "c") == set()
+        # And the new life is nobody's but its own.
+        sent = await here.parts.runs.send(CALLER, "c", "new words")
+        await at_rest(here, there)
+        assert await assert_whole(here, "c") == {sent.run_id}
+        await there.broker.erase("c")
+        assert left_of(redis_url, "c") == set()
+
+
+async def test_an_engine_that_says_nothing_is_stopped_when_another_node_erases(redis_url: str) -> None:
+    gate = Gate()
+    silent = ScriptedEngine([TextDelta("x"), gate, *text("y")])
+    async with Core(redis_url) as here, Core(redis_url, plugins=[EnginePlugin(silent)], run_lease_s=60.0) as there:
+        await there.parts.runs.send(CALLER, "c", "old words")
+        await gate.reached.wait()
+        await here.broker.erase("c")
+        await until(lambda: there.parts.runs.active == 0)
+        assert silent.cut == 1
+        assert left_of(redis_url, "c") == set()
+
+
+async def test_prompts_on_two_nodes_beside_an_erasure_are_gone_or_whole(redis_url: str) -> None:
+    plugins = [EnginePlugin(Slowly(text("a", "b", "c"))) for _ in range(2)]
+    async with Core(redis_url, plugins=[plugins[0]]) as here, Core(redis_url, plugins=[plugins[1]]) as there:
+        for turn in range(12):
+
+            async def erase_soon(after_s: float) -> None:
+                await asyncio.sleep(after_s)
+                await here.broker.erase("c")
+
+            sends = [send_all(core, "c", 3, f"{turn} {n}") for n, core in enumerate((here, there))]
+            await asyncio.gather(*sends, erase_soon(0.002 * turn))
+            late = await send_all(there, "c", 1, f"{turn} late")
+            assert len(late) == 1
+            await at_rest(here, there)
+            assert late[0].run_id in await assert_whole(here, "c")
+            await there.broker.erase("c")
+            await at_rest(here, there)
+            assert left_of(redis_url, "c") == set(), turn

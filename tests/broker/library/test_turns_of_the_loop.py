@@ -14,7 +14,8 @@ import orjson
 import pytest
 from tests.support.core import Core
 
-import broker.library.copying
+import broker.library.filling
+import broker.library.forking
 import broker.library.indexing
 import broker.library.jsonl
 import broker.timeline.sqlite
@@ -72,9 +73,9 @@ class Steps:
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     steps = Steps()
     steps.watch(monkeypatch, broker.library.indexing, "terms_of", len)
-    steps.watch(monkeypatch, broker.library.copying, "drafts_of", lambda entity, **_: len(entity.props["text"]))
-    steps.watch(monkeypatch, broker.library.copying, "encode_json", len)
-    steps.watch(monkeypatch, broker.library.copying, "_unheard")
+    steps.watch(monkeypatch, broker.library.forking, "drafts_of", lambda entity, **_: len(entity.props["text"]))
+    steps.watch(monkeypatch, broker.library.filling, "encode_json", len)
+    steps.watch(monkeypatch, broker.library.forking, "_unheard")
     steps.watch(monkeypatch, broker.library.jsonl, "_object", lambda _, line: len(line))
     steps.watch(monkeypatch, broker.timeline.sqlite, "_entity")
     return steps

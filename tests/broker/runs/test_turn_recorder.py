@@ -11,7 +11,7 @@ from broker.clock import ManualClock
 from broker.errors import StoreUnavailable
 from broker.hookspecs import hookimpl
 from broker.plugins import PluginHost
-from broker.runs.memory import MemoryTurnStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.state import Run
 from broker.runs.turn_recorder import TurnRecorder
 from broker.runs.turns import Turn

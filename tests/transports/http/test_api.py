@@ -402,6 +402,8 @@ async def test_foreign_pages_are_refused_whatever_they_ask(client: httpx.AsyncCl
         (b'{"prompt": ""}', 400, "invalid-input"),
         (b'{"prompt": "x", "conv_id": "a b"}', 400, "invalid-conversation-id"),
         (b'{"prompt": "x", "overrides": {"key": "mine"}}', 400, "invalid-overrides"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 101 + b"]" * 101 + b"}}", 400, "invalid-input"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}", 400, "invalid-input"),
     ],
 )
 async def test_a_body_that_does_not_fit(client: httpx.AsyncClient, body: bytes, status: int, code: str) -> None:
