@@ -90,6 +90,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/eventlog/redis_following.py": By(
         "faults/test_redis_nodes.py", "what one node appends reaches the others", "RedisEventLog"
     ),
+    "broker/eventlog/redis_gates.py": By("broker/library/test_filling.py", "nodes that keep each other out"),
     "broker/eventlog/redis_keys.py": By(
         f"broker/redis/test_parts.py {EVENT_LOGS}", "names and escapes; entries that come back", "RedisEventLog"
     ),
@@ -134,6 +135,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/runs/lease_keeper.py": By(HANDOVER, "leases kept, lost, taken over"),
     "broker/runs/limits.py": By("broker/runs/test_runner.py", "records; each limit is met there"),
     "broker/runs/memory.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
+    "broker/runs/memory_turns.py": By("broker/runs/test_store.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE),
     "broker/runs/ports.py": By(RUNS, "protocols, which the bench fits"),
     "broker/runs/queue.py": By(RUNS, "one run at a time, in order", "queue"),
     "broker/runs/redis.py": By(f"broker/runs/test_store.py {LEASES}", EACH_RUN_STORE),
@@ -174,6 +176,11 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/conversations/follower.py": By(
         "faults/test_redis_nodes.py", "a node that is behind, and one that is reset", "position"
+    ),
+    "broker/conversations/gates.py": By(
+        "broker/library/test_filling.py broker/delivery/test_erasure.py",
+        "who fills or erases one keeps others out",
+        "erase",
     ),
     "broker/conversations/ingest.py": By(
         f"{DELIVERY} broker/conversations/test_current.py", "all that is published comes in here", "publish("
@@ -243,6 +250,7 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/library/jsonl.py": By(LIBRARY, "lines that are good, bad, and cut off"),
     "broker/library/memory.py": By("broker/library/test_store.py", EACH_LIBRARY),
+    "broker/library/pauses.py": By("broker/library/test_turns_of_the_loop.py", "long work lets others have their turn"),
     "broker/library/redis_index.py": By("broker/library/test_redis.py", "words, shards, what an erasure leaves"),
     "broker/library/redis_scripts.py": By("broker/library/test_redis.py", "entries that several nodes write"),
     "broker/library/sqlite.py": By("broker/library/test_store.py", EACH_LIBRARY),
@@ -268,11 +276,24 @@ ELSEWHERE: dict[str, By] = {
     # -- transports
     "transports/admission.py": By(SERVE, "a server with few descriptors", "descriptor"),
     "transports/app.py": By("e2e/test_mounting.py", "the whole and its parts, mounted in another app"),
+    "transports/closing.py": By(
+        "transports/test_websocket.py", "close codes that a server refuses, reasons that are too long", "stand_in"
+    ),
     "transports/fast_connection.py": By("transports/test_uvicorn_ws.py", "on real sockets"),
     "transports/framing.py": By("transports/test_deflate.py transports/test_asgi_delivery.py", "each kind of wire"),
+    "transports/on_demand.py": By("e2e/test_mounting.py", "a server that sends no lifespan events"),
+    "transports/places.py": By(
+        "transports/test_plugin_connections.py transports/test_websocket.py", "as many as may come", "max_connections"
+    ),
     "transports/pool_groups.py": By("transports/test_pool_shards.py", "through the pool", "ConnectionPool"),
     "transports/takeover.py": By("transports/test_uvicorn_ws.py transports/test_uvicorn_ws_deflate.py", "taken over"),
+    "transports/uvicorn_plain_ws.py": By(
+        "e2e/test_delivery_ways.py", "one of the ways of delivery", "uvicorn_plain_ws:"
+    ),
     "transports/workers.py": By(f"{SERVE} faults/test_redis_processes.py", "several processes", "--workers"),
+    "transports/write_timeout.py": By(
+        "transports/test_progress.py e2e/test_delivery_ways.py", "peers that take nothing"
+    ),
     "transports/http/actions.py": By(API, OVER_HTTP, "/actions/"),
     "transports/http/answers.py": By(API, "tags and headers of answers", "etag"),
     "transports/http/body.py": By(API, "bodies that do not fit", "content-type"),
