@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     """Seconds that open connections and runs get to end at shutdown."""
 
     auth: str | None = None
-    """Name of the plugin whose authenticate hook decides who may come in; none: loopback only."""
+    """Name of the plugin whose authenticate hook, and no other, decides who may come in; none: loopback only."""
     insecure: bool = False
     """Listen on other than loopback addresses without auth."""
     allowed_hosts: CommaList = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
@@ -139,7 +141,7 @@ class _Building:
             clock=self.clock,
             settings=self.settings,
             conversations=ConversationPorts(
-                publish=self.ingest.publish,
+                publish=partial(self.ingest.publish, checked=True),
                 timeline=self.reader,
                 hold=self.conversations.hold,
                 release=self.conversations.release,
@@ -161,9 +163,10 @@ class _Building:
         self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)
 
     def _library(self) -> None:
-        stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
+        stores, erase = self.stores, self.erasure.erase
+        publish = partial(self.ingest.publish, checked=True)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, self.notices, self.phase)
-        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
+        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, publish)
         sources = CopySources(
             access=self.access,
             admission=self.admission,
@@ -173,8 +176,8 @@ class _Building:
             catalog=self.catalog,
             run_store=stores.runs,
             clock=self.clock,
-            check=self.publishing.check,
-            publish=ingest.publish,
+            check=self.catalog.drafts.check,
+            publish=publish,
             erase=erase,
             max_envelope_bytes=self.settings.max_envelope_bytes,
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 
+from pydantic import ValidationError
+
 from broker.clock import Clock
 from broker.conversations.manager import ConversationManager
 from broker.envelope import Draft, Envelope, check_conv_id, seal
@@ -15,6 +17,7 @@ from broker.phase import Phase
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
 from broker.views.catalog import Catalog
+from broker.views.draft_checks import misfit
 
 
 class Ingest:
@@ -43,6 +46,7 @@ class Ingest:
         self._clock = clock
         self._phase = phase
         self._max_envelope_bytes = max_envelope_bytes
+        self._data_checks = catalog.drafts
         self._state_channels = {name for name, channel in catalog.channels.items() if channel.kind == "state"}
         self._always_on = {
             name
@@ -67,13 +71,15 @@ class Ingest:
         *,
         times_ms: Sequence[int] | None = None,
         fence: str | None = None,
+        checked: bool = False,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
         By then they have been dispatched too, unless the conversation must first read something from the store.
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
-        of a run's lease, without which RunEnded is raised (runs/leases.py). A draft for a debug channel that is off is
+        of a run's lease, without which RunEnded is raised (runs/leases.py). checked: the broker made these drafts itself, or
+        has compared them with their types. A draft for a debug channel that is off is
         dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable; then nothing
         was published.
         """
@@ -83,7 +89,7 @@ class Ingest:
         dropped: list[int] = []  # places in `drafts`
         sealed = self._seal
         for draft in drafts:
-            envelope = sealed(conv_id, draft)
+            envelope = sealed(conv_id, draft, checked)
             if envelope is None:
                 dropped.append(len(live) + len(dropped))
                 continue
@@ -114,14 +120,17 @@ class Ingest:
 
     async def publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
         """As `publish`, for the holder of a run's lease."""
-        return await self.publish(conv_id, drafts, fence=fence)
+        return await self.publish(conv_id, drafts, fence=fence, checked=True)
 
     async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
         self._availability.admit()
         return await self.publish(conv_id, drafts)
 
-    def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
+    def _seal(self, conv_id: str, draft: Draft, checked: bool) -> Envelope | None:
         if self._checks_drafts:
+            if not checked:  # whose fault it is: what the plugins make of it is compared with its type once more
+                self._catalog.drafts.check(draft)
+                checked = True
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:
@@ -134,4 +143,10 @@ class Ingest:
             if not self._catalog.is_on(channel):
                 return None
         id = draft.id if draft.id is not None else uuid.uuid4().hex
-        return seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        envelope = seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        if not checked and (validate := self._data_checks[envelope.type]) is not None:
+            try:
+                validate(envelope.data)  # decoded: as others will see it, and the fold needs it anyway
+            except ValidationError as exc:
+                raise misfit(envelope.type, exc) from exc
+        return envelope

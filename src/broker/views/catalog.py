@@ -9,15 +9,17 @@ from typing import TypeVar, cast
 import orjson
 
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
+from broker.copies import own
+from broker.envelope import SEM, Draft, Envelope, check_channel_name, check_event_type
+from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
-from broker.timeline.handlers import Fold, TimelineHandler
+from broker.timeline.handlers import Fold, TimelineHandler, own_entity
 from broker.timeline.text import Text
+from broker.views.draft_checks import DraftChecks
 
 T = TypeVar("T")
 _PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -49,6 +51,9 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
+        self.drafts = DraftChecks(self.event_types)
+        plugins.check_further("classify", self._classified)
+        plugins.check_further("check_draft", self._changed_draft)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -59,7 +64,10 @@ class Catalog:
         collected = [(BUILTIN, list(builtin)), *self._plugins.call_collect(hook)]
         for plugin, items in collected:
             for item in items:
-                name = name_of(item)
+                try:
+                    name = name_of(item)
+                except BrokerError as exc:
+                    raise PluginError(f"plugin {plugin!r}, hook {hook}: {exc}", plugin=plugin, hook=hook) from exc
                 if name in target:
                     raise PluginError(
                         f"plugin {plugin!r}, hook {hook}: {name!r} is already registered by {owners[name]!r}; "
@@ -74,7 +82,9 @@ class Catalog:
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
         """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
         if isinstance(item, TimelineHandler):
-            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, checked_fold(item))))
+            handler = item if item.keys is own_entity else replace(item, keys=checked_keys(item.keys))
+            fold = self._plugins.guard(plugin, hook, checked_fold(handler))
+            return cast("T", replace(handler, fold=fold))
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item
@@ -115,7 +125,7 @@ class Catalog:
     def channel_of(self, event_type: str) -> str:
         """Return the channel of an event type: its declaration, else the first `classify` answer, else `sem`.
 
-        Asked once per type, then remembered until `forget`. Raises UnknownChannel when a plugin names one that does not exist.
+        Asked once per type, then remembered until `forget`. Raises PluginError when a plugin names one that does not exist.
         """
         found = self._channel_by_type.get(event_type)
         if found is None:
@@ -126,6 +136,19 @@ class Catalog:
                 self._channel_by_type.clear()
             self._channel_by_type[event_type] = found
         return found
+
+    def _classified(self, name: str) -> str:
+        """Check an answer of `classify`. Raises UnknownChannel, InvalidInput for a channel that nobody can publish to."""
+        if self.channel(name).kind == "state":
+            raise InvalidInput(f"channel {name!r} is derived state: nobody can publish to it", channel=name)
+        return name
+
+    def _changed_draft(self, draft: Draft) -> Draft:
+        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what nobody could publish."""
+        self.drafts.check(draft)
+        if draft.channel is not None:
+            self._classified(draft.channel)
+        return draft
 
     def is_on(self, channel: Channel) -> bool:
         """Say whether envelopes of this channel are published at present."""
@@ -161,11 +184,12 @@ def checked_fold(handler: TimelineHandler) -> Fold:
     """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
 
     Only its own envelope is lost then. Further on, what cannot be written would keep everything else from being written.
+    It is given copies and what it returns is copied: whatever it changes in place, now or later, is changed for itself only.
     """
     fold, keys = handler.fold, handler.keys
 
     def checked(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
-        changed = list(fold(entities, envelope))
+        changed = list(fold(own(entities), envelope.own()))
         named = keys(envelope)
         for entity in changed:
             if not isinstance(entity, Entity):
@@ -181,6 +205,18 @@ def checked_fold(handler: TimelineHandler) -> Fold:
                 raise PluginError(
                     f"fold of {envelope.type} returned an entity whose props are not plain JSON: {exc}"
                 ) from exc
-        return changed
+        return [replace(entity, props=own(entity.props)) for entity in changed]
+
+    return checked
+
+
+def checked_keys(keys: Callable[[Envelope], tuple[str, ...]]) -> Callable[[Envelope], tuple[str, ...]]:
+    """Return a handler's `keys`, given a copy of the envelope and raising PluginError for anything but ids of entities."""
+
+    def checked(envelope: Envelope) -> tuple[str, ...]:
+        named = keys(envelope.own())
+        if not isinstance(named, list | tuple) or not all(isinstance(id, str) for id in named):
+            raise PluginError(f"keys of {envelope.type} returned {quoted(named)}: a tuple of ids is required")
+        return tuple(named)
 
     return checked

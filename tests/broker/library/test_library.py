@@ -176,6 +176,8 @@ async def test_every_builtin_entity_survives_a_fork(db: str) -> None:
         source, copy = await contents(core, "source"), await contents(core, "copy")
         assert copy == source
         await assert_fold_law(core, "copy")
+        await core.parts.library.import_(CALLER, await exported(core, "source"), new_id="again")
+        assert await contents(core, "again") == source
 
 
 async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None:
