@@ -15,7 +15,7 @@ from pathlib import Path
 from broker.errors import BrokerError
 from broker.plugins import PluginHost
 from broker.redis.connection import RedisConnection
-from broker.settings import Settings, misspelled_variables
+from broker.settings import Settings, misspelled_variables, of_commands
 
 REDIS_PATIENCE_S = 0.0  # one try
 NEEDED_DESCRIPTORS_BESIDE = 384
@@ -118,7 +118,7 @@ def _existing_store(path: Path) -> Finding:
 
 def _plugins(settings: Settings) -> Finding:
     try:
-        host = PluginHost.load(settings)
+        host = PluginHost.load(of_commands(settings))
     except BrokerError as exc:
         return Finding("plugins", "problem", str(exc))
     names = host.names

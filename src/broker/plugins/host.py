@@ -75,8 +75,7 @@ class PluginHost(HookCalls):
         """
         host = cls(clock=clock, limits=limits)
         host.load_entry_points()
-        directory = Path(settings.plugins_dir)
-        if directory.exists():
+        if settings.plugins_dir is not None and (directory := Path(settings.plugins_dir)).exists():
             host.load_directory(directory)
         for plugin in plugins:
             host.add(plugin)

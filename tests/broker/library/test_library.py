@@ -485,7 +485,9 @@ async def test_an_erased_conversation_leaves_no_byte_in_any_file(tmp_path: Path)
         await parts_of(broker).library.change(CALLER, erased, {"title": f"Title {MARK}", "metadata": {MARK: [MARK]}})
         answer = [e for e in await parts_of(broker).timeline.entities(erased) if e.kind == "message"][-1]
         await parts_of(broker).library.fork(CALLER, erased, answer.id, new_id="fork")
-        await broker.publish(erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")])
+        await parts_of(broker).ingest.publish(
+            erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")], checked=True
+        )
         await broker.publish(erased, [Draft("llm.delta", {"delta": MARK}, "growing")])
         plugin.engine._answer = lambda request: [*text(MARK)[:1], gate]
         await parts_of(broker).runs.send(CALLER, erased, f"running {MARK}")
