@@ -263,8 +263,19 @@ def test_a_predicate_that_forgets_to_return_withholds_without_being_an_error() -
     assert described(host)["errors"] == 0
 
 
-class Odd(Envelope):
-    pass
+class Changing(Envelope):
+    """Has another id whenever it is asked."""
+
+    __slots__ = ()
+    asked: list[int] = []
+
+    @property
+    def id(self) -> Any:  # type: ignore[override]
+        self.asked.append(1)
+        return "m1" if len(self.asked) < 4 else 7
+
+    @id.setter
+    def id(self, value: Any) -> None: ...
 
 
 BAD_ENVELOPES: dict[str, Callable[[Envelope], Any]] = {
@@ -277,6 +288,7 @@ BAD_ENVELOPES: dict[str, Callable[[Envelope], Any]] = {
     "text for bytes": lambda e: Envelope(e.conv_id, e.type, e.id, e.channel, "{}", 1, e.seq),  # type: ignore[arg-type]
     "no JSON": lambda e: Envelope(e.conv_id, e.type, e.id, e.channel, b"{", 1, e.seq),
     "a list": lambda e: Envelope(e.conv_id, e.type, e.id, e.channel, b"[]", 1, e.seq),
+    "a subclass": lambda e: Changing(e.conv_id, e.type, e.id, e.channel, b"{}", 1, e.seq),
     "stream id 3": lambda e: Envelope(e.conv_id, e.type, e.id, e.channel, b"{}", 1, e.seq, 3),  # type: ignore[arg-type]
 }
 
