@@ -6,18 +6,14 @@ import hashlib
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Protocol
 
-from pydantic import ValidationError
-
 from broker.envelope import Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
+from broker.errors import IdempotencyMismatch, IdempotencyPending
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
 from broker.eventlog.requests import AlreadyAppended, Request, answer_of
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.views.catalog import Catalog
-
-RESERVED_PREFIXES = ("ws.", "timeline.")
 
 _HASH_CHARS = 40
 
@@ -31,7 +27,10 @@ class PublishDrafts(Protocol):
 
 
 class Publishing:
-    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission."""
+    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission.
+
+    publish: takes drafts that were checked here.
+    """
 
     def __init__(
         self, access: Access, availability: Availability, catalog: Catalog, log: EventLog, publish: PublishDrafts
@@ -55,7 +54,7 @@ class Publishing:
         await self._access.authorize(principal, "publish", check_conv_id(conv_id))
         self._availability.admit()
         for draft in drafts:
-            self.check(draft)
+            self._catalog.drafts.check(draft)
         if idempotency_key is None:
             epoch = (await self._log.state(conv_id)).epoch
             return await self._publish(conv_id, drafts), epoch
@@ -83,24 +82,6 @@ class Publishing:
             if seqs is None:  # and erased
                 raise IdempotencyPending(key) from None
             return seqs
-
-    def check(self, draft: Draft) -> None:
-        """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""
-        if draft.type.startswith(RESERVED_PREFIXES):
-            raise InvalidDraft(
-                f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
-            )
-        declared = self._catalog.event_types.get(draft.type)
-        if declared is None or declared.model is None:
-            return
-        try:
-            declared.model.model_validate(draft.data)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "data"
-            raise InvalidDraft(
-                f"data of {draft.type} does not fit its type: {place}: {first['msg']}", type=draft.type, field=place
-            ) from exc
 
     async def _answered(self, conv_id: str, key: str, request: Request, count: int) -> list[int] | None:
         """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
@@ -149,7 +151,7 @@ class _Building:
             clock=self.clock,
             settings=self.settings,
             conversations=ConversationPorts(
-                publish=self.ingest.publish,
+                publish=partial(self.ingest.publish, checked=True),
                 timeline=self.reader,
                 hold=self.conversations.hold,
                 release=self.conversations.release,
@@ -173,11 +175,12 @@ class _Building:
         )
 
     def _library(self) -> None:
-        stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
+        erase = self.erasure.erase
+        publish = partial(self.ingest.publish, checked=True)
         polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
-        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
-        copies = self._copies()
+        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, publish)
+        stores, copies = self.stores, self._copies()
         self.library = Library(
             stores.library,
             self.access,
@@ -196,7 +199,7 @@ class _Building:
         filling = Filling(self.log, store, self.conversations, self.gates, self.ingest.publish, self.erasure.erase)
         return Copies(
             Exporter(self.admission, self.conversations, self.reader, self.log, self.catalog, self.clock, store, limit),
-            Importer(self.access, self.catalog, self.clock, self.publishing.check, filling, limit),
+            Importer(self.access, self.catalog, self.clock, self.catalog.drafts.check, filling, limit),
             Forker(
                 self.access,
                 self.admission,

@@ -6,6 +6,7 @@ import hashlib
 
 import orjson
 
+from broker.envelope import TIMELINE
 from broker.errors import InvalidInput, PermissionDenied, quoted
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -145,14 +146,17 @@ class ViewCompiler:
                 ]
             )
         ).hexdigest()[:16]
+        # What names the view to operators; one that fails in it is taken out of it alone.
+        scope = f"{profile.name} ({', '.join(sorted(events | ({TIMELINE} if state else set())))})"
+        guard = self._plugins.guard
         return View(
             key=digest,
             profile=profile,
             channels=events,
             shows_state=state,
             slow=profile.slow,
-            filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
-            transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),
+            filters=tuple(guard(name, "build_filter", fn, scope=scope) for name, fn in filters),
+            transforms=tuple(guard(name, "build_transform", fn, scope=scope) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
             readable=readable,
         )
