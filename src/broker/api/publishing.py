@@ -8,7 +8,7 @@ import orjson
 from pydantic import ValidationError
 
 from broker.envelope import Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
+from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft, PermissionDenied
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
 from broker.plugins.access import Access
@@ -38,14 +38,21 @@ class Publishing:
     ) -> tuple[list[int], str]:
         """Publish drafts of a caller, checked against their declared types; return (seqs, epoch).
 
-        A repeated `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
+        Who publishes into a conversation that does not exist yet has to be one who may create it. A repeated
+        `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
         InvalidDraft, IdempotencyMismatch, IdempotencyPending, PermissionDenied and what `publish` raises.
         """
-        await self._access.authorize(principal, "publish", check_conv_id(conv_id))
+        channels = sorted({draft.channel or self._catalog.channel_of(draft.type) for draft in drafts})
+        await self._access.authorize(principal, "publish", check_conv_id(conv_id), channels)
+        for name in channels:
+            self.check_channel(principal, name)
         self._availability.admit()
         for draft in drafts:
             self.check(draft)
-        epoch = (await self._log.state(conv_id)).epoch
+        state = await self._log.state(conv_id)
+        if not state.exists:
+            await self._access.authorize(principal, "create", conv_id)
+        epoch = state.epoch
         if idempotency_key is None:
             return await self._publish(conv_id, drafts), epoch
         pending = (conv_id, idempotency_key)
@@ -62,6 +69,18 @@ class Publishing:
             return before if before is not None else await self._publish(conv_id, keyed), epoch
         finally:
             self._publishing.discard(pending)
+
+    def check_channel(self, principal: Principal, name: str) -> None:
+        """Raise PermissionDenied where a caller may not see a channel: then it may not write to it either.
+
+        Raises UnknownChannel.
+        """
+        permission = self._catalog.channel(name).permission
+        if not principal.may(permission):
+            raise PermissionDenied(
+                f"channel {name!r} takes the permission {permission!r}, which {principal.subject!r} does not have",
+                permission=permission,
+            )
 
     def check(self, draft: Draft) -> None:
         """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""

@@ -177,6 +177,7 @@ class _Building:
             run_store=stores.runs,
             clock=self.clock,
             check=self.publishing.check,
+            check_channel=self.publishing.check_channel,
             publish=ingest.publish,
             erase=erase,
             max_envelope_bytes=self.settings.max_envelope_bytes,

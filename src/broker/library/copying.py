@@ -13,7 +13,7 @@ from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.delivery.admission import Admission
 from broker.envelope import Draft, Envelope, check_conv_id, encode_json, seal
-from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
+from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, StoreError, quoted
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore
@@ -42,7 +42,8 @@ Timed = tuple[Draft, int]
 class CopySources:
     """What copies are made from and published with.
 
-    check: raises InvalidDraft for a draft that does not fit its type. max_envelope_bytes: limit of one envelope.
+    check: raises InvalidDraft for a draft that does not fit its type. check_channel: raises PermissionDenied for a channel
+    that the caller may not see. max_envelope_bytes: limit of one envelope.
     """
 
     access: Access
@@ -54,6 +55,7 @@ class CopySources:
     run_store: RunStore
     clock: Clock
     check: Callable[[Draft], None]
+    check_channel: Callable[[Principal, str], None]
     publish: PublishTimed
     erase: Callable[[str], Awaitable[None]]
     max_envelope_bytes: int
@@ -264,8 +266,9 @@ class Copier:
         What is unfinished in the file ends where it stands. Raises BadLine, Conflict, PermissionDenied, InvalidInput.
         """
         new_id = await self._new_id(principal, new_id)
-        await self._sources.access.authorize(principal, "publish", new_id)
         imported, timeline = await self._read(principal, body, new_id)
+        channels = sorted({str(draft.channel) for draft, _ in imported.drafts})
+        await self._sources.access.authorize(principal, "publish", new_id, channels)
         check_metadata(imported.metadata)
         check_title(imported.title)
         now_ms = self._sources.clock.wall_ms()
@@ -286,8 +289,7 @@ class Copier:
             channel = self._sources.catalog.channel(str(draft.channel))
             if channel.kind == "state":
                 raise InvalidDraft(f"channel {channel.name!r} is derived state: leave these lines out")
-            if not principal.may(channel.permission):
-                raise PermissionDenied(f"channel {channel.name!r} takes the permission {channel.permission!r}")
+            self._sources.check_channel(principal, channel.name)
             self._sources.check(draft)
             envelope = self._sealed(new_id, draft, 0)
             envelope.seq = timeline.position + 1
