@@ -9,6 +9,7 @@ from broker.api.operators import Operators
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
+from broker.api.run_state import RunState
 from broker.assembly.housekeeping import Housekeeping
 from broker.assembly.parts import Parts
 from broker.assembly.readiness import Readiness
@@ -161,7 +162,8 @@ class _Building:
             stores.turns,
             database.erase_traces if database is not None else None,
         )
-        self.prompts = Prompts(self.access, self.availability, self.log, self.runs, self.erasure.erase)
+        state = RunState(self.access, self.admission, self.views, self.catalog, self.reader, self.runs)
+        self.prompts = Prompts(self.access, self.availability, self.log, self.runs, state, self.erasure.erase)
 
     def _library(self) -> None:
         stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
