@@ -11,7 +11,7 @@ from broker.channels import Channel
 from broker.hookspecs import hookimpl
 from broker.security import Principal
 
-PIN = "4711"
+PIN = "swordfish"
 
 
 class OnlySome:
