@@ -281,6 +281,7 @@ export class ConversationClient {
     this.profile = data.profile ?? this.#askedProfile ?? this.profile;
     this.#askedProfile = null;
     if (data.from !== undefined) this.#cursor.moveTo(parseSeq(data.from));
+    if (data.stateAnew) this.#on.onReset(); // entities look different now: what is known of them is void
     this.#on.onProfile(this.profile);
   }
 
