@@ -171,7 +171,8 @@ def register_channels() -> Iterable[Channel] | None:
     Blocking: allowed, the server does not run yet.
     Arguments: none.
     Returns: channels; a name that is already declared, by the core or by another plugin, is a start-up error.
-        None: no channels.
+        One named `debug.…` takes the permission `debug` unless it names another. `default=True` puts it into the
+        profile `default`, for those who may see it. None: no channels.
     Raises: an error is reported under the plugin's name; its channels are missing, so profiles that name them
         are refused at start.
     Example:
@@ -468,13 +469,16 @@ async def authorize(principal: Principal, action: Action, conv_id: str | None, c
     """Say whether a caller may do something. All plugins must allow it.
 
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
-    When: once per request; once per connection and again on each change of its view.
+    When: once per request; once per connection and again on each change of its view. Once more, one by one where that
+        is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
     Blocking: wait with `await`; answer from memory where you can.
     Arguments:
         principal: who asks.
         action: what for: `read`, `create`, `publish`, `send`, `act`, `erase`, `list`, `debug`.
         conv_id: which conversation; None where the action is about none or about all of them.
-        channels: the channels asked for, empty where the action is not about channels.
+        channels: of `read` the channels whose events, or what was made of them, would be told: in titles, search and
+            runs' states, too; of `publish` those that are written to. Empty where the action is not about channels, and
+            where a caller was refused them and would still be told that the conversation exists.
     Returns: False refuses; True allows; None has no opinion. One False is enough.
     Raises: `PermissionDenied` refuses and its text reaches the caller. Any other error refuses too and is
         reported under the plugin's name. Never quarantined: skipping it would open the door.

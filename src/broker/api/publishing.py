@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Protocol
 
 from broker.envelope import Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending
+from broker.errors import IdempotencyMismatch, IdempotencyPending, PermissionDenied
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
 from broker.eventlog.requests import AlreadyAppended, Request, answer_of
@@ -48,16 +48,22 @@ class Publishing:
     ) -> tuple[list[int], str]:
         """Publish drafts of a caller, checked against their declared types; return (seqs, epoch).
 
-        A repeated `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
+        Who publishes into a conversation that does not exist yet has to be one who may create it. A repeated
+        `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
         InvalidDraft, IdempotencyMismatch, IdempotencyPending, PermissionDenied and what `publish` raises.
         """
-        await self._access.authorize(principal, "publish", check_conv_id(conv_id))
+        channels = sorted({draft.channel or self._catalog.channel_of(draft.type) for draft in drafts})
+        await self._access.authorize(principal, "publish", check_conv_id(conv_id), channels)
+        for name in channels:
+            self.check_channel(principal, name)
         self._availability.admit()
         for draft in drafts:
             self._catalog.drafts.check(draft)
+        state = await self._log.state(conv_id)
+        if not state.exists:
+            await self._access.authorize(principal, "create", conv_id)
         if idempotency_key is None:
-            epoch = (await self._log.state(conv_id)).epoch
-            return await self._publish(conv_id, drafts), epoch
+            return await self._publish(conv_id, drafts), state.epoch
         request = _request(principal, idempotency_key, drafts)
         pending = (conv_id, request.name)
         if pending in self._publishing:
@@ -73,6 +79,18 @@ class Publishing:
             return seqs, epoch
         finally:
             del self._publishing[pending]
+
+    def check_channel(self, principal: Principal, name: str) -> None:
+        """Raise PermissionDenied where a caller may not see a channel: then it may not write to it either.
+
+        Raises UnknownChannel.
+        """
+        permission = self._catalog.channel(name).permission
+        if not principal.may(permission):
+            raise PermissionDenied(
+                f"channel {name!r} takes the permission {permission!r}, which {principal.subject!r} does not have",
+                permission=permission,
+            )
 
     async def _publish_once(self, conv_id: str, key: str, request: Request, drafts: Sequence[Draft]) -> list[int]:
         try:

@@ -12,6 +12,7 @@ from broker.api.polling import Polls
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
+from broker.api.run_state import RunState
 from broker.assembly.housekeeping import Housekeeping
 from broker.assembly.parts import Parts
 from broker.assembly.readiness import Readiness
@@ -170,8 +171,9 @@ class _Building:
             self.gates,
             database.erase_traces if database is not None else None,
         )
+        state = RunState(self.access, self.admission, self.views, self.catalog, self.reader, self.runs)
         self.prompts = Prompts(
-            self.access, self.availability, self.log, self.runs, self.erasure.erase, self.gates.check
+            self.access, self.availability, self.log, self.runs, state, self.erasure.erase, self.gates.check
         )
 
     def _library(self) -> None:
@@ -199,7 +201,7 @@ class _Building:
         filling = Filling(self.log, store, self.conversations, self.gates, self.ingest.publish, self.erasure.erase)
         return Copies(
             Exporter(self.admission, self.conversations, self.reader, self.log, self.catalog, self.clock, store, limit),
-            Importer(self.access, self.catalog, self.clock, self.catalog.drafts.check, filling, limit),
+            Importer(self.access, self.catalog, self.clock, self.publishing, filling, limit),
             Forker(
                 self.access,
                 self.admission,
