@@ -80,7 +80,8 @@ _ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
 def create_broker(settings: Settings | None = None, *, plugins: Sequence[object] = ()) -> ConversationWSBroker:
     """Return a broker with its connection pool, not started yet.
 
-    settings: None reads the environment. plugins: plugin objects beside those of entry points and `plugins_dir`.
+    settings: None reads the environment. plugins: plugin objects beside those of entry points and, where
+    the settings name one, of `plugins_dir`.
     Raises InvalidInput for unusable settings, PluginError for a broken plugin.
     """
     settings = settings or load_settings()

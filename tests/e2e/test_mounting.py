@@ -21,7 +21,8 @@ from tests.support.asgi import scope_of
 from tests.support.live_server import LiveServer
 from websockets.sync.client import connect
 
-from broker.settings import Settings
+from broker.errors import PluginError
+from broker.settings import Settings, of_commands
 from transports.app import create_api, create_app, create_broker, create_ui, lifespan_of
 from transports.on_demand import StartedOnDemand
 
@@ -50,6 +51,27 @@ async def test_everything_at_the_root(settings: Settings) -> None:
         assert (await client.get("/readyz")).json() == {"status": "ready"}
         assert (await client.get("/")).headers["content-type"] == "text/html; charset=utf-8"
         assert (await client.get("/api/nothing")).json()["type"].endswith(":no-such-path")
+
+
+async def test_an_apps_own_package_called_plugins_is_none_of_the_brokers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither imported nor found wanting; a folder that the settings name is read, as before."""
+    for name, code in (
+        ("__init__", ""),
+        ("billing", "raise RuntimeError('imported by a stranger')"),
+        ("models", "X = 1"),
+    ):
+        (tmp_path / "plugins").mkdir(exist_ok=True)
+        (tmp_path / "plugins" / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    async with client_of(create_app(Settings(db=":memory:"))) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+    create_broker(Settings(db=":memory:"))
+    create_broker(Settings(db=":memory:", plugins_dir=""))
+    for named in (Settings(db=":memory:", plugins_dir="plugins"), of_commands(Settings(db=":memory:"))):
+        with pytest.raises(PluginError, match="imported by a stranger"):
+            create_broker(named)
 
 
 @pytest.mark.parametrize("prefix", ["/assistant", "/a/b"])

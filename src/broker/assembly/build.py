@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
@@ -10,6 +12,7 @@ from broker.api.polling import Polls
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
+from broker.api.run_state import RunState
 from broker.assembly.housekeeping import Housekeeping
 from broker.assembly.parts import Parts
 from broker.assembly.readiness import Readiness
@@ -149,7 +152,7 @@ class _Building:
             clock=self.clock,
             settings=self.settings,
             conversations=ConversationPorts(
-                publish=self.ingest.publish,
+                publish=partial(self.ingest.publish, checked=True),
                 timeline=self.reader,
                 hold=self.conversations.hold,
                 release=self.conversations.release,
@@ -168,16 +171,18 @@ class _Building:
             self.gates,
             database.erase_traces if database is not None else None,
         )
+        state = RunState(self.access, self.admission, self.views, self.catalog, self.reader, self.runs)
         self.prompts = Prompts(
-            self.access, self.availability, self.log, self.runs, self.erasure.erase, self.gates.check
+            self.access, self.availability, self.log, self.runs, state, self.erasure.erase, self.gates.check
         )
 
     def _library(self) -> None:
-        stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
+        erase = self.erasure.erase
+        publish = partial(self.ingest.publish, checked=True)
         polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
-        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
-        copies = self._copies()
+        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, publish)
+        stores, copies = self.stores, self._copies()
         self.library = Library(
             stores.library,
             self.access,
@@ -196,7 +201,7 @@ class _Building:
         filling = Filling(self.log, store, self.conversations, self.gates, self.ingest.publish, self.erasure.erase)
         return Copies(
             Exporter(self.admission, self.conversations, self.reader, self.log, self.catalog, self.clock, store, limit),
-            Importer(self.access, self.catalog, self.clock, self.publishing.check, filling, limit),
+            Importer(self.access, self.catalog, self.clock, self.publishing, filling, limit),
             Forker(
                 self.access,
                 self.admission,

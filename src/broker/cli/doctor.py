@@ -17,7 +17,7 @@ import aiosqlite
 from broker.errors import BrokerError
 from broker.plugins import PluginHost
 from broker.redis.connection import RedisConnection
-from broker.settings import Settings, misspelled_variables
+from broker.settings import Settings, misspelled_variables, of_commands
 from broker.sqlite.file import uri_of
 
 REDIS_PATIENCE_S = 0.0  # one try
@@ -124,7 +124,7 @@ async def _quick_check(path: Path) -> str:
 
 def _plugins(settings: Settings) -> Finding:
     try:
-        host = PluginHost.load(settings)
+        host = PluginHost.load(of_commands(settings))
     except BrokerError as exc:
         return Finding("plugins", "problem", str(exc))
     names = host.names

@@ -17,7 +17,7 @@ from broker.envelope import Envelope
 from broker.errors import InvalidInput, NotFound
 from broker.eventlog.base import EventLog
 from broker.plugins import PluginHost
-from broker.settings import Settings
+from broker.settings import Settings, of_commands
 from broker.sqlite.file import check_ours, store_error, uri_of
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import TimelineHandler
@@ -183,7 +183,7 @@ async def _copy(source: str, target: str) -> None:
 
 
 async def _verify(settings: Settings, conv_id: str | None) -> Report:
-    plugins = PluginHost.load(settings)
+    plugins = PluginHost.load(of_commands(settings))
     catalog = Catalog(plugins)
     stores = choose_stores(settings, plugins, SystemClock())
     report = Report()

@@ -6,6 +6,8 @@ import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 
+from pydantic import ValidationError
+
 from broker.clock import Clock
 from broker.conversations.gates import Gate, Gates
 from broker.conversations.manager import ConversationManager
@@ -18,6 +20,7 @@ from broker.phase import Phase
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
 from broker.views.catalog import Catalog
+from broker.views.draft_checks import misfit
 
 ERASED_ELSEWHERE_S = 5.0
 """How long a publish waits for another process to have erased the conversation."""
@@ -53,6 +56,7 @@ class Ingest:
         self._gates = gates
         self._shut = gates.shut
         self._max_envelope_bytes = max_envelope_bytes
+        self._data_checks = catalog.drafts
         self._state_channels = {name for name, channel in catalog.channels.items() if channel.kind == "state"}
         self._always_on = {
             name
@@ -80,6 +84,7 @@ class Ingest:
         request: Request | None = None,
         asked: bool = True,
         gate: Gate | None = None,
+        checked: bool = False,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
@@ -88,8 +93,9 @@ class Ingest:
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
         of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
         it is published once. asked: whether plugins check the drafts. gate: of the conversation, where the caller fills it.
-        A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused,
-        ConversationShut, StoreError, Unavailable, AlreadyAppended; then nothing was published.
+        checked: the broker made these drafts itself, or has compared them with their types. A draft for a debug channel
+        that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, ConversationShut,
+        StoreError, Unavailable, AlreadyAppended; then nothing was published.
         """
         if self._phase.draining and not self.still_working():
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
@@ -97,7 +103,7 @@ class Ingest:
         dropped: list[int] = []  # places in `drafts`
         sealed = self._seal
         for draft in drafts:
-            envelope = sealed(conv_id, draft, asked)
+            envelope = sealed(conv_id, draft, asked, checked)
             if envelope is None:
                 dropped.append(len(live) + len(dropped))
                 continue
@@ -150,11 +156,11 @@ class Ingest:
 
     async def publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
         """As `publish`, for the holder of a run's lease."""
-        return await self.publish(conv_id, drafts, fence=fence)
+        return await self.publish(conv_id, drafts, fence=fence, checked=True)
 
     async def publish_unasked(self, conv_id: str, drafts: Sequence[Draft], fence: str | None) -> list[int]:
         """As `publish`, for what no plugin may refuse: the end of a run (I13)."""
-        return await self.publish(conv_id, drafts, fence=fence, asked=False)
+        return await self.publish(conv_id, drafts, fence=fence, asked=False, checked=True)
 
     async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
         self._availability.admit()
@@ -164,8 +170,11 @@ class Ingest:
             await self._gates.passed(conv_id)
         return await self.publish(conv_id, drafts)
 
-    def _seal(self, conv_id: str, draft: Draft, asked: bool) -> Envelope | None:
+    def _seal(self, conv_id: str, draft: Draft, asked: bool, checked: bool) -> Envelope | None:
         if self._checks_drafts and asked:
+            if not checked:  # whose fault it is: what the plugins make of it is compared with its type once more
+                self._catalog.drafts.check(draft)
+                checked = True
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:
@@ -178,4 +187,10 @@ class Ingest:
             if not self._catalog.is_on(channel):
                 return None
         id = draft.id if draft.id is not None else uuid.uuid4().hex
-        return seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        envelope = seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        if not checked and (validate := self._data_checks[envelope.type]) is not None:
+            try:
+                validate(envelope.data)  # decoded: as others will see it, and the fold needs it anyway
+            except ValidationError as exc:
+                raise misfit(envelope.type, exc) from exc
+        return envelope

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from broker.conversations.manager import ConversationManager
 from broker.delivery.subscription import SubscribeRequest
 from broker.envelope import check_conv_id
@@ -72,18 +74,18 @@ class Admission:
         """
         view = self._views.compile(principal, profile, channels, state=state)
         await self._access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
-        denied = await self.denied(principal, conv_id, view)
+        denied = await self.denied(principal, conv_id, view.channels) if view.shows_state else frozenset()
         return self._views.compile(principal, profile, channels, state=state, denied=denied) if denied else view
 
-    async def denied(self, principal: Principal, conv_id: str, view: View) -> frozenset[str]:
-        """Return the channels that `authorize` refuses to a caller, of those that the view leaves out.
+    async def denied(self, principal: Principal, conv_id: str, asked: Collection[str]) -> frozenset[str]:
+        """Return the channels that `authorize` refuses to a caller, of those besides the ones that it was asked about.
 
         The state may hold what was made of their events, although the view does not show these. Asked about all at once,
         and one by one only where that is refused.
         """
-        if not self._access.asks or not view.shows_state:
+        if not self._access.asks:
             return frozenset()
-        others = sorted(name for name in self._views.may_see(principal) if name not in view.channels)
+        others = sorted(name for name in self._views.may_see(principal) if name not in asked)
         if not others or await self._access.may_read(principal, conv_id, others):
             return frozenset()
         refused = [name for name in others if not await self._access.may_read(principal, conv_id, [name])]

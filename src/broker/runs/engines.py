@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -12,12 +13,18 @@ from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 4.0
+
 
 @dataclass(slots=True, eq=False)
 class EngineLease:
-    """An engine as one run holds it. The engine lives at least until the last lease on it is given back."""
+    """An engine as one run holds it. The engine lives at least until the last lease on it is given back.
+
+    plugin: who built it, and answers for it.
+    """
 
     engine: Engine
+    plugin: str
     plan: EnginePlan
     users: int = 0
     retired: bool = False
@@ -43,9 +50,9 @@ class EngineCache:
         """
         lease = self._current.get(plan.conv_id)
         if lease is None or lease.plan.signature != plan.signature:
-            engine = await self._build(plan)
+            plugin, engine = await self._build(plan)
             self.forget(plan.conv_id)
-            lease = self._current[plan.conv_id] = EngineLease(engine, plan)
+            lease = self._current[plan.conv_id] = EngineLease(engine, plugin, plan)
         lease.users += 1
         return lease
 
@@ -67,9 +74,9 @@ class EngineCache:
             self.forget(conv_id)
         await self._closing.wait(5.0)
 
-    async def _build(self, plan: EnginePlan) -> Engine:
+    async def _build(self, plan: EnginePlan) -> tuple[str, Engine]:
         try:
-            engine: Engine | None = await self._plugins.acall_first("build_engine", plan=plan)
+            built: tuple[str, Engine] | None = await self._plugins.acall_first_named("build_engine", plan=plan)
         except EngineError:
             raise
         except Exception as exc:
@@ -77,7 +84,7 @@ class EngineCache:
             if isinstance(exc.__cause__, EngineError):
                 raise exc.__cause__ from None
             raise EngineError(f"engine {plan.engine!r} could not be built: {exc}", kind="config") from exc
-        if engine is None:
+        if built is None:
             raise EngineError(
                 f"no loaded plugin builds engine {plan.engine!r}, which engine profile {plan.engine_profile!r} asks for: "
                 "load the plugin that does, or ask for another profile (`broker plugins list` shows what is loaded)",
@@ -85,7 +92,7 @@ class EngineCache:
                 engine=plan.engine,
             )
         self.built += 1
-        return engine
+        return built
 
     def _close_if_unused(self, lease: EngineLease) -> None:
         if lease.retired and lease.users == 0:
@@ -93,7 +100,8 @@ class EngineCache:
 
     async def _close(self, lease: EngineLease) -> None:
         try:
-            await lease.engine.aclose()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._plugins.driver(lease.plugin, "build_engine")(lease.engine.aclose())
         except Exception as exc:
-            self._plugins.report(lease.plan.engine, "build_engine", exc)
+            self._plugins.report(lease.plugin, "build_engine", exc)
             log.warning("engine %s of %s did not close: %s", lease.plan.engine, lease.plan.conv_id, exc)

@@ -26,6 +26,10 @@ Head = Callable[[str], Awaitable[int]]
 """`(conv_id) -> seq`: the conversation's newest."""
 
 
+Drive = Callable[[Awaitable[Any]], Awaitable[Any]]
+"""Awaits something of a plugin: measured, named where it blocks, and ended for certain where it is cancelled."""
+
+
 class Plugins(Protocol):
     """The part of the plugin host that runs call."""
 
@@ -33,7 +37,11 @@ class Plugins(Protocol):
 
     async def acall_first(self, hook: str, /, **kwargs: Any) -> Any: ...
 
+    async def acall_first_named(self, hook: str, /, **kwargs: Any) -> tuple[str, Any] | None: ...
+
     async def acall_all(self, hook: str, /, **kwargs: Any) -> Any: ...
+
+    def driver(self, plugin: str, hook: str, *, grace_s: float | None = None) -> Drive: ...
 
     def report(self, plugin: str, hook: str, error: BaseException) -> None: ...
 

@@ -6,6 +6,7 @@ Whoever calls has authorised the caller already: nothing in here asks who may do
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,6 +33,8 @@ from broker.runs.turns import TurnStore
 from broker.security import Principal
 from broker.settings import Settings
 from broker.tasks import Tasks
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ActionResult", "RunService", "SendResult"]
 
@@ -301,8 +304,8 @@ class RunService:
     async def _run_ended(self, run: Run) -> None:
         try:
             await self._plugins.acall_all("on_run_finished", run=run)
-        except Exception as exc:
-            self._plugins.report("broker", "on_run_finished", exc)
+        except Exception:  # the host itself: what plugins raise stays in it
+            log.exception("on_run_finished hooks could not be called for run %s", run.run_id)
 
     async def _drained(self, timeout_s: float) -> None:
         """Wait until all is done about the runs at work here. What waits behind one goes to other nodes when it ends."""

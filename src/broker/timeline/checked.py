@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import orjson
 
+from broker.copies import own
 from broker.envelope import Envelope
 from broker.errors import PluginError, quoted
 from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
-from broker.timeline.handlers import TimelineHandler
+from broker.timeline.handlers import TimelineHandler, own_entity
 from broker.timeline.text import Text
 
 _PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -23,11 +24,14 @@ _MAX_TIME_MS = 2**63 - 1
 
 
 def checked(handler: TimelineHandler) -> TimelineHandler:
-    """Return a handler whose `keys` and `fold` raise PluginError instead of returning what cannot be looked up or written."""
+    """Return a handler whose `keys` and `fold` raise PluginError instead of returning what cannot be looked up or written.
+
+    They are given copies, and what they return is copied: what they change in place, now or later, is changed for them only.
+    """
     fold, keys, type = handler.fold, handler.keys, handler.event_type
 
     def checked_keys(envelope: Envelope) -> tuple[str, ...]:
-        named = keys(envelope)
+        named = keys(envelope.own())
         if isinstance(named, str) or not isinstance(named, Iterable):
             raise PluginError(f"keys of {type} returned {quoted(named)}: a tuple of entity ids is required")
         ids = tuple(named)
@@ -39,7 +43,7 @@ def checked(handler: TimelineHandler) -> TimelineHandler:
         return ids
 
     def checked_fold(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
-        changed = list(fold(entities, envelope))
+        changed = list(fold(own(entities), envelope.own()))
         named = checked_keys(envelope) if changed else ()
         for entity in changed:
             if not isinstance(entity, Entity):
@@ -48,7 +52,7 @@ def checked(handler: TimelineHandler) -> TimelineHandler:
                 raise PluginError(f"fold of {type} returned the entity {quoted(entity.id)}, which its keys do not name")
         return [_as_stored(entity, type) for entity in changed]
 
-    return replace(handler, fold=checked_fold, keys=checked_keys)
+    return replace(handler, fold=checked_fold, keys=keys if keys is own_entity else checked_keys)
 
 
 def _as_stored(entity: Entity, type: str) -> Entity:

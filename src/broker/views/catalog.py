@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile
+from broker.envelope import SEM, Draft, check_channel_name, check_event_type
+from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -16,6 +16,7 @@ from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.checked import checked
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import DEBUG_CHANNELS
+from broker.views.draft_checks import DraftChecks
 
 T = TypeVar("T")
 BUILTIN = "built-in"
@@ -50,6 +51,9 @@ class Catalog:
             name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
         )
         """Event channels whose envelopes are folded into the timeline."""
+        self.drafts = DraftChecks(self.event_types)
+        plugins.check_further("classify", self._classified)
+        plugins.check_further("check_draft", self._changed_draft)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -60,7 +64,10 @@ class Catalog:
         collected = [(BUILTIN, list(builtin)), *self._plugins.call_collect(hook)]
         for plugin, items in collected:
             for item in items:
-                name = name_of(item)
+                try:
+                    name = name_of(item)
+                except BrokerError as exc:
+                    raise PluginError(f"plugin {plugin!r}, hook {hook}: {exc}", plugin=plugin, hook=hook) from exc
                 if name in target:
                     raise PluginError(
                         f"plugin {plugin!r}, hook {hook}: {name!r} is already registered by {owners[name]!r}; "
@@ -119,7 +126,7 @@ class Catalog:
     def channel_of(self, event_type: str) -> str:
         """Return the channel of an event type: its declaration, else the first `classify` answer, else `sem`.
 
-        Asked once per type, then remembered until `forget`. Raises UnknownChannel when a plugin names one that does not exist.
+        Asked once per type, then remembered until `forget`. Raises PluginError when a plugin names one that does not exist.
         """
         found = self._channel_by_type.get(event_type)
         if found is None:
@@ -130,6 +137,19 @@ class Catalog:
                 self._channel_by_type.clear()
             self._channel_by_type[event_type] = found
         return found
+
+    def _classified(self, name: str) -> str:
+        """Check an answer of `classify`. Raises UnknownChannel, InvalidInput for a channel that nobody can publish to."""
+        if self.channel(name).kind == "state":
+            raise InvalidInput(f"channel {name!r} is derived state: nobody can publish to it", channel=name)
+        return name
+
+    def _changed_draft(self, draft: Draft) -> Draft:
+        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what nobody could publish."""
+        self.drafts.check(draft)
+        if draft.channel is not None:
+            self._classified(draft.channel)
+        return draft
 
     def is_on(self, channel: Channel) -> bool:
         """Say whether envelopes of this channel are published at present."""

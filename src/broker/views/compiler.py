@@ -6,6 +6,7 @@ import hashlib
 
 import orjson
 
+from broker.envelope import TIMELINE
 from broker.errors import InvalidInput, PermissionDenied, quoted
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -131,28 +132,27 @@ class ViewCompiler:
     def _build(self, profile: Profile, events: frozenset[str], state: bool, readable: frozenset[str] | None) -> View:
         filters = self._plugins.call_collect("build_filter", profile=profile)
         transforms = self._plugins.call_collect("build_transform", profile=profile)
-        digest = hashlib.sha256(
-            orjson.dumps(
-                [
-                    profile.name,
-                    profile.event_types,
-                    profile.slow,
-                    profile.options,
-                    sorted(events),
-                    [state, profile.kinds, sorted(readable) if readable is not None else None] if state else False,
-                    [self._plugins.identity(name) for name, _ in filters],
-                    [self._plugins.identity(name) for name, _ in transforms],
-                ]
-            )
-        ).hexdigest()[:16]
+        plugins = [[self._plugins.identity(name) for name, _ in made] for made in (filters, transforms)]
+        look: list[object] = [profile.event_types, profile.kinds, sorted(readable) if readable is not None else None]
+        if filters or transforms:
+            look += [profile.name, profile.options, plugins]
+        about = [profile.name, profile.slow, profile.options, sorted(events), profile.event_types, *plugins]
+        # What names the view to operators; one that fails in it is taken out of it alone.
+        scope = f"{profile.name} ({', '.join(sorted(events | ({TIMELINE} if state else set())))})"
+        guard = self._plugins.guard
         return View(
-            key=digest,
+            key=_digest([*about, look if state else None]),
             profile=profile,
             channels=events,
             shows_state=state,
             slow=profile.slow,
-            filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
-            transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),
+            filters=tuple(guard(name, "build_filter", fn, scope=scope) for name, fn in filters),
+            transforms=tuple(guard(name, "build_transform", fn, scope=scope) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
             readable=readable,
+            state_look=_digest(look),
         )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(orjson.dumps(value)).hexdigest()[:16]

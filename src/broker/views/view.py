@@ -31,6 +31,7 @@ class View:
     callers may see, in this view or another, None: all that anything is folded from. What was made of other channels is not
     shown (I14), while a view that leaves a channel out by choice has the state all the same. plain: whether the channel
     alone decides what it shows, and everything is shown as it is. state_is_plain: whether it shows every entity as it is.
+    state_look: equal where two views show all entities alike, whatever events they show.
     """
 
     key: str
@@ -42,6 +43,7 @@ class View:
     transforms: tuple[Transform, ...]
     merges: dict[str, Merge]
     readable: frozenset[str] | None = None
+    state_look: str = ""
     _types: dict[str, bool] = field(default_factory=dict)
     _sources: dict[Sources, bool] = field(default_factory=dict)
     plain: bool = field(init=False)

@@ -14,6 +14,7 @@ from tests.support.broker_process import broker_command, clean_environment
 from tests.support.core import Core
 
 from broker.cli.verify import Report, verify_store
+from broker.envelope import Draft
 from broker.errors import BrokerError, InvalidInput, NotFound
 from broker.settings import Settings
 from broker.timeline.store import TimelineSave
@@ -28,7 +29,8 @@ async def conversation(core: Core, conv_id: str = "c1") -> None:
         await publisher.publish("llm.delta", {"delta": f"word{n} ", "runId": "r1"}, id="m1")
     await publisher.publish("llm.final", {"text": "the whole text", "runId": "r1"}, id="m1")
     await publisher.publish("llm.delta", {"delta": "late", "runId": "r1"}, id="m1")
-    await publisher.publish("llm.delta", {"delta": 5}, id="m2")
+    # One that no producer can publish any more: it went into the log with an older version.
+    await core.parts.ingest.publish(conv_id, [Draft("llm.delta", {"delta": 5}, "m2")], checked=True)
     await publisher.publish("tool.start", {"id": "t1", "name": "calculator", "input": {"a": 1}}, id="t1")
     await publisher.publish("llm.delta", {"delta": "still grow"}, id="m3")
     await publisher.publish("llm.delta", {"delta": "ing"}, id="m3")

@@ -419,8 +419,8 @@ async def test_an_entity_that_leaves_memory_while_another_is_looked_up_is_looked
 
 async def test_what_is_published_to_a_debug_channel_is_not_in_the_timeline(core: Core) -> None:
     """Who may not see debug channels must not find their content as state (I14)."""
-    await core.broker.publish("c1", [Draft("log", {"message": "secret"}, "l1", "debug.trace")])
-    await core.broker.publish("c1", [Draft("log", {"message": "public"}, "l2")])
+    await core.broker.publish("c1", [Draft("log", {"message": "secret", "level": "info"}, "l1", "debug.trace")])
+    await core.broker.publish("c1", [Draft("log", {"message": "public", "level": "info"}, "l2")])
     page = await core.broker.doors.reading.timeline_page(CALLER, "c1")
     assert [entity.id for entity in page.entities] == ["l2"]
 
@@ -779,7 +779,7 @@ async def test_a_ping_that_cannot_be_answered_moves_nothing(db: str) -> None:
         publisher = core.broker.publisher("c1")
         for n in range(12):
             type = "log" if n % 2 else "llm.delta"  # each page ends with an event that the client does not see
-            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden"}, id=f"m{n}")
+            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden", "level": "info"}, id=f"m{n}")
         peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
         peer.stall()
         read = core.parts.log.read

@@ -176,6 +176,8 @@ async def test_every_builtin_entity_survives_a_fork(db: str) -> None:
         source, copy = await contents(core, "source"), await contents(core, "copy")
         assert copy == source
         await assert_fold_law(core, "copy")
+        await core.parts.library.import_(CALLER, await exported(core, "source"), new_id="again")
+        assert await contents(core, "again") == source
 
 
 async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None:
@@ -567,7 +569,9 @@ async def test_an_erased_conversation_leaves_no_byte_in_any_file(tmp_path: Path)
         await parts_of(broker).library.change(CALLER, erased, {"title": f"Title {MARK}", "metadata": {MARK: [MARK]}})
         answer = [e for e in await parts_of(broker).timeline.entities(erased) if e.kind == "message"][-1]
         await parts_of(broker).library.fork(CALLER, erased, answer.id, new_id="fork")
-        await broker.publish(erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")])
+        await parts_of(broker).ingest.publish(
+            erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")], checked=True
+        )
         await broker.publish(erased, [Draft("llm.delta", {"delta": MARK}, "growing")])
         plugin.engine._answer = lambda request: [*text(MARK)[:1], gate]
         await parts_of(broker).runs.send(CALLER, erased, f"running {MARK}")

@@ -141,7 +141,7 @@ def test_classify_is_asked_once_per_type_and_not_for_declared_ones() -> None:
 
 
 def test_classifying_into_a_channel_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(UnknownChannel, match="'nowhere'"):
+    with pytest.raises(PluginError, match="plugin 'declaring', hook classify: .*'nowhere'"):
         catalog(Declaring(classify={"a.b": "nowhere"})).channel_of("a.b")
 
 

@@ -18,7 +18,7 @@ from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.security import Principal
 
-PIN = "4711"
+PIN = "swordfish"
 SECRET_EVENTS: list[tuple[str, dict[str, Any], str]] = [
     ("user.message", {"text": f"{PIN} is my number"}, "u-secret"),
     ("llm.final", {"text": f"so {PIN} it is"}, "a-secret"),
