@@ -49,6 +49,7 @@ OVER_HTTP = "its routes are asked over HTTP"
 ELSEWHERE: dict[str, By] = {
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
+    "broker/copies.py": By("broker/plugins/test_own_copies.py", "what plugins change, nobody else sees", "hookimpl"),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
     "broker/exact_json.py": By("broker/runs/test_foreign.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
@@ -136,6 +137,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/runs/limits.py": By("broker/runs/test_runner.py", "records; each limit is met there"),
     "broker/runs/memory.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
     "broker/runs/memory_turns.py": By("broker/runs/test_store.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE),
+    "broker/runs/places.py": By("broker/runs/test_tool_runner.py", "calls that never end", "ToolRunner"),
     "broker/runs/ports.py": By(RUNS, "protocols, which the bench fits"),
     "broker/runs/queue.py": By(RUNS, "one run at a time, in order", "queue"),
     "broker/runs/redis.py": By(f"broker/runs/test_store.py {LEASES}", EACH_RUN_STORE),
@@ -167,6 +169,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/plugins/settings.py": By(PLUGINS, "from the environment", "BROKER_PLUGIN_"),
     # -- views
     "broker/views/compiler.py": By("broker/views/test_views.py", "views of profiles and channels"),
+    "broker/views/draft_checks.py": By(
+        "broker/conversations/test_typed_publish.py", "checked for every producer alike", "publish"
+    ),
     "broker/views/frames.py": By("broker/views/test_views.py", "frames as they go out"),
     "broker/views/upsert.py": By("broker/views/test_views.py", "what a view shows of entities"),
     "broker/views/view.py": By("broker/views/test_views.py", "what a view shows"),
@@ -219,6 +224,7 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/delivery/subscriptions.py": By(f"{DELIVERY} {RACES}", "opened, parked, ended", "subscribe("),
     "broker/delivery/view_change.py": By(DELIVERY, "another profile in place", "change_view"),
+    "broker/delivery/viewed.py": By("broker/delivery/test_view_changes.py", "what former views have shown"),
     # -- nodes
     "broker/nodes/base.py": By(NODES, "the seam, over one process and many"),
     "broker/nodes/redis.py": By(NODES, "heartbeats, questions, switches"),
@@ -239,6 +245,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/api/publishing.py": By(f"broker/api/test_messages_api.py {API}", "checked, and once per key", "publish("),
     "broker/api/reading.py": By(
         "broker/api/test_messages_api.py", "pages of the timeline; who may read", "timeline_page("
+    ),
+    "broker/api/run_state.py": By(
+        "transports/http/test_what_authorize_refuses.py", "as each caller may see it", "state"
     ),
     # -- library
     "broker/library/checks.py": By(LIBRARY, "titles and metadata that are refused", "title"),
@@ -281,6 +290,7 @@ ELSEWHERE: dict[str, By] = {
     ),
     "transports/fast_connection.py": By("transports/test_uvicorn_ws.py", "on real sockets"),
     "transports/framing.py": By("transports/test_deflate.py transports/test_asgi_delivery.py", "each kind of wire"),
+    "transports/hard_end.py": By("e2e/test_stubborn_plugins.py", "a server whose plugins do not end", "start_broker"),
     "transports/on_demand.py": By("e2e/test_mounting.py", "a server that sends no lifespan events"),
     "transports/places.py": By(
         "transports/test_plugin_connections.py transports/test_websocket.py", "as many as may come", "max_connections"
