@@ -51,7 +51,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
     "broker/copies.py": By("broker/plugins/test_own_copies.py", "what plugins change, nobody else sees", "hookimpl"),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
-    "broker/exact_json.py": By("broker/runs/test_foreign.py", "numbers that a model says"),
+    "broker/exact_json.py": By("broker/runs/test_foreign.py broker/runs/test_ends.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
     "broker/phase.py": By(
         "broker/test_broker.py broker/assembly/test_readiness.py", "what each phase answers", "readiness"
@@ -144,14 +144,14 @@ ELSEWHERE: dict[str, By] = {
     "broker/runs/redis_keys.py": By(LEASES, "idempotency keys over all conversations"),
     "broker/runs/redis_leases.py": By(LEASES, "who works where, and what it tells the others", "RedisRunStore"),
     "broker/runs/redis_scripts.py": By(LEASES, "each is run by the store", "RedisRunStore"),
-    "broker/runs/redis_turns.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
+    "broker/runs/redis_turns.py": By("broker/runs/test_store.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE),
     "broker/runs/run_publisher.py": By("broker/runs/test_runner.py", "nothing after the end"),
     "broker/runs/runtime.py": By(
         "broker/runs/test_recovery.py", "ends that are written although a store fails", "Bench"
     ),
     "broker/runs/snapshot.py": By(RUNS, "the state that clients get, and its tag", "state_etag"),
     "broker/runs/sqlite.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
-    "broker/runs/sqlite_turns.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
+    "broker/runs/sqlite_turns.py": By("broker/runs/test_store.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE),
     "broker/runs/state.py": By("broker/runs/test_store.py", "every transition there is, over each store"),
     "broker/runs/tool_round.py": By(RUNS, "calls that wait for a person", "requires_approval"),
     "broker/runs/tools.py": By("broker/runs/test_tool_runner.py", "tools, whatever they do"),
@@ -172,7 +172,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/views/draft_checks.py": By(
         "broker/conversations/test_typed_publish.py", "checked for every producer alike", "publish"
     ),
-    "broker/views/frames.py": By("broker/views/test_views.py", "frames as they go out"),
+    "broker/views/frames.py": By(f"broker/views/test_views.py {DELIVERY}", "frames as they go out", "connect("),
     "broker/views/upsert.py": By("broker/views/test_views.py", "what a view shows of entities"),
     "broker/views/view.py": By("broker/views/test_views.py", "what a view shows"),
     # -- conversations
