@@ -47,9 +47,35 @@ EACH_RUN_STORE = "one contract for every store of runs and turns"
 OVER_HTTP = "its routes are asked over HTTP"
 
 ELSEWHERE: dict[str, By] = {
+    # -- what is tested together with the rooms around it
+    "broker/api/run_state.py": By(
+        "transports/http/test_what_authorize_refuses.py", "states as callers see them", "/state"
+    ),
+    "broker/conversations/gates.py": By("broker/library/test_filling.py", "ids that are being filled", "gates.shut"),
+    "broker/delivery/viewed.py": By("broker/delivery/test_view_changes.py", "replays after changes of view", "change("),
+    "broker/eventlog/redis_gates.py": By("broker/library/test_filling.py", "the same on two nodes", "redis"),
+    "broker/library/pauses.py": By("broker/library/test_turns_of_the_loop.py", "turns between the steps", "watch("),
+    "broker/runs/memory_turns.py": By(
+        "broker/runs/test_turn_recorder.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE
+    ),
+    "broker/runs/places.py": By("broker/runs/test_tool_runner.py", "plain tools that hang", "ToolRunner("),
+    "broker/views/draft_checks.py": By("broker/conversations/test_typed_publish.py", "data and types", "publish("),
+    "transports/closing.py": By("e2e/test_delivery_ways.py", "close codes over plain ASGI", "hypercorn"),
+    "transports/hard_end.py": By("e2e/test_stubborn_plugins.py", "servers whose plugins do not end", "start_broker"),
+    "transports/on_demand.py": By("e2e/test_mounting.py", "servers without lifespan events", "lifespan"),
+    "transports/places.py": By(
+        "broker/delivery/test_core_races.py transports/test_websocket.py", "the limit", "max_connections"
+    ),
+    "transports/uvicorn_plain_ws.py": By(
+        "e2e/test_delivery_ways.py e2e/test_slow_readers.py", "slow is not dead", "plain"
+    ),
+    "transports/write_timeout.py": By("e2e/test_slow_readers.py", "answers that nobody reads", "write_timeout"),
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
     "broker/clock.py": By("broker/test_sequence.py", "both clocks, as the numbers are made of them"),
+    "broker/copies.py": By(
+        "broker/plugins/test_own_copies.py", "what plugins change in place stays theirs", "vandalise("
+    ),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
     "broker/exact_json.py": By("broker/runs/test_foreign.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
