@@ -49,7 +49,9 @@ OVER_HTTP = "its routes are asked over HTTP"
 ELSEWHERE: dict[str, By] = {
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
-    "broker/copies.py": By("broker/plugins/test_own_copies.py", "what plugins change, nobody else sees", "hookimpl"),
+    "broker/copies.py": By(
+        "broker/plugins/test_own_copies.py", "what plugins change in place stays theirs", "vandalise("
+    ),
     "broker/errors.py": By("transports/http/test_problems.py", "every class, with its status and text"),
     "broker/exact_json.py": By("broker/runs/test_foreign.py broker/runs/test_ends.py", "numbers that a model says"),
     "broker/interfaces.py": By("broker/plugins/test_what_plugins_hold.py", "all that hooks are given", "hookspecs"),
@@ -137,7 +139,7 @@ ELSEWHERE: dict[str, By] = {
     "broker/runs/limits.py": By("broker/runs/test_runner.py", "records; each limit is met there"),
     "broker/runs/memory.py": By("broker/runs/test_store.py", EACH_RUN_STORE),
     "broker/runs/memory_turns.py": By("broker/runs/test_store.py broker/runs/test_turn_pieces.py", EACH_RUN_STORE),
-    "broker/runs/places.py": By("broker/runs/test_tool_runner.py", "calls that never end", "ToolRunner"),
+    "broker/runs/places.py": By("broker/runs/test_tool_runner.py", "plain tools that hang", "ToolRunner("),
     "broker/runs/ports.py": By(RUNS, "protocols, which the bench fits"),
     "broker/runs/queue.py": By(RUNS, "one run at a time, in order", "queue"),
     "broker/runs/redis.py": By(f"broker/runs/test_store.py {LEASES}", EACH_RUN_STORE),
@@ -224,7 +226,7 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/delivery/subscriptions.py": By(f"{DELIVERY} {RACES}", "opened, parked, ended", "subscribe("),
     "broker/delivery/view_change.py": By(DELIVERY, "another profile in place", "change_view"),
-    "broker/delivery/viewed.py": By("broker/delivery/test_view_changes.py", "what former views have shown"),
+    "broker/delivery/viewed.py": By("broker/delivery/test_view_changes.py", "replays after changes of view"),
     # -- nodes
     "broker/nodes/base.py": By(NODES, "the seam, over one process and many"),
     "broker/nodes/redis.py": By(NODES, "heartbeats, questions, switches"),
@@ -247,7 +249,7 @@ ELSEWHERE: dict[str, By] = {
         "broker/api/test_messages_api.py", "pages of the timeline; who may read", "timeline_page("
     ),
     "broker/api/run_state.py": By(
-        "transports/http/test_what_authorize_refuses.py", "as each caller may see it", "state"
+        "transports/http/test_what_authorize_refuses.py", "as each caller may see it", "/state"
     ),
     # -- library
     "broker/library/checks.py": By(LIBRARY, "titles and metadata that are refused", "title"),

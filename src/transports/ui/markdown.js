@@ -1,6 +1,7 @@
 // A small Markdown for text that is still arriving. Every character is read once: what is finished stays as it is in the
 // DOM, only the end of the last block is drawn again.
 
+import { CodeBlock, MAX_FENCE_CHARS } from "./code.js";
 import { direct } from "./direction.js";
 import { h } from "./dom.js";
 import { inlineNodes } from "./inline.js";
@@ -10,7 +11,7 @@ import { beginsRow, isRow, makesTable, MAX_ROW_CHARS, maybeDelimiter, TableBlock
 const TAIL_CHARS = 1000;
 // A line beginning that could still become several things is held back, but not for ever. What is decided by a whole line
 // (a fence, a rule) is longer than this in no case, so that it does not matter in which pieces the line arrives.
-const HELD_CHARS = 80;
+const HELD_CHARS = MAX_FENCE_CHARS;
 
 // Of a trimmed line that is not complete.
 const UNDECIDED = /^(?:#{1,6}|[-*+_\s]*|\d{1,9}[.)]?|`{1,2}|~{1,2}|[`~]{3}.*|>)$/;
@@ -369,52 +370,4 @@ function upToCut(text) {
   if (blank > text.length / 2) return text.slice(0, blank + 1);
   const code = text.charCodeAt(text.length - 1);
   return code >= 0xd800 && code <= 0xdbff ? text.slice(0, -1) : text;
-}
-
-/** A fenced block. Text is only ever added, in one node per drawing: joining them would copy the whole block each time. */
-class CodeBlock {
-  #code;
-  #new = "";
-  #indent;
-  #mark;
-
-  constructor(parent, [, indent, mark, info]) {
-    this.#indent = indent.length;
-    this.#mark = mark;
-    this.#code = h("code", { dir: "ltr" });
-    const copy = h("button", { type: "button", class: "quiet copy", text: "Copy", on: { click: () => this.#copy(copy) } });
-    const bar = h("div", { class: "code-bar" }, h("span", { text: info.trim() || "text" }), navigator.clipboard ? copy : null);
-    parent.append(h("div", { class: "code-block" }, bar, h("pre", { tabindex: "0" }, this.#code)));
-  }
-
-  closedBy(line) {
-    if (line.length > HELD_CHARS || line.length - line.trimStart().length > this.#indent + 3) return false;
-    const text = line.trim();
-    return text.length >= this.#mark.length && text === this.#mark[0].repeat(text.length);
-  }
-
-  unindented(line) {
-    let drop = 0;
-    while (drop < this.#indent && line[drop] === " ") drop += 1;
-    return line.slice(drop);
-  }
-
-  write(text) {
-    this.#new += text;
-  }
-
-  flush() {
-    if (this.#new !== "") this.#code.append(this.#new);
-    this.#new = "";
-  }
-
-  async #copy(button) {
-    try {
-      await navigator.clipboard.writeText(this.#code.textContent);
-      button.textContent = "Copied";
-    } catch {
-      button.textContent = "Not allowed";
-    }
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  }
 }

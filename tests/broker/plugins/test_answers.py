@@ -216,7 +216,9 @@ WRONG_FIELDS: list[tuple[str, Callable[[], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("hook", "answer", "told"), WRONG_FIELDS, ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize(
+    ("hook", "answer", "told"), WRONG_FIELDS, ids=lambda part: "answer" if callable(part) else str(part)[:30]
+)
 async def test_the_fields_of_an_answer_are_checked_too(hook: str, answer: Callable[[], Any], told: str) -> None:
     """The right class with the wrong content is no better: permissions given as a text contain 'debug' in 'nodebug'."""
     host = host_with(plugin_with(hook, answer))
