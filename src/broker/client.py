@@ -79,6 +79,11 @@ class Cursor:
             self.last = int(data["from"]) if "from" in data else None
             self.versions.clear()
             self.incomplete = True
+        elif kind == "ws.profile" and "from" in data:
+            self.last = int(data["from"])
+            if data.get("stateAnew"):
+                self.versions.clear()
+                self.incomplete = True
         elif kind == "ws.caught_up":
             self.incomplete = False
         elif kind == "ws.through" and "seq" in data:

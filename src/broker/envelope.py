@@ -90,7 +90,7 @@ class Draft:
 class Envelope:
     """One event of a conversation. `seq` is 0 until the event log has given it its place; then nothing changes any more.
 
-    Treat as immutable. A transform returns a changed copy (`with_data`).
+    Treat as immutable. A transform returns a changed copy (`with_data`). Plugins are handed one of their own (`own`).
     """
 
     __slots__ = ("_data", "channel", "conv_id", "data_json", "dedupe_key", "id", "seq", "stream_id", "time_ms", "type")
@@ -120,7 +120,7 @@ class Envelope:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The decoded `data`, shared by all readers: do not change it."""
+        """The decoded `data`, shared by all who hold this envelope: do not change it."""
         if self._data is None:
             self._data = orjson.loads(self.data_json)
         return self._data
@@ -131,11 +131,32 @@ class Envelope:
         return len(self.data_json) + len(self.type) + len(self.id) + len(self.channel)
 
     def with_data(self, data: Mapping[str, Any]) -> Envelope:
-        """Return a copy with other `data` and everything else, `seq` above all, the same."""
-        copy = Envelope(
-            self.conv_id, self.type, self.id, self.channel, encode_json(data), self.time_ms, self.seq, self.stream_id
-        )
+        """Return a copy with other `data` and everything else, `seq` above all, the same. Raises InvalidDraft."""
+        if not isinstance(data, Mapping):
+            raise InvalidDraft(f"data of {self.type} is {quoted(data)}: an object is required")
+        return self._with_json(encode_json(data))
+
+    def own(self) -> Envelope:
+        """Return a copy for somebody who may change it: nobody else sees what becomes of it or of its `data`."""
+        copy = self._with_json(self.data_json)
+        copy.dedupe_key = self.dedupe_key
         return copy
+
+    def settled(self) -> Envelope:
+        """Return the envelope whose JSON says what `data` says: another one, where `data` was changed in place.
+
+        Raises InvalidDraft for what cannot be written as JSON.
+        """
+        if self._data is None or (written := encode_json(self._data)) == self.data_json:
+            return self
+        if written == encode_json(orjson.loads(self.data_json)):  # the same, in other words
+            return self
+        return self.with_data(self._data)
+
+    def _with_json(self, data_json: bytes) -> Envelope:
+        return Envelope(
+            self.conv_id, self.type, self.id, self.channel, data_json, self.time_ms, self.seq, self.stream_id
+        )
 
     def __repr__(self) -> str:
         return f"<Envelope {self.conv_id} {self.type} {self.id} seq={self.seq} {len(self.data_json)} B>"

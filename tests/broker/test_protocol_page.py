@@ -45,7 +45,7 @@ def sent_by_the_code() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("control_message", "control_frame"):
                 name = node.args[0]
-                if isinstance(name, ast.Constant):
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
                     names.add(name.value)
                 else:  # control_message hands its own argument on
                     assert path.name == "frames.py", f"{path}:{node.lineno} makes a control frame of a computed name"
@@ -59,7 +59,7 @@ def published_by_the_code() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Draft" and node.args:
                 name = node.args[0]
-                if isinstance(name, ast.Constant):
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
                     names.add(name.value)
     return names
 

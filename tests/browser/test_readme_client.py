@@ -10,9 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page
-from tests.browser.conftest import RunningBroker, Windows
+from tests.browser.conftest import RunningBroker, Windows, forgive_network_errors
 from tests.browser.cut_proxy import CutProxy
-from tests.browser.test_connection import forgive_network_errors
 
 pytestmark = pytest.mark.needs_browser
 

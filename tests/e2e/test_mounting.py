@@ -17,10 +17,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.types import Message
+from tests.support.asgi import scope_of
 from tests.support.live_server import LiveServer
 from websockets.sync.client import connect
 
-from broker.settings import Settings
+from broker.errors import PluginError
+from broker.settings import Settings, of_commands
 from transports.app import create_api, create_app, create_broker, create_ui, lifespan_of
 from transports.on_demand import StartedOnDemand
 
@@ -49,6 +51,27 @@ async def test_everything_at_the_root(settings: Settings) -> None:
         assert (await client.get("/readyz")).json() == {"status": "ready"}
         assert (await client.get("/")).headers["content-type"] == "text/html; charset=utf-8"
         assert (await client.get("/api/nothing")).json()["type"].endswith(":no-such-path")
+
+
+async def test_an_apps_own_package_called_plugins_is_none_of_the_brokers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither imported nor found wanting; a folder that the settings name is read, as before."""
+    for name, code in (
+        ("__init__", ""),
+        ("billing", "raise RuntimeError('imported by a stranger')"),
+        ("models", "X = 1"),
+    ):
+        (tmp_path / "plugins").mkdir(exist_ok=True)
+        (tmp_path / "plugins" / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    async with client_of(create_app(Settings(db=":memory:"))) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+    create_broker(Settings(db=":memory:"))
+    create_broker(Settings(db=":memory:", plugins_dir=""))
+    for named in (Settings(db=":memory:", plugins_dir="plugins"), of_commands(Settings(db=":memory:"))):
+        with pytest.raises(PluginError, match="imported by a stranger"):
+            create_broker(named)
 
 
 @pytest.mark.parametrize("prefix", ["/assistant", "/a/b"])
@@ -109,14 +132,7 @@ async def test_a_socket_works_below_a_prefix(settings: Settings) -> None:
     async with client_of(app), asyncio.timeout(10):
         inbox: asyncio.Queue[Message] = asyncio.Queue()
         outbox: asyncio.Queue[Message] = asyncio.Queue()
-        scope = {
-            "type": "websocket",
-            "path": "/assistant/ws",
-            "root_path": "",
-            "query_string": b"conv_id=c1",
-            "headers": [(b"host", b"127.0.0.1:8000")],
-            "subprotocols": [],
-        }
+        scope = scope_of("websocket", "/assistant/ws", "conv_id=c1")
         serving = asyncio.create_task(app(scope, inbox.get, outbox.put))
         inbox.put_nowait({"type": "websocket.connect"})
         assert (await outbox.get())["type"] == "websocket.accept"
@@ -220,7 +236,7 @@ def example_parts() -> dict[str, str]:
     return {name: re.sub(r"  # noqa.*", "", code).strip() for name, code in found}
 
 
-@pytest.mark.parametrize("part", ["whole", "parts"])
+@pytest.mark.parametrize("part", ["whole", "parts", "daphne"])
 def test_the_page_shows_the_code_that_is_tested(part: str) -> None:
     assert f"```python\n{example_parts()[part]}\n```" in PAGE.read_text()
 
@@ -241,6 +257,14 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setenv("BROKER_DB", ":memory:")
     spec.loader.exec_module(module)
     return module
+
+
+async def test_the_example_for_a_server_without_lifespan_events_serves(example: Any) -> None:
+    transport = httpx.ASGITransport(example.application)  # sends none
+    async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
+        assert (await client.get("/orders/8")).json() == {"number": 8}
+        assert (await client.get("/assistant/readyz")).json() == {"status": "ready"}
+    await example.chat.state.broker.stop(drain_s=0)
 
 
 async def test_the_example_serves_its_own_routes_and_ours(example: Any) -> None:

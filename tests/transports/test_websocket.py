@@ -11,6 +11,7 @@ from urllib.parse import quote
 import orjson
 import pytest
 from starlette.datastructures import QueryParams
+from tests.support.asgi import scope_of
 from tests.support.core import until
 from tests.support.wire import Client
 
@@ -52,21 +53,9 @@ class Peer:
 
     def __init__(self, app: Any, query: str, *, denial: bool = True, **headers: str) -> None:
         protocols = headers.pop("sec_websocket_protocol", "")
-        self.scope: dict[str, Any] = {
-            "type": "websocket",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "scheme": "ws",
-            "path": "/ws",
-            "raw_path": b"/ws",
-            "root_path": "",
-            "query_string": query.encode(),
-            "headers": [(b"host", b"127.0.0.1"), *((name.encode(), value.encode()) for name, value in headers.items())],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 2),
-            "subprotocols": [entry.strip() for entry in protocols.split(",") if entry.strip()],
-            "extensions": {"websocket.http.response": {}} if denial else {},
-        }
+        self.scope = scope_of("websocket", "/ws", query, headers.items())
+        self.scope["subprotocols"] = [entry.strip() for entry in protocols.split(",") if entry.strip()]
+        self.scope["extensions"] = {"websocket.http.response": {}} if denial else {}
         if protocols:
             self.scope["headers"].append((b"sec-websocket-protocol", protocols.encode()))
         self.sent: list[dict[str, Any]] = []
@@ -127,7 +116,7 @@ class Served:
     async def nothing_left(self) -> None:
         await until(lambda: not len(self.pool) and not len(parts_of(self.broker).registry))
         for conversation in parts_of(self.broker).conversations.all():
-            await until(lambda conversation=conversation: not conversation.in_use)
+            await until(lambda conversation: not conversation.in_use, conversation)
             assert (conversation.subscriptions, conversation.audiences) == (0, {})
 
 

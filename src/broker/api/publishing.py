@@ -6,18 +6,14 @@ import hashlib
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Protocol
 
-from pydantic import ValidationError
-
 from broker.envelope import Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft
+from broker.errors import IdempotencyMismatch, IdempotencyPending, PermissionDenied
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
 from broker.eventlog.requests import AlreadyAppended, Request, answer_of
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.views.catalog import Catalog
-
-RESERVED_PREFIXES = ("ws.", "timeline.")
 
 _HASH_CHARS = 40
 
@@ -31,7 +27,10 @@ class PublishDrafts(Protocol):
 
 
 class Publishing:
-    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission."""
+    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission.
+
+    publish: takes drafts that were checked here.
+    """
 
     def __init__(
         self, access: Access, availability: Availability, catalog: Catalog, log: EventLog, publish: PublishDrafts
@@ -49,16 +48,22 @@ class Publishing:
     ) -> tuple[list[int], str]:
         """Publish drafts of a caller, checked against their declared types; return (seqs, epoch).
 
-        A repeated `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
+        Who publishes into a conversation that does not exist yet has to be one who may create it. A repeated
+        `idempotency_key` returns the first answer for as long as the envelopes are retained. Raises
         InvalidDraft, IdempotencyMismatch, IdempotencyPending, PermissionDenied and what `publish` raises.
         """
-        await self._access.authorize(principal, "publish", check_conv_id(conv_id))
+        channels = sorted({draft.channel or self._catalog.channel_of(draft.type) for draft in drafts})
+        await self._access.authorize(principal, "publish", check_conv_id(conv_id), channels)
+        for name in channels:
+            self.check_channel(principal, name)
         self._availability.admit()
         for draft in drafts:
-            self.check(draft)
+            self._catalog.drafts.check(draft)
+        state = await self._log.state(conv_id)
+        if not state.exists:
+            await self._access.authorize(principal, "create", conv_id)
         if idempotency_key is None:
-            epoch = (await self._log.state(conv_id)).epoch
-            return await self._publish(conv_id, drafts), epoch
+            return await self._publish(conv_id, drafts), state.epoch
         request = _request(principal, idempotency_key, drafts)
         pending = (conv_id, request.name)
         if pending in self._publishing:
@@ -75,6 +80,18 @@ class Publishing:
         finally:
             del self._publishing[pending]
 
+    def check_channel(self, principal: Principal, name: str) -> None:
+        """Raise PermissionDenied where a caller may not see a channel: then it may not write to it either.
+
+        Raises UnknownChannel.
+        """
+        permission = self._catalog.channel(name).permission
+        if not principal.may(permission):
+            raise PermissionDenied(
+                f"channel {name!r} takes the permission {permission!r}, which {principal.subject!r} does not have",
+                permission=permission,
+            )
+
     async def _publish_once(self, conv_id: str, key: str, request: Request, drafts: Sequence[Draft]) -> list[int]:
         try:
             return await self._publish(conv_id, drafts, request=request)
@@ -83,24 +100,6 @@ class Publishing:
             if seqs is None:  # and erased
                 raise IdempotencyPending(key) from None
             return seqs
-
-    def check(self, draft: Draft) -> None:
-        """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""
-        if draft.type.startswith(RESERVED_PREFIXES):
-            raise InvalidDraft(
-                f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
-            )
-        declared = self._catalog.event_types.get(draft.type)
-        if declared is None or declared.model is None:
-            return
-        try:
-            declared.model.model_validate(draft.data)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "data"
-            raise InvalidDraft(
-                f"data of {draft.type} does not fit its type: {place}: {first['msg']}", type=draft.type, field=place
-            ) from exc
 
     async def _answered(self, conv_id: str, key: str, request: Request, count: int) -> list[int] | None:
         """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""

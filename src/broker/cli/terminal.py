@@ -1,4 +1,4 @@
-"""How events look in a terminal: one line each, and nothing in them can drive the terminal."""
+"""Prints events in a terminal: one line each, with control characters escaped."""
 
 from __future__ import annotations
 

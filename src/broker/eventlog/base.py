@@ -76,7 +76,7 @@ class Follower(Protocol):
         ...
 
     def on_reset(self, conv_id: str) -> None:
-        """Take note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
+        """Note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
         ...
 
 
@@ -98,11 +98,11 @@ class SharedLog(Protocol):
         ...
 
     def opened(self, conv_id: str) -> None:
-        """Take note that a conversation of interest is open now: its position is known."""
+        """Note that a conversation of interest is open now: its position is known."""
         ...
 
     def grew(self, conv_id: str, head_seq: int) -> None:
-        """Take note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
+        """Note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
         ...
 
 
@@ -144,6 +144,23 @@ class Fenced(Protocol):
 
     async def append_fenced(self, conv_id: str, envelopes: Sequence[Envelope], fence: str) -> list[int]:
         """As `append`; raises RunEnded, and stores nothing, unless `fence` is the conversation's newest lease token."""
+        ...
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """What a log offers in addition when other processes write to it: keep them out of one conversation."""
+
+    async def shut(self, conv_id: str, why: str) -> None:
+        """Let nobody but this process write to a conversation until `let_in`; counted. why: `filled` or `erased`.
+
+        A process that dies keeps nobody out for long. Appends of one that was taken for dead raise ConversationShut, as
+        those of others do. Raises ConversationShut where another process has shut it, StoreError.
+        """
+        ...
+
+    async def let_in(self, conv_id: str) -> None:
+        """Undo one `shut`. Never raises."""
         ...
 
 

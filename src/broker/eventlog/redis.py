@@ -16,6 +16,7 @@ from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, S
 from broker.eventlog.epochs import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
+from broker.eventlog.redis_gates import RedisGates
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys, unescaped
 from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
 from broker.eventlog.requests import AFTER_SEPARATOR
@@ -55,7 +56,8 @@ class RedisEventLog:
         self._clock = clock
         connection.register(*SCRIPTS)
         self._sink: Sink | None = None
-        self._appends = Appends(connection, clock, self._begin, self._landed)
+        self.gates = RedisGates(connection)
+        self._appends = Appends(connection, clock, self._begin, self._landed, self.gates)
         self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
         self._index: dict[str, int] = {}
         """Times that have to be noted in the index of conversations."""
@@ -84,6 +86,7 @@ class RedisEventLog:
             return
         await self._appends.close()
         await self.following.close()
+        await self.gates.close()
         if (
             indexing := self._index_everything()
         ) is not None:  # a hint only: not worth waiting for a Redis that is away
@@ -154,6 +157,12 @@ class RedisEventLog:
                 self._sink(committed)
             except Exception:
                 logger.exception("the event log's sink failed after the commit")
+
+    async def shut(self, conv_id: str, why: str) -> None:
+        await self.gates.shut(conv_id, why)
+
+    async def let_in(self, conv_id: str) -> None:
+        await self.gates.let_in(conv_id)
 
     # -- the epoch --------------------------------------------------------------------------------------------------
 

@@ -79,11 +79,12 @@ class BadLine(InvalidInput):
 
 
 def read_lines(
-    found: Imported, body: bytes, check: Callable[[Draft], None], *, max_lines: int, latest_ms: int
+    found: Imported, body: bytes, check: Callable[[Draft, bool], None], *, max_lines: int, latest_ms: int
 ) -> Iterator[int]:
-    """Read a file into `found`; yields the number of each line that was read, so that the caller can pause in between.
+    """Read a file into `found`; yields the bytes of each line that was read, so that the caller can pause in between.
 
-    check: raises for a draft that may not be published. latest_ms: no time lies after this. `found` is complete once
+    check: raises for a draft that may not be published; it is told whether the line has no seq, so that it is of no log, but
+    made. latest_ms: no time lies after this. `found` is complete once
     the iterator has ended. Raises BadLine.
     """
     ended = False
@@ -105,7 +106,7 @@ def read_lines(
             ended = True
         else:
             found.drafts.append(_draft(number, value, check, latest_ms))
-        yield number
+        yield len(line)
     if not ended:
         what = (
             "the file is empty" if not number else "the last line ({'end': true, …}) is missing: the file was cut off"
@@ -158,7 +159,9 @@ def _take_end(found: Imported, number: int, value: Mapping[str, Any]) -> None:
     found.title, found.metadata = title, metadata
 
 
-def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None], latest_ms: int) -> tuple[Draft, int]:
+def _draft(
+    number: int, value: Mapping[str, Any], check: Callable[[Draft, bool], None], latest_ms: int
+) -> tuple[Draft, int]:
     _known_keys(number, value, _ENVELOPE_KEYS)
     time_ms, data, entity_id = value.get("timeMs"), value.get("data"), value.get("id")
     if not isinstance(time_ms, int) or isinstance(time_ms, bool) or not 0 <= time_ms <= latest_ms:
@@ -169,7 +172,7 @@ def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None]
         raise BadLine(number, f"id is {quoted(entity_id)}: a text is required")
     try:
         draft = Draft(check_event_type(value.get("type")), data, entity_id, check_channel_name(value.get("channel")))
-        check(draft)
+        check(draft, "seq" not in value)
     except BrokerError as exc:
         raise BadLine(number, exc.message) from exc
     return draft, time_ms

@@ -19,24 +19,27 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the whole body. Raises HttpProblem 413 as soon as it is known to have more than `max_bytes`."""
+async def read_body(request: Request, max_bytes: int, setting: str = "BROKER_MAX_BODY_BYTES") -> bytes:
+    """Return the whole body. Raises HttpProblem 413 as soon as it is known to have more than `max_bytes`.
+
+    setting: where `max_bytes` comes from.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+        raise _too_large(max_bytes, setting)
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
         if len(received) > max_bytes:  # chunked: nothing was announced, or the announcement lied
-            raise _too_large(max_bytes)
+            raise _too_large(max_bytes, setting)
     return bytes(received)
 
 
-def _too_large(max_bytes: int) -> HttpProblem:
+def _too_large(max_bytes: int, setting: str) -> HttpProblem:
     return HttpProblem(
         413,
         "body-too-large",
-        f"the body is larger than the limit of {max_bytes} bytes: send less, or raise BROKER_MAX_BODY_BYTES",
+        f"the body is larger than the limit of {max_bytes} bytes: send less, or raise {setting}",
         # What was not read would be taken for the next request on this connection.
         headers={"connection": "close"},
         limit=max_bytes,

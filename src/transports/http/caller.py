@@ -1,4 +1,4 @@
-"""Who is asking: credentials of a request, and the context that every room's router is made with."""
+"""The caller of a request: its credentials, and the context with which every router is made."""
 
 from __future__ import annotations
 

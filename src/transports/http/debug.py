@@ -1,4 +1,4 @@
-"""What operators look at: open conversations, connections, plugins, turns. Only with the `debug` permission."""
+"""Operators' routes: open conversations, connections, plugins, turns. Each needs the permission `debug`."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ const CEILING_MS = 30_000;
 // Close codes of the protocol. stop: coming back would end the same way. text: for people, where it is not obvious.
 // leastMs: the server is short of something, so do not hurry.
 const CLOSE_CODES = new Map([
-  [1000, {}],
+  [1000, { stop: true }],
   [1001, {}],
+  [1002, { stop: true, text: "The server could not read what this page sent." }],
+  [1007, { stop: true, text: "The server could not read what this page sent." }],
   [1008, { stop: true, text: "The server refused what this page sent." }],
   [1009, {}],
   [1012, {}],

@@ -19,6 +19,7 @@ export class TimelineView {
   #cards = new Map(); // entity id -> {element, update, place}
   #dirty = new Set();
   #rebuild = true;
+  #settled = false; // what there was before this page is here; only then does nothing mean that nothing was said
   #frame = 0;
   #announced = new Set();
   #activity = h("div", { class: "activity", hidden: true }, h("span", { class: "dots", "aria-hidden": "true" }), h("span", { text: "Working…" }));
@@ -40,8 +41,10 @@ export class TimelineView {
 
   /** Note a change of the store (its onChange). */
   changed({ entity, removed = false, all = false }) {
-    if (all) this.#rebuild = true;
-    else if (removed) this.#remove(entity.id);
+    if (all) {
+      this.#rebuild = true;
+      this.#settled = false;
+    } else if (removed) this.#remove(entity.id);
     else this.#dirty.add(entity.id);
     this.schedule();
   }
@@ -56,8 +59,10 @@ export class TimelineView {
     this.#frame = document.hidden ? setTimeout(draw, 250) : requestAnimationFrame(draw);
   }
 
-  /** Whatever was known counts as read: only what comes from now on is announced. */
-  silence() {
+  /** All that there was is known, and counts as read: only what comes from now on is announced. */
+  settle() {
+    this.#settled = true;
+    this.schedule();
     for (const entity of this.#store.list()) if (!this.#store.isOpen(entity)) this.#announced.add(entity.id);
   }
 
@@ -77,7 +82,7 @@ export class TimelineView {
     const busy = this.#store.isBusy();
     this.#activity.hidden = !busy || this.#showsLife();
     const nothing = ![...this.#cards.values()].some((card) => !card.element.hidden);
-    this.#empty.hidden = !nothing || busy;
+    this.#empty.hidden = !nothing || busy || !this.#settled;
     this.#afterDraw();
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -27,7 +28,7 @@ from broker.runs.engine import (
     Usage,
 )
 from broker.runs.foreign import TextJoiner, clean_text, clean_usage, unusable
-from broker.runs.tools import Tool
+from broker.runs.tools import Tool, ToolContext
 
 LIMIT = 20_000
 
@@ -77,7 +78,11 @@ def test_halves_of_a_pair_find_each_other_in_text_and_reasoning(pieces: list[str
 
 
 def test_halves_of_a_pair_find_each_other_in_arguments() -> None:
-    events = [ToolCallStart("k", "id", "t"), ToolCallDelta("k", '{"e":"\ud83d'), ToolCallDelta("k", '\ude00"}')]
+    events: list[EngineEvent] = [
+        ToolCallStart("k", "id", "t"),
+        ToolCallDelta("k", '{"e":"\ud83d'),
+        ToolCallDelta("k", '\ude00"}'),
+    ]
     _, drafts = play(*events, ToolCallEnd("k", {"e": "😀"}), Finish("stop"))
     shown = [draft.data["patch"]["inputTextDelta"] for draft in drafts[2:4]]
     assert "".join(shown) == '{"e":"😀"}'
@@ -101,7 +106,9 @@ def test_a_joiner_gives_every_character_once() -> None:
 def test_megabytes_in_one_delta_come_in_pieces(character: str) -> None:
     """One envelope does not carry them; the run goes on all the same."""
     long = character * (5 * LIMIT)
-    events = [ReasoningDelta(long), TextDelta(long), ToolCallStart("k", "id", "t"), ToolCallDelta("k", long)]
+    events: list[EngineEvent] = [
+        ReasoningDelta(long), TextDelta(long), ToolCallStart("k", "id", "t"), ToolCallDelta("k", long)
+    ]  # fmt: skip
     answer, drafts = play(*events, ToolCallEnd("k", {"a": clean_text(long)}), Finish("stop"))
     assert deltas(drafts, "llm.delta") == deltas(drafts, "llm.thinking.delta") == clean_text(long)
     [call] = answer.main_calls
@@ -253,7 +260,12 @@ async def test_an_error_that_cannot_be_written_still_ends_the_run(failure: Excep
 
 async def test_a_tool_is_never_given_another_number_than_the_model_said() -> None:
     given: list[Any] = []
-    tool = Tool("pay", "", {"type": "object"}, lambda value, _context: given.append(dict(value)) or "paid")
+
+    def pay(value: Mapping[str, Any], _context: ToolContext) -> str:
+        given.append(dict(value))
+        return "paid"
+
+    tool = Tool("pay", "", {"type": "object"}, pay)
     exact = {"n": 2512292042121000001}
     calls = [
         [ToolCallStart(key, key, "pay"), ToolCallEnd(key, value)]

@@ -228,7 +228,7 @@ async def test_a_list_is_published_as_a_whole_or_not_at_all(client: httpx.AsyncC
 
 
 async def test_a_repeated_publish_key_publishes_once(client: httpx.AsyncClient) -> None:
-    key = {"headers": {"idempotency-key": "p1"}}
+    key: dict[str, Any] = {"headers": {"idempotency-key": "p1"}}
     first, again = (await publish(client, **key)).json(), (await publish(client, **key)).json()
     assert first == again
     assert problem(await publish(client, message="other", **key)) == (422, "idempotency-mismatch")
@@ -402,6 +402,8 @@ async def test_foreign_pages_are_refused_whatever_they_ask(client: httpx.AsyncCl
         (b'{"prompt": ""}', 400, "invalid-input"),
         (b'{"prompt": "x", "conv_id": "a b"}', 400, "invalid-conversation-id"),
         (b'{"prompt": "x", "overrides": {"key": "mine"}}', 400, "invalid-overrides"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 101 + b"]" * 101 + b"}}", 400, "invalid-input"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}", 400, "invalid-input"),
     ],
 )
 async def test_a_body_that_does_not_fit(client: httpx.AsyncClient, body: bytes, status: int, code: str) -> None:
