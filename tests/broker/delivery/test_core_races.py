@@ -27,6 +27,7 @@ from broker.timeline.store import TimelineSave
 from broker.timeline.text import Text
 from broker.views.view import View
 from transports.framing import RAW_WEBSOCKET
+from transports.places import Places
 from transports.websocket import _TakenOver
 
 
@@ -748,10 +749,11 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following = core.broker.doors.following
         admitted = await following.admit(CALLER, SubscribeRequest("c1"))
         following.subscribe = broken  # type: ignore[method-assign, assignment]
-        served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
+        served, places = _TakenOver(following, core.pool, RAW_WEBSOCKET), Places(core.pool, 1)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: wire, admitted, buffer_bytes=1000)
+            await served.serve(lambda handler: wire, admitted, places.take(), buffer_bytes=1000)
         assert len(core.pool) == 0
+        places.check()
         assert wire.closed == (4500, "internal error")
 
 
