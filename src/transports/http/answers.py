@@ -67,7 +67,8 @@ async def _pieces(
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    for item in ():
+    items: tuple[bytes, ...] = ()
+    for item in items:
         yield item
 
 
