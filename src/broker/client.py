@@ -34,8 +34,9 @@ from broker.errors import BrokerError, InvalidInput, quoted
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 15.0
 _DONE = 1000
-_NEVER_AGAIN = frozenset({1002, 1007, 1008, 4401, 4403, 4404})
-"""Close codes after which a new connection would only meet the same again: as docs/reference/protocol.md has them."""
+_NEVER_AGAIN = frozenset({1002, 1007, 1008, 4002, 4007, 4008, 4401, 4403, 4404})
+"""Close codes after which a new connection would only meet the same again: as docs/reference/protocol.md has them. 4002,
+4007, 4008: servers that send no 1002, 1007, 1008."""
 
 
 class RequestRefused(BrokerError):
@@ -80,10 +81,13 @@ class Cursor:
             self.last = int(data["from"]) if "from" in data else None
             self.versions.clear()
             self.incomplete = True
-        elif kind == "ws.caught_up":
-            self.incomplete = False
         elif kind == "ws.profile" and "from" in data:
             self.last = int(data["from"])
+            if data.get("stateAnew"):
+                self.versions.clear()
+                self.incomplete = True
+        elif kind == "ws.caught_up":
+            self.incomplete = False
         elif kind in ("ws.through", "ws.dropped") and "seq" in data:
             self.last = max(self.last or 0, int(data["seq"]))
         elif kind == "timeline.upsert":

@@ -14,7 +14,9 @@ start), `build_` (a factory: returns an object or a callable), `resolve_`, `chec
 `classify` (they answer one request and may refuse it), `start_` and `on_` (a life; results of `on_` are ignored).
 
 Holds for all of them: a hook written `async def` here may be implemented with `def` or `async def`, any other one
-only with `def`. None is "not mine" or "no opinion". The plugin that was registered last is asked first;
+only with `def`. None is "not mine" or "no opinion". Answers are checked, fields included; one that does not fit is an
+error of the plugin, and nothing of it is taken. What you are handed is yours: envelopes, drafts and records are copies,
+and nobody else sees what you change in them. The plugin that was registered last is asked first;
 `tryfirst=True` and `trylast=True` change that. Each implementation is called on its own: one that raises does not
 keep the others from being called. Calls run on the event loop: what blocks it, blocks every client, so wait with
 `await` or in a thread.
@@ -105,12 +107,13 @@ def build_event_log(settings: Settings) -> EventLog | None:
         is taken. None: not mine; without any answer the server uses the store that its settings ask for.
     Raises: an error is a start-up error: a server that quietly used another store would lose data.
     Example:
+        from broker.clock import SystemClock
         from broker.eventlog.memory import MemoryEventLog
 
         @hookimpl
         def build_event_log(settings):
             if settings.db == "scratch":
-                return MemoryEventLog()
+                return MemoryEventLog(SystemClock())
     """
 
 
@@ -168,7 +171,8 @@ def register_channels() -> Iterable[Channel] | None:
     Blocking: allowed, the server does not run yet.
     Arguments: none.
     Returns: channels; a name that is already declared, by the core or by another plugin, is a start-up error.
-        None: no channels.
+        One named `debug.…` takes the permission `debug` unless it names another. `default=True` puts it into the
+        profile `default`, for those who may see it. None: no channels.
     Raises: an error is reported under the plugin's name; its channels are missing, so profiles that name them
         are refused at start.
     Example:
@@ -227,14 +231,16 @@ def register_timeline_handlers() -> Iterable[TimelineHandler] | None:
 
     Called by: ConversationWSBroker, when it builds its projector.
     When: once, at start. The folds run once per envelope of their type, and again whenever a conversation is
-        folded again: they must be pure, so no clock, no random, no I/O, nothing changed in place.
+        folded again: they must be pure, so no clock, no random, no I/O. Entities and envelope are copies, and what is
+        returned is copied.
     Blocking: no. A fold runs on the event loop; 1 ms is much.
     Arguments: none.
     Returns: handlers, at most one per event type; a second one for a type is a start-up error. None: no
         handlers.
-    Raises: an error is reported under the plugin's name. A fold that raises sends that one envelope to the
-        conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal. Folds are
-        never quarantined: the timeline has to equal the fold of the log.
+    Raises: an error is reported under the plugin's name. A fold that raises, or returns an entity that cannot be
+        written (props that are no plain JSON, half a surrogate pair, an id its `keys` do not name), sends that one
+        envelope to the conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal.
+        Folds are never quarantined: the timeline has to equal the fold of the log.
     Example:
         from broker.timeline.handlers import TimelineHandler, new_entity
 
@@ -273,8 +279,8 @@ def register_tools() -> Iterable[Tool] | None:
 
     Called by: RunService, when it starts.
     When: once, at start. A tool's `call` runs whenever a model asks for it.
-    Blocking: a plain `call` runs on a worker thread and may block up to its `timeout_s`; an `async def` one
-        may not.
+    Blocking: a plain `call` runs on a worker thread and may block up to its `timeout_s`, up to 32 of a plugin at once; an
+        `async def` one may not block.
     Arguments: none.
     Returns: tools; a name that is already declared is a start-up error. None: no tools.
     Raises: an error is reported under the plugin's name; its tools do not exist. A `call` that raises answers
@@ -437,8 +443,8 @@ async def authenticate(credentials: Credentials) -> Principal | None:
     Blocking: wait with `await`; look keys up from memory where you can, this is paid by every request.
     Arguments:
         credentials: what the caller presented: bearer token, ticket, headers, peer address.
-    Returns: the caller; the first answer is taken and later plugins are not asked. None: these credentials
-        are not mine.
+    Returns: the caller; the first answer is taken and later plugins are not asked. With `--auth NAME` that plugin alone is
+        asked, and while it is switched off nobody comes in. None: these credentials are not mine.
     Raises: `AuthenticationFailed` says "mine, but wrong" and refuses the caller (401, close code 4401). Any
         other error refuses too and is reported under the plugin's name. Never quarantined: a stranger who can
         make it fail must not be able to switch it off or to lock everybody out.
@@ -463,13 +469,16 @@ async def authorize(principal: Principal, action: Action, conv_id: str | None, c
     """Say whether a caller may do something. All plugins must allow it.
 
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
-    When: once per request; once per connection and again on each change of its view.
+    When: once per request; once per connection and again on each change of its view. Once more, one by one where that
+        is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
     Blocking: wait with `await`; answer from memory where you can.
     Arguments:
         principal: who asks.
         action: what for: `read`, `create`, `publish`, `send`, `act`, `erase`, `list`, `debug`.
         conv_id: which conversation; None where the action is about none or about all of them.
-        channels: the channels asked for, empty where the action is not about channels.
+        channels: of `read` the channels whose events, or what was made of them, would be told: in titles, search and
+            runs' states, too; of `publish` those that are written to. Empty where the action is not about channels, and
+            where a caller was refused them and would still be told that the conversation exists.
     Returns: False refuses; True allows; None has no opinion. One False is enough.
     Raises: `PermissionDenied` refuses and its text reaches the caller. Any other error refuses too and is
         reported under the plugin's name. Never quarantined: skipping it would open the door.
@@ -515,8 +524,8 @@ async def build_engine(plan: EnginePlan) -> Engine | None:
     Blocking: wait with `await`; open connections on first use rather than here.
     Arguments:
         plan: engine profile, engine, config with overrides applied, signature; frozen.
-    Returns: an engine; the first answer is taken. None: `plan.engine` is not mine; without any answer the run
-        fails.
+    Returns: an engine: `stream` (an async generator of events of `broker.runs.engine`) and `aclose`; the first answer is
+        taken. None: `plan.engine` is not mine; without any answer the run fails.
     Raises: an `EngineError` fails the run with its text; any other error fails it too and is reported under
         the plugin's name.
     Example:
@@ -667,11 +676,12 @@ def check_draft(draft: Draft) -> Draft | None:
     When: once per draft, whoever publishes it; each plugin gets what the one before it returned.
     Blocking: no. It runs on the event loop for every draft: answer within 0.1 ms.
     Arguments:
-        draft: type, data, id, channel, dedupe_key; the producer's own object, so return a new one to change
-            something.
-    Returns: the draft to go on with. None: leave it as it is.
+        draft: type, data, id, channel, dedupe_key; a copy of the producer's, whose data fit their type.
+    Returns: the draft to go on with, the one you were given or another; it is compared with its type once more. None:
+        leave the draft as it was, whatever you did to your copy.
     Raises: `DraftRefused` refuses the draft, and with it all that were published together; the publisher gets
-        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported.
+        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported. The
+        end of a run cannot be refused: it is offered again without its details, and then told without asking.
         Never quarantined: a producer who can make it fail must not be able to switch it off.
     Example:
         from broker.errors import DraftRefused
@@ -692,8 +702,8 @@ def classify(event_type: str) -> str | None:
     Blocking: no. It runs on the event loop.
     Arguments:
         event_type: dotted name, `notes.added`.
-    Returns: the name of a channel that exists; the first answer is taken. None: not mine; without any answer
-        the channel is `sem`.
+    Returns: the name of an event channel that exists; the first answer is taken. None: not mine; without any
+        answer the channel is `sem`.
     Raises: an error refuses the draft and is reported under the plugin's name: on a guessed channel it could
         reach clients that must not see it.
     Example:
@@ -714,12 +724,12 @@ def build_filter(profile: Profile) -> Callable[[Envelope], bool] | None:
     Blocking: no. The predicate runs on the event loop: answer within 0.1 ms from memory.
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
-    Returns: a predicate, False to withhold. All plugins are asked; one False is enough. None: no opinion, and
-        no cost per envelope.
+    Returns: a predicate: True to show, False (or nothing) to withhold; anything else is an error. All plugins are asked;
+        one False is enough. None: no opinion, and no cost per envelope.
     Raises: an exception of the predicate withholds that envelope from this view; one of the factory withholds
-        all envelopes from it until it is compiled again. Both are reported under the plugin's name. A
-        predicate that keeps failing or stalling is quarantined: it is not called any more and everything is
-        withheld until it is released.
+        all envelopes from it until it is compiled again. Both are reported under the plugin's name. A predicate that
+        keeps failing or stalling in a view is quarantined there: it is not called for that view any more, which withholds
+        everything until it is released; other views go on.
     Example:
         @hookimpl
         def build_filter(profile):
@@ -738,9 +748,9 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
     Blocking: no. The function runs on the event loop: 0.1 ms.
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
-    Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the
-        same object to change nothing, never another `seq`, and never change `envelope.data` in place. None:
-        no opinion, no cost.
+    Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the same object to
+        change nothing, never another `seq`. What you change in `envelope.data` in place is changed for this view alone.
+        None: no opinion, no cost.
     Raises: as for `build_filter`: the envelope is withheld, since the original may hold what was to be
         redacted.
     Example:
@@ -767,7 +777,7 @@ async def on_published(envelopes: Sequence[Envelope]) -> None:
     Blocking: wait with `await`, up to the time limit; the next batch waits for this one, delivery to clients does not.
         An observer that falls 50,000 envelopes behind misses the oldest of them; the log still has them.
     Arguments:
-        envelopes: shared with everybody else: do not change them.
+        envelopes: a list of copies, yours alone.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; delivery does not notice. Repeated failure or
         stalling leads to quarantine.

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from broker.broker import ConversationWSBroker
 from broker.plugins import PluginHost
 from broker.settings import Settings, load_settings
+from transports.closing import Closing
 from transports.http import problems
 from transports.http.actions import actions_router
 from transports.http.caller import Api
@@ -79,7 +80,8 @@ _ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
 def create_broker(settings: Settings | None = None, *, plugins: Sequence[object] = ()) -> ConversationWSBroker:
     """Return a broker with its connection pool, not started yet.
 
-    settings: None reads the environment. plugins: plugin objects beside those of entry points and `plugins_dir`.
+    settings: None reads the environment. plugins: plugin objects beside those of entry points and, where
+    the settings name one, of `plugins_dir`.
     Raises InvalidInput for unusable settings, PluginError for a broken plugin.
     """
     settings = settings or load_settings()
@@ -146,6 +148,7 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
+    app.add_middleware(Closing)
     if broker.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic
 
+from broker.tasks import Tasks
 from transports.framing import Chunk, Chunks, Payload
 from transports.pool import ConnectionPool, Framing
 
@@ -139,7 +140,7 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
             task.exception()
 
 
-_endings: set[asyncio.Task[None]] = set()
+_endings = Tasks()
 
 
 async def in_any_case(ending: Coroutine[Any, Any, None]) -> None:
@@ -148,7 +149,4 @@ async def in_any_case(ending: Coroutine[Any, Any, None]) -> None:
     A cancel scope of anyio cancels every await inside it again and again; what an endpoint has to give back (its place
     in the pool, its subscription) must not depend on that.
     """
-    task = asyncio.get_running_loop().create_task(ending)
-    _endings.add(task)
-    task.add_done_callback(_endings.discard)
-    await asyncio.shield(task)
+    await asyncio.shield(_endings.spawn(ending))

@@ -318,7 +318,7 @@ class ConnectionPool:
     # -- told by the transports -----------------------------------------------------------------------------------
 
     def pause(self, connection_id: str, now_s: float) -> None:
-        """Take note that a connection's buffer is full (monotonic seconds `now_s`)."""
+        """Note that a connection's buffer is full (monotonic seconds `now_s`)."""
         member = self._members.get(connection_id)
         if member is None or connection_id in self._paused:
             return
@@ -330,7 +330,7 @@ class ConnectionPool:
             member.shard.paused.add(connection_id)
 
     def resume(self, connection_id: str) -> None:
-        """Take note that a connection's buffer has drained."""
+        """Note that a connection's buffer has drained."""
         member = self._members.get(connection_id)
         if member is None or connection_id not in self._paused:
             return

@@ -36,8 +36,11 @@ class Framing(Protocol):
 class Connection(Protocol):
     """A peer, as the pool sees it. Implemented by the transports."""
 
-    id: str
-    framing: Framing
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def framing(self) -> Framing: ...
 
     @property
     def write(self) -> Write:

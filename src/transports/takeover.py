@@ -1,4 +1,4 @@
-"""How an ASGI application takes a WebSocket over from its server, if the server offers it. Framework-free.
+"""Takes a WebSocket over from the ASGI server, if the server offers that. Framework-free.
 
     takeover = takeover_of(websocket.scope)      # None: this server cannot, use plain ASGI sends
     compressed = agree_on_deflate(websocket.scope)       # only if it wants to; False: send plain frames only

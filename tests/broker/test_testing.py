@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import broker.testing
 from broker.envelope import Envelope
 from broker.errors import PluginError, UnknownProfile
 from broker.hookspecs import hookimpl
@@ -114,3 +116,11 @@ def test_made_envelopes_have_rising_places():
     assert first.seq < second.seq
     assert first.seq > 1_700_000_000_000 * 1_000_000
     assert second.data == {"text": "x"}
+
+
+async def test_the_example_of_the_module_runs() -> None:
+    """As it stands in the docstring of broker.testing."""
+    source = textwrap.dedent((broker.testing.__doc__ or "").partition("\n\n")[2].partition("\n\nNothing here")[0])
+    scope: dict[str, Any] = {"my_plugin": Quiet()}
+    exec(source, scope)
+    await scope["test_quiet_profile_hides_deltas"]()

@@ -37,7 +37,7 @@ from transports.write_timeout import WriteTimeout
 T = TypeVar("T")
 PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 WAYS = ["fast path", "compressed", "plain ASGI", "hypercorn"]
-STALL_SETTINGS = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
+STALL_SETTINGS: dict[str, Any] = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
 
 
 class Server(Protocol):
@@ -76,7 +76,7 @@ class HypercornServer:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._running.set()
-        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)  # type: ignore[arg-type]
+        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)

@@ -169,6 +169,9 @@ class _SocketPeer(asyncio.Protocol):
         self.refused: str | None = None
         self._sips = False
 
+    async def connect(self, server: SocketServer, query: dict[str, str]) -> None:
+        raise NotImplementedError
+
     async def open(self, server: SocketServer) -> None:
         loop = asyncio.get_running_loop()
         server.opened.append(self)

@@ -65,6 +65,8 @@ class Client:
             self.entities.clear()
         elif kind == "ws.profile":
             self.last = int(data["from"])
+            if data.get("stateAnew"):
+                self.entities.clear()
         elif kind == "ws.dropped":
             self.dropped += data["count"]
             self.last = max(self.last, int(data["seq"]))

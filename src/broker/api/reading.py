@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from broker.api.polling import MessagesPage, Polls
 from broker.conversations.manager import ConversationManager
-from broker.conversations.reader import TimelinePage, TimelineReader
+from broker.conversations.reader import SeenPage, TimelineReader
 from broker.delivery.admission import Admission
 from broker.delivery.subscription import SubscribeRequest
-from broker.envelope import TIMELINE
 from broker.eventlog.base import EventLog
 from broker.security import Principal
 
@@ -57,18 +56,18 @@ class Reading:
         limit: int = 1000,
         profile: str = "default",
         newest: bool = False,
-    ) -> TimelinePage:
+    ) -> SeenPage:
         """Return a page of a conversation's entities; one that does not exist is empty and stays so.
 
         newest: with everything that the log has now, also where this process still has to read it.
         The profile's filters and transforms apply to it as to `timeline.upsert` frames (I14).
         """
         # State is what this shows, also for a profile that has none of it: who may not see it is not let in this way.
-        view = await self._admission.view(principal, conv_id, profile, shows=(TIMELINE,))
+        view = await self._admission.view(principal, conv_id, profile, state=True)
         if self._conversations.get(conv_id) is None:
             state = await self._log.state(conv_id)
             if not state.exists:
-                return TimelinePage(conv_id, 0, state.epoch, [])
+                return SeenPage(conv_id, 0, state.epoch, [])
         if newest:
             await self._conversations.current(conv_id)
         return await self._reader.page_seen(

@@ -170,7 +170,7 @@ class ConversationManager:
                 self._remove(conversation.conv_id)
             if isinstance(exc, BrokerError):
                 opening.set_exception(exc)
-                opening.exception()  # whoever waits gets it; nobody waiting is no error of its own
+                opening.exception()  # who waits gets it; if nobody does, it does not matter
             else:  # above all: whoever asked first has hung up; those who wait try by themselves
                 opening.set_result(None)
             raise

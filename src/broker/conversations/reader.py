@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from broker.conversations.manager import ConversationManager
 from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
 from broker.timeline.store import PAGE_BYTES, TimelineStore, stored_page
-from broker.views.frames import entities_as_shown
+from broker.views.frames import SeenEntity, entities_as_seen
 from broker.views.view import View
+
+_PAGE_ENTITIES = 256
+"""Of a whole timeline that is read in pages: decoding more would hold the event loop."""
 
 
 @dataclass(slots=True)
@@ -26,6 +30,22 @@ class TimelinePage:
     epoch: str
     entities: list[Entity]
     more: bool = False
+
+
+@dataclass(slots=True)
+class SeenPage:
+    """A page of entities as a view shows them; else as `TimelinePage`."""
+
+    conv_id: str
+    version: int
+    epoch: str
+    seen: list[SeenEntity]
+    more: bool = False
+
+    @property
+    def entities(self) -> list[Entity]:
+        """The entities as they are seen."""
+        return [one.entity for one in self.seen]
 
 
 class TimelineReader:
@@ -63,27 +83,25 @@ class TimelineReader:
 
     async def page_seen(
         self, view: View, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
-    ) -> TimelinePage:
+    ) -> SeenPage:
         """As `page`, with what `view` hides left out and what it changes changed, as in `timeline.upsert` frames (I14)."""
         while True:
             page = await self.page(conv_id, since_version=since_version, after_position=after_position, limit=limit)
-            if not view.filters and not view.transforms:
-                return page
-            seen = entities_as_shown(conv_id, view, page.entities)
+            seen = entities_as_seen(conv_id, view, page.entities)
             if seen or not page.more:
-                page.entities = seen
-                return page
+                return SeenPage(page.conv_id, page.version, page.epoch, seen, page.more)
             after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from
 
-    async def pages_seen(self, view: View, conv_id: str) -> AsyncIterator[TimelinePage]:
+    async def pages_seen(self, view: View, conv_id: str) -> AsyncIterator[SeenPage]:
         """Yield the pages of a whole conversation as `view` shows it, by position. Raises StoreError."""
         after = 0
         while True:
-            page = await self.page_seen(view, conv_id, after_position=after)
+            page = await self.page_seen(view, conv_id, after_position=after, limit=_PAGE_ENTITIES)
             yield page
-            if not page.more or not page.entities:
+            if not page.more or not page.seen:
                 return
-            after = page.entities[-1].position
+            after = page.seen[-1].entity.position
+            await asyncio.sleep(0)  # what is in memory takes no turn to be read
 
     async def page_of(
         self,
@@ -152,11 +170,12 @@ class TimelineReader:
         found: list[Entity] = []
         after = 0
         while True:
-            page = await self.page(conv_id, after_position=after, limit=1000)
+            page = await self.page(conv_id, after_position=after, limit=_PAGE_ENTITIES)
             found.extend(page.entities)
             if not page.more:
                 return found
             after = page.entities[-1].position
+            await asyncio.sleep(0)
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         """Return those of the entities `ids` that exist, as they are with all that the log has now. Raises StoreError."""

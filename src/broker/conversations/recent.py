@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from broker.envelope import Envelope
 from broker.eventlog.base import Page
-from broker.views.frames import Message, event_frame, state_frame, upsert_envelope
+from broker.views.frames import Message, event_frame, state_frame
+from broker.views.upsert import Upsert
 from broker.views.view import View
 
 if TYPE_CHECKING:
@@ -196,11 +197,11 @@ class RecentEvents:
         """Yield the upserts of `entities` as `view` shows them."""
         if not view.shows_state:
             return
-        known = self._entities.setdefault(view if view.filters or view.transforms else None, {})
+        known = self._entities.setdefault(None if view.state_is_plain else view, {})
         for entity in entities:
             kept = known.get(entity.id)
             if kept is None or kept[0] is not entity:  # entities are never changed in place
-                shown = view.show_state(upsert_envelope(conv_id, entity))
+                shown = view.show_state(Upsert(conv_id, entity))
                 kept = (entity, Message(state_frame(shown)) if shown is not None else None)
                 self._kept.frames_built += 1
                 known[entity.id] = kept

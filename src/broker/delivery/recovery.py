@@ -209,7 +209,7 @@ class Recovery:
         if subscription.view.shows_state:
             upto = min(upto, subscription.state_cursor)
         recent = self._recent.at(subscription.conversation, subscription.cursor)
-        if recent is not None and upto == recent.through and not lag and not subscription.history:
+        if recent is not None and upto == recent.through and not lag and subscription.viewed is None:
             frames = recent.messages(subscription.view, subscription.cursor, subscription.told)
             if not await self._chunks.send(subscription, frames):
                 return False
@@ -227,29 +227,18 @@ class Recovery:
             )
         if page.trimmed_seq > subscription.cursor:
             return await self._reset(subscription, page.trimmed_seq)
-        view = subscription.view
+        view, envelopes = subscription.view, page.envelopes
+        if subscription.viewed is not None:
+            # As the log has them: a former view is asked about what it was given, not about what this one makes of it.
+            envelopes = subscription.viewed.not_shown(envelopes)
         if lag:
-            shown = view.show_merged(page.envelopes)
+            shown = view.show_merged(envelopes)
         else:
-            shown = [seen for envelope in page.envelopes if (seen := view.show(envelope)) is not None]
-        shown = self._not_seen_before(subscription, shown)
+            shown = [seen for envelope in envelopes if (seen := view.show(envelope)) is not None]
         if not await self._chunks.send(subscription, event_messages(shown, subscription.told)):
             return False
         subscription.cursor = max(page.through, subscription.cursor)
         return True
-
-    def _not_seen_before(self, subscription: Subscription, shown: list[Envelope]) -> list[Envelope]:
-        """After a change of view in place: leave out what former views of this connection had already shown."""
-        history = subscription.history
-        if not history or not shown or shown[0].seq > max(viewed.through for viewed in history):
-            return shown
-        return [
-            envelope
-            for envelope in shown
-            if not any(
-                viewed.after < envelope.seq <= viewed.through and viewed.view.admits(envelope) for viewed in history
-            )
-        ]
 
     async def _reset(self, subscription: Subscription, trimmed_seq: int) -> bool:
         """Retention overtook a connection that was behind: say so, and give it the state instead."""

@@ -24,6 +24,7 @@ from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
+from broker.timeline.sources import sources_from, sources_text
 from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
@@ -243,14 +244,17 @@ def _save_commands(save: TimelineSave) -> list[Command]:
 
 def _value(entity: Entity) -> bytes:
     texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else []
-    head = [entity.kind, entity.created_at_ms, entity.updated_at_ms, entity.growing, texts]
+    sources = sources_text(entity.sources) if entity.sources else None
+    head = [entity.kind, entity.created_at_ms, entity.updated_at_ms, entity.growing, texts, sources]
     # The props are JSON already, and may be long: they are not encoded a second time.
     return orjson.dumps(head)[:-1] + b"," + entity.props_json() + b"]"
 
 
 def _entity(id: str, value: bytes) -> Entity:
-    kind, created_at_ms, updated_at_ms, growing, texts, props = orjson.loads(value[40:])
+    kind, created_at_ms, updated_at_ms, growing, texts, *sources, props = orjson.loads(value[40:])
     fields: dict[str, Any] = props
     for name in texts:
         fields[name] = Text(fields[name])
-    return Entity(id, kind, created_at_ms, updated_at_ms, int(value[:19]), int(value[20:39]), fields, growing)
+    version, position = int(value[:19]), int(value[20:39])
+    known = sources_from(sources[0] if sources else None)  # entities from before sources were kept have none
+    return Entity(id, kind, created_at_ms, updated_at_ms, version, position, fields, growing, known)

@@ -80,10 +80,16 @@ def with_etag(request: Request, value: Any, *, ignore: Sequence[str] = ()) -> Re
     counted = {key: part for key, part in value.items() if key not in ignore} if ignore else value
     text = orjson.dumps(counted, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS, default=_plain)
     etag = f'"{hashlib.blake2b(text, digest_size=12).hexdigest()}"'
+    return json_unless_known(request, value, etag)
+
+
+def json_unless_known(request: Request, value: Any, etag: str) -> Response:
+    """Return `value` with this ETag, or 304 where the caller's `If-None-Match` names it."""
+    headers = {"etag": etag, "cache-control": "private, no-cache"}
     offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if etag in offered or "*" in offered:
-        return Response(status_code=304, headers={"etag": etag, "cache-control": "no-cache"})
-    return json_response(value, headers={"etag": etag, "cache-control": "private, no-cache"})
+        return Response(status_code=304, headers=headers)
+    return json_response(value, headers=headers)
 
 
 def _plain(value: object) -> object:

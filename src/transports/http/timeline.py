@@ -9,7 +9,6 @@ import orjson
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from broker.api import Entity
 from broker.envelope import check_conv_id
 from broker.sequence import parse_seq
 from transports.http.answers import stream_json
@@ -51,6 +50,6 @@ def timeline_router(api: Api) -> APIRouter:
                 "more": page.more,
             }
         )
-        return stream_json(head, "entities", map(Entity.wire_json, page.entities))
+        return stream_json(head, "entities", (one.json for one in page.seen))
 
     return router

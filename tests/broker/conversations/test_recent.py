@@ -40,7 +40,6 @@ def view(*, hides: tuple[int, ...] = (), marks: str = "", hides_state: bool = Fa
         filters=(visible,) if hides or hides_state else (),
         transforms=(marked,) if marks else (),
         merges={},
-        _types={},
     )
 
 

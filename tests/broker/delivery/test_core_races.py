@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
@@ -28,6 +28,7 @@ from broker.timeline.text import Text
 from broker.views.view import View
 from transports.framing import RAW_WEBSOCKET
 from transports.places import Places
+from transports.takeover import Taken
 from transports.websocket import _TakenOver
 
 
@@ -322,7 +323,7 @@ def test_folding_from_a_stored_cursor_equals_folding_everything(cut: int) -> Non
         "copy": TimelineHandler("copy", copy_when_two, keys=lambda envelope: ("a", "b")),
     }
     events = ["count a", *["grow b"] * 10, "copy b", "count a", "grow b", "grow b", "grow b"]
-    envelopes = [_envelope(seq, *event.split()) for seq, event in enumerate(events, 1)]
+    envelopes = [_envelope(seq, event.split()[0], event.split()[1]) for seq, event in enumerate(events, 1)]
     whole = fresh(handlers)
     whole.fold(envelopes)
 
@@ -418,8 +419,8 @@ async def test_an_entity_that_leaves_memory_while_another_is_looked_up_is_looked
 
 async def test_what_is_published_to_a_debug_channel_is_not_in_the_timeline(core: Core) -> None:
     """Who may not see debug channels must not find their content as state (I14)."""
-    await core.broker.publish("c1", [Draft("log", {"message": "secret"}, "l1", "debug.trace")])
-    await core.broker.publish("c1", [Draft("log", {"message": "public"}, "l2")])
+    await core.broker.publish("c1", [Draft("log", {"message": "secret", "level": "info"}, "l1", "debug.trace")])
+    await core.broker.publish("c1", [Draft("log", {"message": "public", "level": "info"}, "l2")])
     page = await core.broker.doors.reading.timeline_page(CALLER, "c1")
     assert [entity.id for entity in page.entities] == ["l2"]
 
@@ -751,7 +752,7 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following.subscribe = broken  # type: ignore[method-assign, assignment]
         served, places = _TakenOver(following, core.pool, RAW_WEBSOCKET), Places(core.pool, 1)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: wire, admitted, places.take(), buffer_bytes=1000)
+            await served.serve(lambda handler: cast("Taken", wire), admitted, places.take(), buffer_bytes=1000)
         assert len(core.pool) == 0
         places.check()
         assert wire.closed == (4500, "internal error")
@@ -777,7 +778,7 @@ async def test_a_ping_that_cannot_be_answered_moves_nothing(db: str) -> None:
         publisher = core.broker.publisher("c1")
         for n in range(12):
             type = "log" if n % 2 else "llm.delta"  # each page ends with an event that the client does not see
-            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden"}, id=f"m{n}")
+            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden", "level": "info"}, id=f"m{n}")
         peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
         peer.stall()
         read = core.parts.log.read

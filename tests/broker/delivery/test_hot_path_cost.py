@@ -87,7 +87,11 @@ class Calls:
 
 def quiet_core(db: str = ":memory:") -> Core:
     """A broker whose timers stay out of the way."""
-    never = {"upsert_interval_s": 3600.0, "timeline_flush_interval_s": 3600.0, "sweep_interval_s": 3600.0}
+    never: dict[str, Any] = {
+        "upsert_interval_s": 3600.0,
+        "timeline_flush_interval_s": 3600.0,
+        "sweep_interval_s": 3600.0,
+    }
     return Core(db, plugins=[ManyProfiles()], **never)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ async def test_an_entity_comes_back_as_it_was(store: TimelineStore) -> None:
     (read,) = await store.page("c1")
     assert read == entity("m 'ü' 1", 7, 3, **props)
     assert await store.get("c1", ["m 'ü' 1", "other"]) == {"m 'ü' 1": read}
+
+
+async def test_what_an_entity_was_made_of_comes_back(store: TimelineStore) -> None:
+    sources = frozenset({("sem", "llm.start"), ("vault", "llm.final"), ("sem", "")})
+    before = replace(entity("m1", 1, text="x"), sources=sources)
+    await save(store, "c1", before, entity("m2", 2))
+    assert [one.sources for one in await store.page("c1")] == [sources, frozenset()]
+    more = replace(entity("m1", 3, 1, text="y"), sources=sources | {("sem", "log")})
+    await save(store, "c1", more)
+    assert (await store.get("c1", ["m1"]))["m1"] == more
 
 
 async def test_growing_text_comes_back_growing(store: TimelineStore) -> None:
