@@ -192,7 +192,8 @@ def test_what_was_decided_without_being_shown_raises_the_position(kind: str) -> 
 
 def test_a_change_of_view_sets_the_position() -> None:
     cursor = Cursor(last=50)
-    judged(cursor, frame("ws.profile", **{"from": "10"}))
+    data: dict[str, Any] = {"from": "10"}
+    judged(cursor, frame("ws.profile", **data))
     assert cursor.last == 10
 
 

@@ -173,10 +173,10 @@ async def test_what_is_larger_than_a_page_gets_through(tmp_path: Path, name: str
         core.parts.log.read = counted  # type: ignore[method-assign]
         for _ in range(2):
             resumed, _ = await core.connect("c1", since=seqs[0], epoch=(await core.broker.head("c1")).epoch)
-            await until(lambda resumed=resumed: resumed.client.controls("ws.caught_up"))
+            await until(lambda peer: peer.client.controls("ws.caught_up"), resumed)
             assert resumed.client.seqs() == seqs[1:]
             hydrated, _ = await core.connect("c1", hydrate=True)
-            await until(lambda hydrated=hydrated: hydrated.client.controls("ws.caught_up"))
+            await until(lambda peer: peer.client.controls("ws.caught_up"), hydrated)
             assert {id: entity["props"]["text"] for id, entity in hydrated.client.entities.items()} == texts
         polled = Client(since=0)
         more = True
