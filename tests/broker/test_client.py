@@ -202,7 +202,9 @@ def close_codes() -> dict[int, str]:
     page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "protocol.md").read_text(encoding="utf-8")
     table = page.partition("| close code |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    return {int(code): back for codes, _, back in rows for code in codes.split(",")}
+    assert rows[-1][0] == "4001 to 4015"
+    found = {int(code): back for codes, _, back in rows[:-1] for code in codes.split(",")}
+    return found | {code + 3000: back for code, back in found.items() if 1001 <= code <= 1015}
 
 
 def test_the_table_of_close_codes_is_read() -> None:
