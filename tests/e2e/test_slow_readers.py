@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from tests.e2e.test_delivery_ways import WAYS, Running, random_text
 from tests.support.core import until
 from tests.support.live_server import DEADLINE_S
+from tests.support.wire import Client
 
 from broker.envelope import Draft
 from transports.http.answers import PIECE_BYTES
@@ -192,3 +194,53 @@ async def test_a_page_of_the_timeline_is_bounded_in_bytes(serve: Callable[..., R
             ids += [entity["id"] for entity in page["entities"]]
             after, more = page["entities"][-1]["position"], page["more"]
     assert len(ids) == len(set(ids)) == 20
+
+
+async def test_an_answer_that_is_sent_as_it_is_read_is_whole(serve: Callable[..., Running]) -> None:
+    """The state after a reset, in pieces: one JSON text, and every entity of it once."""
+    running = serve("fast path")
+    await publish(running, 4_000_000, LARGE)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.server.port}", trust_env=False) as http:
+        page = (await http.get(HTTP[0])).json()
+        client = Client(since=1)
+        for frame in page["frames"]:
+            client.take(orjson.dumps(frame))
+        assert len(client.entities) == 20
+        assert page["frames"][0]["event"]["data"]["reason"] == "epoch"
+        assert client.last == int(page["headSeq"])
+        empty = (await http.get(f"/api/messages?conv_id=c1&since={client.last}")).json()
+        assert (empty["frames"], empty["more"]) == ([], False)
+
+
+async def test_an_answer_whose_conversation_is_erased_meanwhile_is_cut_off(serve: Callable[..., Running]) -> None:
+    """It must not look complete."""
+    running = serve("fast path", write_timeout_s=30.0)
+    await publish(running, 10_000_000, LARGE)
+    reader = await Raw(running.server.port, HTTP[0], "Connection: close\r\n").open()
+    with reader.socket:
+        assert await reader.read()
+        await running.on_loop(running.broker.erase("c1"))
+        last = b""
+        async with asyncio.timeout(DEADLINE_S):
+            while data := await asyncio.get_running_loop().sock_recv(reader.socket, 1 << 20):
+                last = (last + data)[-20:]
+        assert b"]}" not in last
+
+
+async def test_a_client_that_polls_an_answer_is_sent_a_constant_times_its_size(serve: Callable[..., Running]) -> None:
+    """Over HTTP, with every delta a poll: 21 MB came for 20 kB."""
+    running = serve("fast path", upsert_interval_s=0.02)
+    await running.publish(Draft("llm.start", {"role": "assistant"}, "m1"))
+    client, received, deltas = Client(since=0), 0, 400
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.server.port}", trust_env=False) as http:
+        for n in range(deltas + 1):
+            done = n == deltas
+            text = f"{n:049d} " if not done else "".join(f"{part:049d} " for part in range(deltas))
+            kind, key = ("llm.final", "text") if done else ("llm.delta", "delta")
+            await running.publish(Draft(kind, {key: text}, "m1"))
+            answer = await http.get(f"/api/messages?conv_id=c1&since={client.last}&channels=control,timeline&wait=0")
+            received += len(answer.content)
+            for frame in answer.json()["frames"]:
+                client.take(orjson.dumps(frame))
+    assert client.entities["m1"]["props"]["text"] == text
+    assert received <= 12 * len(text) + deltas * 400  # an empty answer has some 300 bytes

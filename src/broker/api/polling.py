@@ -191,12 +191,14 @@ class Polls:
         self, conversation: Conversation, poll: _Poll, page: MessagesPage, start: Start, cursor: int, told: int
     ) -> AsyncIterator[bytes]:
         """Yield what follows the events: the entities that changed up to `cursor`, and how far all is decided."""
-        conv_id, view = conversation.conv_id, poll.view
+        conv_id, view, timeline = conversation.conv_id, poll.view, conversation.timeline
         if view.shows_state:
             everything = start.reset is not None or page.more
             async for entities in self._changed(conversation, start.state_after or 0, cursor, page.epoch):
                 due = [entity for entity in entities if everything or self._due(conversation, poll, entity)]
                 for message in state_messages(conv_id, view, due):
+                    if conversation.timeline is not timeline:  # dropped, while its reader took its time
+                        raise _gone(conv_id)
                     yield message.text
             for message in state_messages(conv_id, view, self._late(conversation, poll, everything)):
                 yield message.text
@@ -230,7 +232,7 @@ class Polls:
                 conversation.conv_id, since_version=after, upto_version=upto, after_position=after_position
             )
             if found.epoch != epoch:
-                raise StoreError(f"conversation {conversation.conv_id!r} was erased while it was being read: ask again")
+                raise _gone(conversation.conv_id)
             yield found.entities
             if not found.more:
                 return
@@ -257,6 +259,10 @@ class Polls:
         if everything:
             poll.held.clear()
         return found + [entity for entity in held if everything or self._due(conversation, poll, entity)]
+
+
+def _gone(conv_id: str) -> StoreError:
+    return StoreError(f"conversation {conv_id!r} was erased while it was being read: ask again")
 
 
 async def _joined(first: AsyncIterator[bytes], then: Sequence[bytes]) -> AsyncIterator[bytes]:

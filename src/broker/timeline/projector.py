@@ -27,6 +27,8 @@ BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
+CACHED_BYTES = 4 * 1024 * 1024
+"""About how many bytes of them, as JSON; one that is larger is not kept at all."""
 ADOPTED_ENTITIES_MAX = 64
 """Beyond these, until the next save: newest entities that a client came back for and that only the store had."""
 REFOLD_MAX = 2000
@@ -79,6 +81,7 @@ class ConversationTimeline:
         "_linked_seq",
         "_shown",
         "_unsaved",
+        "_weights",
         "complete",
         "conv_id",
         "dead_letters",
@@ -105,6 +108,7 @@ class ConversationTimeline:
         self._unsaved: dict[str, _Unsaved] = {}
         self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
         self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
+        self._weights: dict[str, int] = {}  # bytes of entities that are safe in the store
         self._dead: dict[int, DeadLetter] = {}  # not saved yet, by seq
         self._forgotten = 0  # not saved and not worth it any more: newer ones follow
         self._cursor = 0  # what the store has
@@ -142,6 +146,7 @@ class ConversationTimeline:
             if id in loaded:
                 if self._entities.setdefault(id, loaded[id]).version > self.position:
                     self._ahead.add(id)
+                self._weigh(id)
             else:
                 self._absent.add(id)
 
@@ -154,6 +159,7 @@ class ConversationTimeline:
             return
         for entity in entities:
             self._entities.setdefault(entity.id, entity)
+            self._weigh(entity.id)
             self._absent.discard(entity.id)
         self._cache_floor = min(self._cache_floor, version)
 
@@ -218,6 +224,7 @@ class ConversationTimeline:
             self._absent.discard(entity.id)
             if entity.id not in self._unsaved:
                 self._unsaved[entity.id] = _Unsaved(envelope.seq, _Budget())
+                self._weights.pop(entity.id, None)
             elif self._unsaved[entity.id].first_seq == 0:
                 self._unsaved[entity.id].first_seq = envelope.seq
             touched.append(entity.id)
@@ -418,6 +425,7 @@ class ConversationTimeline:
                 unsaved.first_seq = 0
             else:
                 del self._unsaved[entity.id]
+                self._weigh(entity.id)
         for letter in save.dead_letters:  # not the first so many: another save of them may have been under way too
             self._dead.pop(letter.seq, None)
         self._forgotten = max(0, self._forgotten - save.forgotten)
@@ -426,14 +434,24 @@ class ConversationTimeline:
             self._folded = 0
         self._shrink()
 
+    def _weigh(self, id: str) -> None:
+        """Note what keeping an entity costs that the store has as well. Once per finished entity, so linear (I16)."""
+        if id not in self._unsaved:
+            self._weights[id] = len(self._entities[id].props_json())
+
     def _shrink(self) -> None:
         if len(self._absent) > CACHED_ENTITIES:
             self._absent.clear()
         surplus = len(self._entities) - CACHED_ENTITIES
-        if surplus <= 0:
+        surplus_bytes = sum(self._weights.values()) - CACHED_BYTES
+        if surplus <= 0 and surplus_bytes <= 0:
             return
-        for id in [id for id in self._entities if id not in self._unsaved and id not in self.pending][:surplus]:
+        for id in [id for id in self._entities if id not in self._unsaved and id not in self.pending]:
+            if surplus <= 0 and surplus_bytes <= 0:
+                return
             entity = self._entities.pop(id)
+            surplus -= 1
+            surplus_bytes -= self._weights.pop(id, 0)
             self._cache_floor = max(self._cache_floor, entity.version)
             self.complete = False
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+
+from broker.errors import BrokerError
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 65_536
 """What is handed to the server at once; it takes the next piece when its reader has taken enough of those before."""
@@ -48,14 +53,23 @@ async def _pieces(
         if len(piece) >= PIECE_BYTES:
             yield bytes(piece)
             piece.clear()
-    if rest is not None:
-        async for item in rest:
+    try:
+        async for item in rest or _nothing():
             piece += comma + item
             comma = b","
             if len(piece) >= PIECE_BYTES:
                 yield bytes(piece)
                 piece.clear()
+    except BrokerError as exc:  # the answer has begun: that it does not end is all that can be said
+        logger.info("an answer was cut off: %s", exc)
+        return
     yield bytes(piece + b"]}")
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    items: tuple[bytes, ...] = ()
+    for item in items:
+        yield item
 
 
 def with_etag(request: Request, value: Any, *, ignore: Sequence[str] = ()) -> Response:

@@ -750,12 +750,11 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following = core.broker.doors.following
         admitted = await following.admit(CALLER, SubscribeRequest("c1"))
         following.subscribe = broken  # type: ignore[method-assign, assignment]
-        served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
+        served, places = _TakenOver(following, core.pool, RAW_WEBSOCKET), Places(core.pool, 1)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(
-                lambda handler: cast("Taken", wire), admitted, Places(core.pool, 1).take(), buffer_bytes=1000
-            )
+            await served.serve(lambda handler: cast("Taken", wire), admitted, places.take(), buffer_bytes=1000)
         assert len(core.pool) == 0
+        places.check()
         assert wire.closed == (4500, "internal error")
 
 

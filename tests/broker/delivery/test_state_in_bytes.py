@@ -16,7 +16,6 @@ from tests.support.wire import Client, Peer
 
 from broker.api import SubscribeRequest
 from broker.conversations import recent
-from broker.delivery import dispatch
 from broker.delivery.chunks import CHUNK_BYTES
 from broker.delivery.state_sender import STATE_ROUNDS
 from broker.envelope import Envelope
@@ -84,7 +83,7 @@ def count_frames(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         built.append(len(frame))
         return frame
 
-    for module in (frames, recent, dispatch):
+    for module in (frames, recent):
         monkeypatch.setattr(module, "state_frame", counted)
     return built
 

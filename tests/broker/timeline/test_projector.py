@@ -20,6 +20,7 @@ from broker.timeline.handlers import TimelineHandler, new_entity
 from broker.timeline.projector import (
     BUDGET_FACTOR,
     BUDGET_SLACK_BYTES,
+    CACHED_BYTES,
     CACHED_ENTITIES,
     ENTITY_OVERHEAD_BYTES,
     LOGGED_DEAD_LETTERS,
@@ -337,6 +338,28 @@ def test_memory_holds_a_bounded_number_of_finished_entities() -> None:
     assert timeline.changed_since(0) is None
     assert timeline.changed_since(said[-2].seq) == [timeline.live()[said[-1].id]]
     assert timeline.missing([envelope("user.message", {"text": "again"}, id="u0")]) == {"u0"}
+
+
+def test_memory_holds_a_bounded_number_of_bytes_of_them() -> None:
+    """Of large ones few; also of those that were read from the store, and of one that changed again and again."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    size = CACHED_BYTES // 10
+
+    def held() -> int:
+        return sum(len(entity.props_json()) for entity in timeline.live().values())
+
+    said = [envelope("user.message", {"text": "x" * size}, id=f"u{n}") for n in range(30)]
+    timeline.fold(said)
+    assert len(timeline.live()) == 30, "not before they are saved"
+    flush(timeline, store)
+    assert CACHED_BYTES - 2 * size <= held() <= CACHED_BYTES
+    assert list(timeline.live())[-1] == "u29"
+    assert timeline.changed_since(0) is None
+    timeline.adopt([f"u{n}" for n in range(9)], {f"u{n}": store.entities[f"u{n}"] for n in range(9)})
+    for n in range(3):
+        timeline.fold([envelope("user.message", {"text": f"{n}" * size}, id="u29")])
+        flush(timeline, store)
+        assert held() <= CACHED_BYTES
 
 
 def test_a_reopened_long_conversation_knows_that_it_does_not_know() -> None:
