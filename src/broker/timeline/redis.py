@@ -28,6 +28,8 @@ from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
+_LOOKED_AT = 256
+"""Entities that one call for a page looks at, or `limit` up to four times as many: Redis serves nobody else meanwhile."""
 
 # KEYS entities, by-position, by-version, cursor, dead, log, stream. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
 # count of dead letters, forgotten ones, dead letters kept, then (seq, JSON) of each, then per entity: id, version,
@@ -96,31 +98,33 @@ return 1
 """
 )
 
-# KEYS entities, by-position, by-version. ARGV: after position, since version, limit. Reply: id, value, id, value, …
-# Who asks for what is newer than a version gets few of many entities: found by version, sorted by the caller.
+# KEYS entities, by-position, by-version. ARGV: after position, since version, limit, how many entities to look at, where to
+# go on ('' at first). Reply: where to go on ('' when there is no more), then id, value, id, value, …
+# What is newer than a version is mostly few of many: found by version, then, and sorted by the caller. If it is more than
+# is looked at in one call, the timeline is gone through by position, a part per call.
 PAGE = Script(
     """
-local after, since, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local out = {}
-if since > after then
-  for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', '+')) do
-    local id = string.sub(member, 21)
-    local value = redis.call('HGET', KEYS[1], id)
-    if value and string.sub(value, 21, 39) > after then out[#out + 1] = id out[#out + 1] = value end
+local after, since, limit, most, from = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local out = {''}
+if from == '' and since > after then
+  local newer = redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\255', '+', 'LIMIT', 0, most + 1)
+  if #newer <= most then
+    for _, member in ipairs(newer) do
+      local id = string.sub(member, 21)
+      local value = redis.call('HGET', KEYS[1], id)
+      if value and string.sub(value, 21, 39) > after then out[#out + 1] = id out[#out + 1] = value end
+    end
+    return out
   end
-  return out
 end
-local from, ask = '(' .. after .. '\\255', math.min(limit, 256)
-while #out < 2 * limit do
-  local members = redis.call('ZRANGEBYLEX', KEYS[2], from, '+', 'LIMIT', 0, ask)
-  for _, member in ipairs(members) do
-    local id = string.sub(member, 21)
-    local value = redis.call('HGET', KEYS[1], id)
-    if #out < 2 * limit and value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
-  end
-  if #members < ask then break end
-  from = '(' .. members[#members]
+local members = redis.call('ZRANGEBYLEX', KEYS[2], from == '' and '(' .. after .. '\255' or from, '+', 'LIMIT', 0, most)
+for at, member in ipairs(members) do
+  local id = string.sub(member, 21)
+  local value = redis.call('HGET', KEYS[1], id)
+  if value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
+  if #out > 2 * limit then return out end
 end
+if #members == most then out[1] = '(' .. members[#members] end
 return out
 """,
     reads=True,
@@ -162,11 +166,18 @@ class RedisTimelineStore:
     async def page(
         self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
     ) -> list[Entity]:
-        found = await self._connection.one(
-            PAGE.command(_keys(conv_id)[:3], (_digits(after_position), _digits(since_version), limit))
-        )
-        entities = [_entity(id.decode(), value) for id, value in zip(found[::2], found[1::2], strict=True)]
-        entities.sort(key=lambda entity: (entity.position, entity.id))
+        entities: list[Entity] = []
+        asked = (_digits(after_position), _digits(since_version))
+        most = max(_LOOKED_AT, min(limit, 4 * _LOOKED_AT))
+        begin: bytes | str = ""
+        while True:
+            arguments = (*asked, limit - len(entities), most, begin)
+            begin, *found = await self._connection.one(PAGE.command(_keys(conv_id)[:3], arguments))
+            entities += [_entity(id.decode(), value) for id, value in zip(found[::2], found[1::2], strict=True)]
+            if not begin or len(entities) >= limit:
+                break
+        # Another node may have moved one between two calls: then it came twice.
+        entities = sorted({one.id: one for one in entities}.values(), key=lambda entity: (entity.position, entity.id))
         return entities[:limit]
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:

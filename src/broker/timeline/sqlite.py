@@ -68,7 +68,13 @@ SELECT json_group_array(json_array({_COLUMNS})) FROM (
     WHERE {_THIS} AND position > :after AND version > :since ORDER BY position, id LIMIT :limit)
 """
 _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
-# Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
+# What is newer than a version is mostly few of many entities: found by version, then, and sorted. All of them are read for
+# that, so where they are more than some pages they are found by position.
+_FEW_PAGES = 4
+_FEW_NEWER = f"""
+SELECT count(*) <= :most FROM (
+    SELECT 1 FROM entity INDEXED BY entity_by_version WHERE {_THIS} AND version > :since LIMIT :most + 1)
+"""
 _PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
 
 
@@ -156,8 +162,12 @@ class SqliteTimelineStore:
     async def page(
         self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
     ) -> list[Entity]:
-        statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
         parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
+        statement = _PAGE_BY_POSITION
+        if since_version > after_position:
+            few = {"conv_id": conv_id, "since": since_version, "most": _FEW_PAGES * limit}
+            if await self._database.fetch(_FEW_NEWER, few) == [(1,)]:
+                statement = _PAGE_BY_VERSION
         rows = await self._database.fetch(statement, parameters)
         entities = _entities(rows[0][0])
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
