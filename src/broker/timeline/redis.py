@@ -118,7 +118,7 @@ if from == '' and since > after then
   end
 end
 local members = redis.call('ZRANGEBYLEX', KEYS[2], from == '' and '(' .. after .. '\255' or from, '+', 'LIMIT', 0, most)
-for at, member in ipairs(members) do
+for _, member in ipairs(members) do
   local id = string.sub(member, 21)
   local value = redis.call('HGET', KEYS[1], id)
   if value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
