@@ -133,13 +133,15 @@ class LeaseKeeper:
 
         at_start: queued prompts are taken up at once, else when they have waited for as long as a lease.
         """
+        found = await self._leases.unattended()
         by_conversation: dict[str, list[Run]] = defaultdict(list)
-        for run in await self._runtime.store.unsettled():
+        for run in found.runs:
             by_conversation[run.conv_id].append(run)
-        self._awaiting &= by_conversation.keys()
-        waiting = {run.run_id for runs in by_conversation.values() for run in runs if not run.announced}
-        for run_id in self._runtime.unaccepted_since_s.keys() - waiting:  # accepted, refused or erased since
-            del self._runtime.unaccepted_since_s[run_id]
+        self._awaiting &= found.open
+        waiting = {(run.conv_id, run.run_id) for run in found.runs if not run.announced}
+        for conv_id, run_id in self._runtime.unaccepted_since_s.keys() - waiting:
+            if conv_id in found.free or conv_id not in found.open:  # accepted, refused or erased since
+                del self._runtime.unaccepted_since_s[conv_id, run_id]
         now_s = asyncio.get_running_loop().time()
         known, self._queued_since_s = self._queued_since_s, {}
         free = []
@@ -248,6 +250,8 @@ class LeaseKeeper:
         try:
             async with self._queues.enter(conv_id) as queue:
                 run = await self._runtime.store.active(conv_id)
+                if run is None and queue.task is None:
+                    self._awaiting.discard(conv_id)  # it has ended elsewhere: the lease may end as well
                 if run is None or self._runtime.closing:
                     return
                 if queue.task is None and conv_id in self._awaiting and _goes_on(run):
