@@ -16,9 +16,9 @@ from broker.envelope import TIMELINE, Draft, Envelope, check_conv_id, encode_jso
 from broker.errors import Conflict, InvalidDraft, InvalidInput, NotFound, PermissionDenied, StoreError, quoted
 from broker.eventlog.base import EventLog
 from broker.library.jsonl import Imported, end_line, envelope_line, header_line, read_lines
-from broker.library.pauses import Pauses
 from broker.library.rebuild import CUT, KINDS, drafts_of, in_talking_order
 from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.runs.store import ConversationState, RunStore
 from broker.security import Principal

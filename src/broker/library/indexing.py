@@ -10,9 +10,9 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 
-from broker.library.pauses import Pauses
 from broker.library.store import LibraryStore, Message
 from broker.library.terms import MAX_TEXT_CHARS, terms_of
+from broker.pauses import Pauses
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
 

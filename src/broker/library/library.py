@@ -15,9 +15,9 @@ from broker.errors import BrokerError, NotFound, PermissionDenied
 from broker.eventlog.base import EventLog
 from broker.library.copying import Copier, check_metadata, check_title
 from broker.library.indexing import messages_of
-from broker.library.pauses import Pauses
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.sequence import PER_MS

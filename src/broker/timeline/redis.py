@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from broker.envelope import topic
+from broker.pauses import Pauses
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
@@ -152,7 +153,9 @@ class RedisTimelineStore:
 
     async def save(self, saves: Sequence[TimelineSave]) -> None:
         if saves:
-            await self._connection.all([command for save in saves for command in _save_commands(save)], lane="append")
+            pauses = Pauses()
+            commands = [command for save in saves for command in await _save_commands(save, pauses)]
+            await self._connection.all(commands, lane="append")
 
     async def cursor(self, conv_id: str) -> int:
         return int(await self._connection.one(("GET", _keys(conv_id)[3])) or 0)
@@ -207,7 +210,7 @@ def _digits(seq: int) -> str:
     return f"{min(seq, MAX_SEQ):019d}"
 
 
-def _save_commands(save: TimelineSave) -> list[Command]:
+async def _save_commands(save: TimelineSave, pauses: Pauses) -> list[Command]:
     """Return the scripts of a save. The cursor goes with the last one: what it covers is stored when it is."""
     newest = max([save.cursor, *(entity.version for entity in save.entities)])
     commands: list[Command] = []
@@ -222,7 +225,9 @@ def _save_commands(save: TimelineSave) -> list[Command]:
         for letter in save.dead_letters if last else ():
             arguments += (letter.seq, orjson.dumps([letter.type, letter.error]))
         for entity in part:
-            arguments += (entity.id, _digits(entity.version), _digits(entity.position), _value(entity))
+            value = _value(entity)
+            arguments += (entity.id, _digits(entity.version), _digits(entity.position), value)
+            await pauses.after(len(value))
         commands.append(SAVE.command(_keys(save.conv_id), arguments))
     return commands
 

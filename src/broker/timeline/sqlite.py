@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import orjson
 
+from broker.pauses import Pauses
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
@@ -134,9 +135,13 @@ class SqliteTimelineStore:
     async def save(self, saves: Sequence[TimelineSave]) -> None:
         parts: list[_Part] = []
         size = 0
+        pauses = Pauses()
         for save in saves:
-            rows = [_row(entity) for entity in save.entities]
-            size += sum(len(row[-1]) for row in rows)
+            rows = []
+            for entity in save.entities:
+                rows.append(row := _row(entity))
+                size += len(row[-1])
+                await pauses.after(len(row[-1]))
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
             size += sum(len(row[-1]) for row in letters)
             parts.append((save.conv_id, save.cursor, rows, letters, save.forgotten))
