@@ -274,7 +274,7 @@ class ConversationManager:
         """Save what is unsaved and drop the conversation from memory. False: it came into use meanwhile."""
         if self._open.get(conversation.conv_id) is not conversation:
             return False
-        save = conversation.timeline.take_save(everything=True)
+        save = conversation.timeline.take_save(self._clock.monotonic_s(), everything=True)
         if save is not None:
             await self._store.save([save])
             conversation.timeline.saved(save)

@@ -162,6 +162,8 @@ class Recovery:
             entities = conversation.timeline.changed_since(state_after)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 return None
+            # A client that was there may lack what was held back at its position, however long ago that was.
+            entities += conversation.timeline.growing_up_to(state_after)
             build = state_messages if recent is None else recent.state_messages
             upserts = within(CHUNK_BYTES, build(conversation.conv_id, view, entities))
             if upserts is None:
@@ -184,8 +186,13 @@ class Recovery:
         slow: merge neighbours.
         Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
         """
-        if state_first and subscription.view.shows_state and not await self._state.send(subscription):
-            return
+        if state_first and subscription.view.shows_state:
+            held = [] if lag else subscription.conversation.timeline.growing_up_to(subscription.state_cursor)
+            if not await self._state.send(subscription):
+                return
+            upserts = state_messages(subscription.conv_id, subscription.view, held)
+            if held and not await self._chunks.send(subscription, upserts):
+                return
         if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
             return
         while subscription.status != "closed":

@@ -16,8 +16,8 @@ from broker.eventlog.base import LogState
 from broker.library.checks import admitted_id
 from broker.library.exporting import keys_of, retained, still_the_same, text_bytes, with_times
 from broker.library.filling import Filling, Timed
-from broker.library.pauses import Pauses
 from broker.library.store import ForkedFrom, LibraryEntry
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.runs.store import ConversationState, RunStore
 from broker.security import Principal

@@ -12,8 +12,8 @@ from broker.library.checks import admitted_id, check_metadata, check_title
 from broker.library.exporting import sealed
 from broker.library.filling import Filling
 from broker.library.jsonl import Imported, read_lines
-from broker.library.pauses import Pauses
 from broker.library.store import LibraryEntry
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.timeline.projector import ConversationTimeline
@@ -108,7 +108,7 @@ class Importer:
 
 def _why_not(timeline: ConversationTimeline, draft: Draft) -> str:
     """Return why the newest draft could not be folded. A line of an export may be such a one: it was so in its log."""
-    save = timeline.take_save(everything=True)
+    save = timeline.take_save(0.0, everything=True)
     letters = save.dead_letters if save is not None else ()
     if letters and letters[-1].seq == timeline.position:
         return f"it cannot be folded: {letters[-1].error}"

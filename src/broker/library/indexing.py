@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from broker.characters import beginning
 from broker.envelope import CONTROL
-from broker.library.pauses import Pauses
 from broker.library.store import LibraryStore, Message
 from broker.library.terms import MAX_TEXT_CHARS, terms_of
+from broker.pauses import Pauses
 from broker.security import Principal
 from broker.timeline.entity import Entity
 from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore

@@ -21,9 +21,9 @@ from broker.library.filling import EraseFilled
 from broker.library.forking import Forker
 from broker.library.importing import Importer
 from broker.library.indexing import SeenByAll, messages_of
-from broker.library.pauses import Pauses
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.sequence import PER_MS

@@ -130,13 +130,15 @@ class LeaseKeeper:
 
         at_start: queued prompts are taken up at once, else when they have waited for as long as a lease.
         """
+        found = await self._leases.unattended()
         by_conversation: dict[str, list[Run]] = defaultdict(list)
-        for run in await self._runtime.store.unsettled():
+        for run in found.runs:
             by_conversation[run.conv_id].append(run)
-        self._awaiting &= by_conversation.keys()
-        waiting = {run.run_id for runs in by_conversation.values() for run in runs if not run.announced}
-        for run_id in self._runtime.unaccepted_since_s.keys() - waiting:  # accepted, refused or erased since
-            del self._runtime.unaccepted_since_s[run_id]
+        self._awaiting &= found.open
+        waiting = {(run.conv_id, run.run_id) for run in found.runs if not run.announced}
+        for conv_id, run_id in self._runtime.unaccepted_since_s.keys() - waiting:
+            if conv_id in found.free or conv_id not in found.open:  # accepted, refused or erased since
+                del self._runtime.unaccepted_since_s[conv_id, run_id]
         now_s = asyncio.get_running_loop().time()
         known, self._queued_since_s = self._queued_since_s, {}
         free = []
@@ -249,7 +251,9 @@ class LeaseKeeper:
                     return
                 task = queue.task
                 if run is None:
-                    if task is not None and await self._runtime.store.get(task.run.run_id) is None:
+                    if task is None:
+                        self._awaiting.discard(conv_id)  # it has ended elsewhere: the lease may end as well
+                    elif await self._runtime.store.get(task.run.run_id) is None:
                         task.stop("lost")  # another node has erased the conversation
                     return
                 if queue.task is None and conv_id in self._awaiting and _goes_on(run):

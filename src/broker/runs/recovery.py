@@ -91,9 +91,9 @@ async def _accepted(runtime: Runtime, run: Run) -> Run | None:
     if run.message_id in await runtime.timeline.get(run.conv_id, [run.message_id]):
         return await runtime.store.update(run.run_id, frozenset({"queued"}), {"announced": True}, now_ms)
     now_s = runtime.clock.monotonic_s()
-    since_s = runtime.unaccepted_since_s.setdefault(run.run_id, now_s)
+    since_s = runtime.unaccepted_since_s.setdefault((run.conv_id, run.run_id), now_s)
     if runtime.token_of is None or now_s - since_s > runtime.limits.accept_within_s:
-        runtime.unaccepted_since_s.pop(run.run_id, None)
+        runtime.unaccepted_since_s.pop((run.conv_id, run.run_id), None)
         log.info("prompt %s of %s was not accepted before its process ended: dropped", run.run_id, run.conv_id)
         await runtime.store.discard(run.run_id)
     return None

@@ -14,6 +14,7 @@ from broker.envelope import topic
 from broker.errors import BrokerError, ConversationShut, StoreUnavailable
 from broker.eventlog.redis_keys import log_keys
 from broker.redis.connection import RedisConnection
+from broker.runs.leases import Unattended
 from broker.runs.memory import MemoryRunStore
 from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases
@@ -245,8 +246,19 @@ class RedisRunStore(RedisLeases):
         return runs_of(await self._connection.one(("HMGET", runs, *ids)))
 
     async def unsettled(self) -> list[Run]:
+        return await self._unsettled_in(await self._open())
+
+    async def unattended(self) -> Unattended:
+        names = await self._open()
+        free = await self._unattended(names)
+        return Unattended(frozenset(names), frozenset(free), await self._unsettled_in(free))
+
+    async def _open(self) -> list[str]:
+        """Return the conversations that are on the list of those with open runs."""
+        return sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED)))
+
+    async def _unsettled_in(self, names: Sequence[str]) -> list[Run]:
         found: list[Run] = []
-        names = sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED)))
         for at in range(0, len(names), _LOADED_AT_ONCE):
             some = names[at : at + _LOADED_AT_ONCE]
             replies = await self._connection.all([LOAD.command(run_keys(conv_id)) for conv_id in some])

@@ -119,12 +119,22 @@ return token
     recognises=True,
 )
 
-# KEYS as run_keys. ARGV: token, lease in ms. Reply: the revision of the runs, nil if another node took the lease.
+# KEYS state and lease of each conversation. ARGV: lease in ms, the token of each. Reply for each: the revision of its runs,
+# nil if another node took the lease. In a cluster one conversation at a time.
 RENEW = Script(
     """
-if redis.call('HGET', KEYS[4], 'holder') ~= ARGV[1] then return false end
-redis.call('SET', KEYS[5], ARGV[1], 'PX', ARGV[2])
-return redis.call('HGET', KEYS[4], 'revision') or '0'
+local out = {}
+for at = 1, #KEYS / 2 do
+  local token = ARGV[at + 1]
+  local known = redis.call('HMGET', KEYS[2 * at - 1], 'holder', 'revision')
+  if known[1] == token then
+    redis.call('SET', KEYS[2 * at], token, 'PX', ARGV[1])
+    out[at] = known[2] or '0'
+  else
+    out[at] = false
+  end
+end
+return out
 """
 )
 

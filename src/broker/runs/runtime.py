@@ -49,7 +49,7 @@ class Runtime:
     token_of: Callable[[str], str | None] | None = None
     publish_fenced: PublishFenced | None = None
     publish_unasked: PublishUnasked | None = None
-    unaccepted_since_s: dict[str, float] = field(default_factory=dict)
+    unaccepted_since_s: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def publish_as_holder(self, conv_id: str) -> Publish:
         """Return what publishes only as long as this node holds the lease on the conversation, where there are leases."""

@@ -1,9 +1,8 @@
 """The projector: folds a conversation's envelopes into entities, in memory, and says what is worth showing and saving.
 
 Two budgets keep bytes linear (I16). An entity that still grows is shown, and saved, only while the sum of everything
-shown (saved) of it stays within BUDGET_FACTOR times its present size plus BUDGET_SLACK_BYTES. So a final text of n
-bytes costs at most (BUDGET_FACTOR + 1) * n + slack, however slowly or in however many deltas it came. Everything that
-is not growing is shown at once.
+shown (saved) of it stays within a multiple of its present size plus a slack; see budget.py, which also says how long it may
+be held back. Everything that is not growing is shown at once.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from broker.envelope import Envelope
+from broker.timeline.budget import Budget
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import LateEnvelope, TimelineHandler
 from broker.timeline.sources import UNKNOWN, Source, Sources, joined, shared
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 DEBUG_CHANNELS = "debug."
 """What is published to these is not folded: it is not for those who may only see the timeline (I14)."""
-BUDGET_FACTOR = 4
-BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
@@ -43,22 +41,10 @@ LOGGED_DEAD_LETTERS = 10
 can fill the log."""
 
 
-class _Budget:
-    """What was already spent on one growing entity."""
-
-    __slots__ = ("spent",)
-
-    def __init__(self) -> None:
-        self.spent = 0
-
-    def allows(self, size: int) -> bool:
-        return self.spent + size <= BUDGET_FACTOR * size + BUDGET_SLACK_BYTES
-
-
 @dataclass(slots=True)
 class _Unsaved:
     first_seq: int  # the oldest envelope that the stored entity lacks
-    budget: _Budget
+    budget: Budget
 
 
 class ConversationTimeline:
@@ -106,7 +92,7 @@ class ConversationTimeline:
         self._absent: set[str] = set()
         self._ahead: set[str] = set()  # saved by another process in a state that the log has not brought here yet
         self._unsaved: dict[str, _Unsaved] = {}
-        self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
+        self._shown: dict[str, tuple[Budget, int]] = {}  # growing entities: budget, version last shown
         self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
         self._weights: dict[str, int] = {}  # bytes of entities that are safe in the store
         self._dead: dict[int, DeadLetter] = {}  # not saved yet, by seq
@@ -223,7 +209,7 @@ class ConversationTimeline:
                 self._fed[entity.id] = self._fed.get(entity.id, 0) + len(envelope.data_json)
             self._absent.discard(entity.id)
             if entity.id not in self._unsaved:
-                self._unsaved[entity.id] = _Unsaved(envelope.seq, _Budget())
+                self._unsaved[entity.id] = _Unsaved(envelope.seq, Budget())
                 self._weights.pop(entity.id, None)
             elif self._unsaved[entity.id].first_seq == 0:
                 self._unsaved[entity.id].first_seq = envelope.seq
@@ -291,20 +277,21 @@ class ConversationTimeline:
 
     # -- showing --------------------------------------------------------------------------------------------------
 
-    def _may_show(self, entity: Entity, *, tick: bool = False) -> bool:
+    def _may_show(self, entity: Entity, *, now_s: float | None = None) -> bool:
+        """Say whether an entity is shown now, and take note of it. now_s: of the tick, None for one that was just changed."""
         if not entity.growing:  # a final state is never delayed
             self.pending.discard(entity.id)
             self._shown.pop(entity.id, None)
             self._fed.pop(entity.id, None)
             return True
         known = self._shown.get(entity.id)
-        if known is not None and not tick:
+        if known is not None and now_s is None:
             return False  # shown not long ago: the next tick is soon enough (trailing edge)
-        budget = known[0] if known is not None else _Budget()
+        budget = known[0] if known is not None else Budget()
         size = self._size(entity)
-        if not budget.allows(size):
+        if not (budget.allows(size) if now_s is None else budget.due(size, now_s)):
             return False
-        budget.spent += size
+        budget.spend(size)
         self._shown[entity.id] = (budget, entity.version)
         self.pending.discard(entity.id)
         return True
@@ -313,9 +300,22 @@ class ConversationTimeline:
         """About how many bytes an upsert or a save of a growing entity costs."""
         return entity.grown_bytes + self._fed.get(entity.id, 0) + ENTITY_OVERHEAD_BYTES
 
-    def due(self) -> list[Entity]:
-        """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
-        return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], tick=True)]
+    def due(self, now_s: float) -> list[Entity]:
+        """Return the pending entities that may be shown now, or waited long enough. Called by the shared upsert tick.
+
+        now_s: monotonic.
+        """
+        return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], now_s=now_s)]
+
+    def next_due_s(self, now_s: float) -> float | None:
+        """Return when there is something to show or save though nothing more is folded; None if nothing waits."""
+        if self._dead or self._folded >= REFOLD_MAX:
+            return now_s
+        due_s = [self._shown[id][0].due_s(now_s) if id in self._shown else now_s for id in self.pending]
+        for id, unsaved in self._unsaved.items():
+            if unsaved.first_seq:
+                due_s.append(unsaved.budget.due_s(now_s) if self._entities[id].growing else now_s)
+        return min(due_s, default=None)
 
     def shown_version(self, entity: Entity) -> int | None:
         """Return up to which version a growing entity was shown to those who were there; None: nothing of it is held back."""
@@ -346,6 +346,13 @@ class ConversationTimeline:
         found = [entity for entity in self._entities.values() if entity.growing and entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
+    def growing_up_to(self, version: int) -> list[Entity]:
+        """Return the entities in memory that still grow and did not change after `version`.
+
+        Whoever was there at `version` may not have been shown them as they are: they may have been held back then.
+        """
+        return [entity for entity in self._entities.values() if entity.growing and entity.version <= version]
+
     def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:
         """Return the entities that folding `envelope`, just now, changed."""
         try:
@@ -374,10 +381,10 @@ class ConversationTimeline:
             or any(unsaved.first_seq for unsaved in self._unsaved.values())
         )
 
-    def take_save(self, *, everything: bool = False) -> TimelineSave | None:
+    def take_save(self, now_s: float, *, everything: bool = False) -> TimelineSave | None:
         """Return what should be saved now, None if nothing. Confirm with `saved` once it is durable.
 
-        everything: also what still grows, whatever its budget (eviction, shutdown, retention).
+        now_s: monotonic. everything: also what still grows, whatever its budget (eviction, shutdown, retention).
         """
         if self.readers and not everything:
             return None
@@ -389,13 +396,13 @@ class ConversationTimeline:
                 continue
             entity = self._entities[id]
             size = self._size(entity)
-            if everything or not entity.growing or unsaved.budget.allows(size):
+            if everything or not entity.growing or unsaved.budget.due(size, now_s):
                 entities.append(entity)
             else:
                 waiting.append(unsaved.first_seq)
                 waiting_bytes += size
         if waiting and self._folded >= max(REFOLD_MAX, waiting_bytes // REFOLD_BYTES):
-            return self.take_save(everything=True)
+            return self.take_save(now_s, everything=True)
         if waiting and self._linked_seq > self._cursor:
             # A fold read one entity to change another. Folded again over a newer state of the one, it would change the
             # other to something else: the stored entities have to be of one moment, so all of them wait.
@@ -416,7 +423,7 @@ class ConversationTimeline:
             unsaved = self._unsaved.get(entity.id)
             if unsaved is None:
                 continue
-            unsaved.budget.spent += self._size(entity)
+            unsaved.budget.spend(self._size(entity))
             current = self._entities[entity.id]
             if current.version != entity.version:
                 # Changed while it was being saved: the stored one lacks what came after that version.

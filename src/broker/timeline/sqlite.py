@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import orjson
 
+from broker.pauses import Pauses
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
@@ -80,7 +81,13 @@ SELECT json_group_array(json_array({_COLUMNS})), (SELECT count(*) FROM found) > 
 JOIN entity ON entity.rowid = summed.row WHERE place <= :limit AND before < :max_bytes
 """
 _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
-# Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
+# What is newer than a version is mostly few of many entities: found by version, then, and sorted. All of them are read for
+# that, so where they are more than some pages they are found by position.
+_FEW_PAGES = 4
+_FEW_NEWER = f"""
+SELECT count(*) <= :most FROM (
+    SELECT 1 FROM entity INDEXED BY entity_by_version WHERE {_THIS} AND version > :since LIMIT :most + 1)
+"""
 _PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
 
 
@@ -140,9 +147,13 @@ class SqliteTimelineStore:
     async def save(self, saves: Sequence[TimelineSave]) -> None:
         parts: list[_Part] = []
         size = 0
+        pauses = Pauses()
         for save in saves:
-            rows = [_row(entity) for entity in save.entities]
-            size += sum(len(row[-1]) for row in rows)
+            rows = []
+            for entity in save.entities:
+                rows.append(row := _row(entity))
+                size += len(row[-1])
+                await pauses.after(len(row[-1]))
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
             size += sum(len(row[-1]) for row in letters)
             parts.append((save.conv_id, save.cursor, rows, letters, save.forgotten))
@@ -175,11 +186,15 @@ class SqliteTimelineStore:
         limit: int = 1000,
         max_bytes: int = PAGE_BYTES,
     ) -> StoredEntities:
-        statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
         parameters = {
             "conv_id": conv_id, "after": after_position, "since": since_version, "upto": upto_version, "limit": limit,
             "max_bytes": max_bytes,
         }  # fmt: skip
+        statement = _PAGE_BY_POSITION
+        if since_version > after_position:
+            few = {"conv_id": conv_id, "since": since_version, "most": _FEW_PAGES * limit}
+            if await self._database.fetch(_FEW_NEWER, few) == [(1,)]:
+                statement = _PAGE_BY_VERSION
         ((rows, more),) = await self._database.fetch(statement, parameters)
         entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate

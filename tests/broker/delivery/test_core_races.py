@@ -221,15 +221,15 @@ def test_two_saves_under_way_lose_no_dead_letter() -> None:
 
     timeline = fresh({"x.y": TimelineHandler("x.y", fail)})
     timeline.fold([_envelope(1)])
-    first = timeline.take_save()
+    first = timeline.take_save(0.0)
     timeline.fold([_envelope(2)])
-    second = timeline.take_save(everything=True)
+    second = timeline.take_save(0.0, everything=True)
     assert first is not None
     assert second is not None
     timeline.saved(first)
     timeline.fold([_envelope(3)])
     timeline.saved(second)
-    third = timeline.take_save()
+    third = timeline.take_save(0.0)
     assert third is not None
     assert [letter.seq for letter in third.dead_letters] == [3]
 
@@ -332,7 +332,7 @@ def test_folding_from_a_stored_cursor_equals_folding_everything(cut: int) -> Non
     before = fresh(handlers)
     for envelope in envelopes[:cut]:
         before.fold([envelope])
-        if (save := before.take_save()) is not None:
+        if (save := before.take_save(0.0)) is not None:
             stored.update({entity.id: entity for entity in save.entities})
             cursor = max(cursor, save.cursor)
             before.saved(save)
@@ -378,7 +378,7 @@ def test_an_answer_that_stalls_does_not_hold_the_cursor_back_for_ever() -> None:
         nonlocal seq, cursor
         seq += 1
         timeline.fold([_envelope(seq, type, id, data)])
-        if save and (taken := timeline.take_save()) is not None:
+        if save and (taken := timeline.take_save(0.0)) is not None:
             cursor = taken.cursor
             timeline.saved(taken)
 

@@ -19,7 +19,7 @@ import broker.library.forking
 import broker.library.indexing
 import broker.library.jsonl
 import broker.timeline.sqlite
-from broker.library.pauses import BYTES_PER_STEP, ROWS_PER_STEP
+from broker.pauses import BYTES_PER_STEP, ROWS_PER_STEP
 from broker.security import Principal
 
 ME = Principal("me")
@@ -78,6 +78,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     steps.watch(monkeypatch, broker.library.forking, "_unheard")
     steps.watch(monkeypatch, broker.library.jsonl, "_object", lambda _, line: len(line))
     steps.watch(monkeypatch, broker.timeline.sqlite, "_entity")
+    steps.watch(monkeypatch, broker.timeline.sqlite, "_row")
     return steps
 
 
@@ -97,14 +98,14 @@ def a_file(texts: list[str]) -> bytes:
 async def test_import_index_fork_and_export_take_many_turns(tmp_path: Path, steps: Steps) -> None:
     texts = [f"word{number} of many" for number in range(MESSAGES)]
     db = str(tmp_path / "broker.db")
-    async with Core(db) as core, steps.counting():
+    async with steps.counting(), Core(db) as core:
         library = core.broker.doors.library
         await library.import_(ME, a_file(texts), new_id="long")
         await library.fork(ME, "long", f"m{MESSAGES - 1}", new_id="copy")
         exported = [line async for line in await library.export(ME, "copy")]
         assert len(exported) == MESSAGES + 2
         assert len((await library.find(ME, query="many")).conversations) == 2
-    async with Core(db) as core, steps.counting():  # nothing of it is in memory
+    async with steps.counting(), Core(db) as core:  # nothing of it is in memory
         await core.broker.doors.library.fork(ME, "long", f"m{MESSAGES - 1}", new_id="another")
     assert min(steps.total()[name] for name in ("terms_of", "drafts_of", "_object", "_entity")) >= MESSAGES
     limits = dict.fromkeys(steps.rows, 2 * ROWS_PER_STEP) | {"_entity": 257, "encode_json": 202}
@@ -113,7 +114,7 @@ async def test_import_index_fork_and_export_take_many_turns(tmp_path: Path, step
 
 async def test_large_texts_make_small_steps(tmp_path: Path, steps: Steps) -> None:
     texts = ["x y " * 5000 for _ in range(60)]  # 20,000 characters each
-    async with Core(str(tmp_path / "broker.db")) as core, steps.counting():
+    async with steps.counting(), Core(str(tmp_path / "broker.db")) as core:
         library = core.broker.doors.library
         await library.import_(ME, a_file(texts), new_id="long")
         await library.fork(ME, "long", "m59", new_id="copy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from broker.redis.connection import RedisConnection
 from broker.sqlite.database import Database
@@ -269,3 +271,52 @@ async def test_a_page_since_a_version_uses_the_index_on_versions(tmp_path: Path)
 
     assert "entity_by_version (timeline=? AND version>? AND version<?)" in await database.read(plan)
     await database.close()
+
+
+async def test_a_page_is_the_first_by_position_of_what_is_newer_however_much_that_is(
+    store: TimelineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by version or by position, in one call or several: the same page."""
+    monkeypatch.setattr("broker.timeline.redis._LOOKED_AT", 8)
+    monkeypatch.setattr("broker.timeline.sqlite._FEW_PAGES", 2)
+    draw = random.Random(7)
+    known = []
+    for number in range(60):
+        position = number // 2 + 1  # two share each
+        known.append(
+            entity(f"m{number:02d}", position + draw.choice([0, 0, 0, draw.randrange(80)]), position, text="x")
+        )
+    await save(store, "c1", *known)
+    for since in (0, 1, 5, 20, 40, 70, 99, 110):
+        for after in (0, 3, 15, 29, 30, 31):
+            for limit in (1, 2, 7, 30, 100):
+                newer = [one for one in known if one.version > since and one.position > after]
+                expected = sorted(newer, key=lambda one: (one.position, one.id))[:limit]
+                assert ids(await store.page("c1", since_version=since, after_position=after, limit=limit)) == ids(
+                    expected
+                )
+
+
+async def test_a_page_of_a_long_timeline_costs_redis_a_page(redis_url: str) -> None:
+    """Not all of it in one call, in which nobody else is served."""
+    connection = RedisConnection(redis_url)
+    store = RedisTimelineStore(connection)
+    for start in range(1, 5001, 500):
+        await save(store, "c1", *(entity(f"m{n}", n, text="x" * 100) for n in range(start, start + 500)))
+    await store.page("c1", limit=1)  # the script is known then
+    with redis.Redis.from_url(redis_url, protocol=2) as client:
+        for since, after, limit, calls, most in (
+            (1, 0, 10, 1, 300),  # nearly all are newer: the first few by position
+            (4990, 0, 10, 1, 20),  # few are newer
+            (4000, 0, 1000, 1, 1100),
+            (4000, 0, 10, 20, 4200),  # many, which stand at the end: a part per call
+            (0, 2000, 10, 1, 300),
+        ):
+            client.config_resetstat()
+            found = await store.page("c1", since_version=since, after_position=after, limit=limit)
+            assert ids(found) == [f"m{max(since, after) + n}" for n in range(1, limit + 1)]
+            stats = client.info("commandstats")
+            assert stats["cmdstat_evalsha"]["calls"] <= calls
+            assert stats["cmdstat_hget"]["calls"] <= most
+            assert stats["cmdstat_hget"]["calls"] / stats["cmdstat_evalsha"]["calls"] <= max(300, 1.1 * limit)
+    await connection.close()
