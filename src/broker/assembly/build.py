@@ -71,7 +71,7 @@ class _Building:
         self.catalog = Catalog(plugins, debug_channels_on=settings.debug_channels)
         self.views = ViewCompiler(self.catalog, plugins)
         self.access = Access(settings, plugins)
-        self.emitters = EmitterSupervisor(plugins, clock)
+        self.emitters = EmitterSupervisor(plugins, clock, held=True)
         self.observers = Observers(plugins)
         self._conversations()
         self._delivery()
