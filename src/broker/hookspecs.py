@@ -391,10 +391,11 @@ async def on_startup(broker: Broker) -> None:
     """Open what the plugin needs: clients, files, background tasks.
 
     Called by: ConversationWSBroker.start.
-    When: once, when the stores are open and before the first connection is accepted.
+    When: once, when the stores are open, before the first connection is accepted, and before any engine, tool or
+        emitter of this process runs: runs that an earlier process left go on afterwards.
     Blocking: wait with `await`; the server is not ready before all have returned or timed out.
     Arguments:
-        broker: the running broker; keep it if you publish or read later.
+        broker: the running broker; it can publish and read, and takes prompts when all have returned.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; the server starts without what the plugin wanted to
         open.
@@ -563,7 +564,8 @@ def start_emitters(conversation: OpenConversation, publisher: Publisher) -> Emit
         managers, entered at once and left when the conversation closes. None: no emitter, and no task.
     Raises: an error is reported under the plugin's name. An emitter that raises is reported and restarted
         with exponential back-off: the hook is called anew and the emitter at the same place of its answer is
-        taken. One that returns is done. At close each is cancelled and has a few seconds to end.
+        taken. One that returns is done. At close each is cancelled and has a few seconds to end. As long as one
+        runs, its conversation is not idle; where more than `BROKER_MAX_OPEN_CONVERSATIONS` are open, it goes last.
     Example:
         import asyncio
 

@@ -12,12 +12,22 @@ from broker.errors import InvalidInput, quoted
 
 PER_MS = 1_000_000
 MAX_SEQ = 2**63 - 1
+EARLIEST_MS = 946_684_800_000
+"""1 January 2000."""
 
 
 def next_seq(last: int, now_ms: int) -> int:
     """Return the seq that follows `last` at wall time `now_ms` (Unix milliseconds): the clock's, or `last + 1`."""
     by_clock = now_ms * PER_MS
     return by_clock if by_clock > last else last + 1
+
+
+def dated_seq(last: int, time_ms: int) -> int:
+    """Return the seq that follows `last` for something that happened at `time_ms`, before today.
+
+    What says that it is older than EARLIEST_MS counts from there: small numbers never appear (I2).
+    """
+    return next_seq(last, max(time_ms, EARLIEST_MS))
 
 
 def seq_from_stream_id(stream_id: str) -> int:

@@ -78,7 +78,7 @@ class _Building:
         self.access = Access(settings, plugins)
         self.seen_by_all = SeenByAll(self.views)
         stores.timeline.seen = self.seen_by_all
-        self.emitters = EmitterSupervisor(plugins, clock)
+        self.emitters = EmitterSupervisor(plugins, clock, held=True)
         self.observers = Observers(plugins)
         self._conversations()
         self._delivery()

@@ -46,10 +46,13 @@ class Lifecycle:
             parts.housekeeping.start()
             parts.observers.start()
         await parts.stores.nodes.open(parts.this_node)
-        await parts.runs.start()
-        self._greeted = True
-        await parts.plugins.acall_all("on_startup", broker=self._handle)
+        # Plugins first: engines and tools of runs that go on, and emitters, use what is opened there.
+        if not self._greeted:
+            self._greeted = True
+            await parts.plugins.acall_all("on_startup", broker=self._handle)
+        parts.emitters.begin()
         await parts.library.start()
+        await parts.runs.start()
         if isinstance(parts.log, Watchful):
             parts.log.on_trouble(parts.availability.suspect)
         self._phase.started = True

@@ -20,6 +20,7 @@ def wire(parts: Parts) -> None:
     wiring = _Wiring(parts)
     parts.conversations.on_opened = wiring.conversation_opened
     parts.conversations.on_closed = wiring.conversation_closed
+    parts.conversations.kept = parts.emitters.holds
     parts.coordinator.on_lost = parts.conversations.on_lost = wiring.log_was_reset
     parts.subscriptions.on_opened = wiring.connection_opened
     parts.subscriptions.on_closed = wiring.connection_closed

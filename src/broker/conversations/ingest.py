@@ -14,7 +14,7 @@ from broker.conversations.manager import ConversationManager
 from broker.envelope import Draft, Envelope, check_conv_id, seal
 from broker.errors import ConversationShut, InvalidDraft, StoreUnavailable, Unavailable
 from broker.eventlog.availability import Availability
-from broker.eventlog.base import EventLog, Fenced
+from broker.eventlog.base import Dated, EventLog, Fenced
 from broker.eventlog.requests import Request
 from broker.phase import Phase
 from broker.plugins.host import PluginHost
@@ -85,6 +85,7 @@ class Ingest:
         asked: bool = True,
         gate: Gate | None = None,
         checked: bool = False,
+        dated: bool = False,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
@@ -93,9 +94,9 @@ class Ingest:
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
         of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
         it is published once. asked: whether plugins check the drafts. gate: of the conversation, where the caller fills it.
-        checked: the broker made these drafts itself, or has compared them with their types. A draft for a debug channel
-        that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, ConversationShut,
-        StoreError, Unavailable, AlreadyAppended; then nothing was published.
+        checked: the broker made these drafts itself, or has compared them with their types. dated: the seqs come from
+        `times_ms`, too. A draft for a debug channel that is off is dropped; its seq is 0. Raises InvalidDraft,
+        UnknownChannel, DraftRefused, ConversationShut, StoreError, Unavailable, AlreadyAppended; then nothing was published.
         """
         if self._phase.draining and not self.still_working():
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
@@ -124,6 +125,8 @@ class Ingest:
         try:
             if fence is not None and isinstance(self._log, Fenced):
                 seqs = await self._log.append_fenced(conv_id, live, fence)
+            elif dated and isinstance(self._log, Dated):
+                seqs = await self._log.append_dated(conv_id, live)
             else:
                 seqs = await self._log.append(conv_id, live)
         except StoreUnavailable as exc:

@@ -63,6 +63,8 @@ class ConversationManager:
         self.on_lost: Callable[[Conversation], None] = self.forget
         """Called when the log is not the one that an open conversation was folded from. It has to be dropped."""
         self.on_closed: Callable[[Conversation, str], None] = lambda conversation, reason: None
+        self.kept: Callable[[str], bool] = lambda conv_id: False
+        """Says whether something (an emitter) goes on in a conversation: it goes only where there are too many."""
         self.evicted = 0
 
     def __len__(self) -> int:
@@ -250,16 +252,19 @@ class ConversationManager:
         return not conversation.in_use and conversation.conv_id not in self._holds
 
     async def sweep(self) -> int:
-        """Evict what has been idle for long enough, and the longest idle beyond `max_open`; return how many went."""
+        """Evict what has been idle for long enough, and the longest idle beyond `max_open`; return how many went.
+
+        What is kept stays however long it is idle, and goes last where there are too many.
+        """
         now_s = self._clock.monotonic_s()
-        idle = sorted(
-            (conversation for conversation in self._open.values() if self._evictable(conversation)),
-            key=lambda conversation: conversation.last_active_s,
-        )
+        found = [conversation for conversation in self._open.values() if self._evictable(conversation)]
+        kept = {conversation.conv_id for conversation in found if self.kept(conversation.conv_id)}
+        idle = sorted(found, key=lambda conversation: (conversation.conv_id in kept, conversation.last_active_s))
         surplus = len(self._open) - self._max_open
         gone = 0
         for conversation in idle:
-            if now_s - conversation.last_active_s >= self._idle_s or gone < surplus:
+            long_idle = now_s - conversation.last_active_s >= self._idle_s and conversation.conv_id not in kept
+            if long_idle or gone < surplus:
                 try:
                     gone += await self.evict(conversation, "idle")
                 except BrokerError:  # the store is away: it is for all of them

@@ -148,6 +148,15 @@ class Fenced(Protocol):
 
 
 @runtime_checkable
+class Dated(Protocol):
+    """What a log offers in addition for what happened before it came in: an import stands where it belongs in a list."""
+
+    async def append_dated(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        """As `append`; the seqs come from the envelopes' times instead of the clock, and grow all the same."""
+        ...
+
+
+@runtime_checkable
 class Gated(Protocol):
     """What a log offers in addition when other processes write to it: keep them out of one conversation."""
 

@@ -15,7 +15,7 @@ from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, LogState, Page, Sink
 from broker.eventlog.epochs import PromisedEpochs, epoch_of
 from broker.eventlog.requests import AlreadyAppended, name_of
-from broker.sequence import next_seq
+from broker.sequence import dated_seq, next_seq
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,20 @@ class _Conversation:
     last_of_request: dict[str, str] = field(default_factory=dict)
     """Dedupe key of the last envelope of each request, by its name."""
 
-    def add(self, envelope: Envelope, now_ms: int) -> bool:
-        """Give `envelope` its seq; say whether it is new (no envelope with its dedupe key is retained)."""
+    def add(self, envelope: Envelope, now_ms: int | None) -> bool:
+        """Give `envelope` its seq; say whether it is new (no envelope with its dedupe key is retained).
+
+        now_ms: None takes the envelope's own time.
+        """
         if envelope.dedupe_key is not None:
             first = self.by_dedupe_key.get(envelope.dedupe_key)
             if first is not None:
                 envelope.seq = first
                 return False
-        envelope.seq = self.head_seq = next_seq(self.head_seq, now_ms)
+        head = self.head_seq
+        envelope.seq = self.head_seq = (
+            next_seq(head, now_ms) if now_ms is not None else dated_seq(head, envelope.time_ms)
+        )
         if envelope.dedupe_key is not None:
             self.by_dedupe_key[envelope.dedupe_key] = envelope.seq
             if (request := name_of(envelope.dedupe_key)) is not None:
@@ -78,7 +84,7 @@ class MemoryEventLog:
         self._promises = PromisedEpochs()
         self._conversations: dict[str, _Conversation] = {}
         self._sink: Sink | None = None
-        self._pending: list[tuple[str, list[Envelope], asyncio.Future[None]]] = []
+        self._pending: list[tuple[str, list[Envelope], asyncio.Future[None], bool]] = []
 
     async def open(self, sink: Sink) -> None:
         self._sink = sink
@@ -88,6 +94,12 @@ class MemoryEventLog:
         self._sink = None
 
     async def append(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        return await self._append(conv_id, envelopes, False)
+
+    async def append_dated(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        return await self._append(conv_id, envelopes, True)
+
+    async def _append(self, conv_id: str, envelopes: Sequence[Envelope], dated: bool) -> list[int]:
         if self._sink is None:
             raise StoreUnavailable("the memory event log is not open: open it first")
         if not envelopes:
@@ -97,7 +109,7 @@ class MemoryEventLog:
             loop.call_soon(self._commit)
         done: asyncio.Future[None] = loop.create_future()
         mine = list(envelopes)
-        self._pending.append((conv_id, mine, done))
+        self._pending.append((conv_id, mine, done, dated))
         await done
         return [envelope.seq for envelope in mine]
 
@@ -106,7 +118,7 @@ class MemoryEventLog:
         pending, self._pending = self._pending, []
         committed: dict[str, Committed] = {}
         now_ms = self._clock.wall_ms()
-        for conv_id, envelopes, done in pending:
+        for conv_id, envelopes, done, dated in pending:
             conversation = self._conversations.get(conv_id)
             if conversation is None:
                 conversation = self._conversations[conv_id] = _Conversation(
@@ -119,14 +131,14 @@ class MemoryEventLog:
                 continue
             for envelope in envelopes:
                 prev_seq = conversation.head_seq
-                if conversation.add(envelope, now_ms):
+                if conversation.add(envelope, None if dated else now_ms):
                     committed.setdefault(conv_id, Committed(conv_id, prev_seq, [])).envelopes.append(envelope)
         if committed and self._sink is not None:
             try:
                 self._sink(list(committed.values()))
             except Exception:
                 logger.exception("the event log's sink failed after the commit")
-        for _, _, done in pending:
+        for _, _, done, _ in pending:
             if not done.done():
                 done.set_result(None)
 

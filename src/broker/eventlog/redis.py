@@ -11,7 +11,7 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import SEPARATOR, Envelope
-from broker.errors import StoreError, StoreUnavailable
+from broker.errors import ConversationShut, StoreError, StoreUnavailable
 from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, Sink
 from broker.eventlog.epochs import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
@@ -57,7 +57,7 @@ class RedisEventLog:
         connection.register(*SCRIPTS)
         self._sink: Sink | None = None
         self.gates = RedisGates(connection)
-        self._appends = Appends(connection, clock, self._begin, self._landed, self.gates)
+        self._appends = Appends(connection, clock, self._begin, self._landed, self.gates.fills)
         self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
         self._index: dict[str, int] = {}
         """Times that have to be noted in the index of conversations."""
@@ -125,6 +125,16 @@ class RedisEventLog:
             return []
         mine = list(envelopes)
         await self._appends.submit(conv_id, mine)
+        return [envelope.seq for envelope in mine]
+
+    async def append_dated(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        if self._sink is None:
+            raise StoreUnavailable("the Redis event log is not open: open it first")
+        mine = list(envelopes)
+        if mine:
+            await self._appends.submit(conv_id, mine, dated=True)
+            # The index was told that it begins now; it stands where its newest envelope does.
+            await self._connection.one(("ZADD", INDEX, "XX", mine[-1].seq // PER_MS, conv_id))
         return [envelope.seq for envelope in mine]
 
     async def append_fenced(self, conv_id: str, envelopes: Sequence[Envelope], fence: str) -> list[int]:
@@ -372,8 +382,11 @@ class RedisEventLog:
 
     async def erase(self, conv_id: str) -> None:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
-        announcement = (self._connection.announce, live_channel(conv_id))
-        existed = await self._connection.one(ERASE.command(log_keys(conv_id), announcement))
+        connection = self._connection
+        about = (connection.announce, live_channel(conv_id), connection.node, int(self.gates.keeps(conv_id)))
+        existed = await connection.one(ERASE.command(log_keys(conv_id), about))
+        if existed < 0:
+            raise ConversationShut.of(conv_id, "lost")
         if (indexing := self._index_everything()) is not None:
             await asyncio.shield(indexing)
         self._indexed.pop(conv_id, None)

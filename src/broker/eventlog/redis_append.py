@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from broker.clock import Clock
@@ -21,7 +21,7 @@ from broker.eventlog.redis_scripts import APPEND
 from broker.eventlog.requests import AlreadyAppended, name_of
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, RedisReplyError
-from broker.sequence import seq_from_stream_id
+from broker.sequence import EARLIEST_MS, seq_from_stream_id
 from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -31,25 +31,27 @@ MAX_TRIP_FLIGHTS = 1024
 
 
 class _Append:
-    __slots__ = ("envelopes", "fence", "future", "size_bytes")
+    __slots__ = ("dated", "envelopes", "fence", "future", "size_bytes")
 
-    def __init__(self, envelopes: list[Envelope], future: asyncio.Future[None], fence: str) -> None:
+    def __init__(self, envelopes: list[Envelope], future: asyncio.Future[None], fence: str, dated: bool) -> None:
         self.fence = fence
+        self.dated = dated
         self.envelopes = envelopes
         self.future = future
         self.size_bytes = sum([len(envelope.data_json) for envelope in envelopes])
 
 
 class Flight:
-    """Appends of one conversation, with one fence, on their way. id: by which Redis recognises a repetition."""
+    """Appends of one conversation, with one fence, dated or not, on their way. id: by which Redis recognises a repetition."""
 
-    __slots__ = ("appends", "committed", "conv_id", "epoch", "error", "fence", "id", "size_bytes")
+    __slots__ = ("appends", "committed", "conv_id", "dated", "epoch", "error", "fence", "id", "size_bytes")
 
     def __init__(self, conv_id: str, appends: list[_Append], id: str) -> None:
         self.conv_id = conv_id
         self.appends = appends
         self.id = id
         self.fence = appends[0].fence
+        self.dated = appends[0].dated
         self.epoch = ""
         self.error: BrokerError | None = None
         self.committed: Committed | None = None
@@ -78,8 +80,8 @@ class Flight:
 class Appends:
     """Takes appends, sees them through. begin: prepares new conversations and returns their epoch.
 
-    deliver: gets every round trip's flights before their publishers are answered. gates: conversations that this node keeps
-    others out of.
+    deliver: gets every round trip's flights before their publishers are answered. fills: says whether this node
+    fills a conversation, keeping all others out.
     """
 
     def __init__(
@@ -88,13 +90,13 @@ class Appends:
         clock: Clock | None,
         begin: Callable[[Sequence[str]], Awaitable[str]],
         deliver: Callable[[list[Flight]], None],
-        gates: Container[str],
+        fills: Callable[[str], bool],
     ) -> None:
         self._connection = connection
         self._clock = clock
         self._begin = begin
         self._deliver = deliver
-        self._gates = gates
+        self._fills = fills
         self._queues: dict[str, list[_Append]] = {}
         self._flying: set[str] = set()
         self._launching = False
@@ -105,13 +107,16 @@ class Appends:
         """Say whether an append of this conversation is under way."""
         return conv_id in self._flying
 
-    def submit(self, conv_id: str, envelopes: list[Envelope], fence: str = "") -> asyncio.Future[None]:
+    def submit(
+        self, conv_id: str, envelopes: list[Envelope], fence: str = "", *, dated: bool = False
+    ) -> asyncio.Future[None]:
         """Queue an append; the future is done when it is durable and delivered, or has its StoreError or RunEnded.
 
-        fence: the append is refused with RunEnded unless this is the token of the conversation's newest run lease.
+        fence: the append is refused with RunEnded unless this is the token of the conversation's newest run lease. dated: the
+        places come from the envelopes' times.
         """
         loop = asyncio.get_running_loop()
-        append = _Append(envelopes, loop.create_future(), fence)
+        append = _Append(envelopes, loop.create_future(), fence, dated)
         self._queues.setdefault(conv_id, []).append(append)
         if not self._launching and conv_id not in self._flying:
             self._launching = True
@@ -145,7 +150,8 @@ class Appends:
         """Take what flies together: the appends of a conversation up to one with another fence."""
         waiting = self._queues.pop(conv_id)
         same = 1
-        while same < len(waiting) and waiting[same].fence == waiting[0].fence:
+        first = waiting[0]
+        while same < len(waiting) and (waiting[same].fence, waiting[same].dated) == (first.fence, first.dated):
             same += 1
         if same < len(waiting):
             self._queues[conv_id] = waiting[same:]
@@ -235,5 +241,5 @@ class Appends:
             flight.fence,
         ]  # fmt: skip
         arguments.append(b"".join([packed(envelope) for envelope in flight.envelopes()]))
-        arguments.append(int(conv_id in self._gates))
+        arguments += (int(self._fills(conv_id)), int(flight.dated), EARLIEST_MS)
         return APPEND.command(keys, arguments)

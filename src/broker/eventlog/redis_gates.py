@@ -70,8 +70,16 @@ class RedisGates:
         self._count: Counter[str] = Counter()
         self._renewing: asyncio.Task[None] | None = None
 
-    def __contains__(self, conv_id: object) -> bool:
+    def keeps(self, conv_id: str) -> bool:
+        """Say whether this node keeps the others out of a conversation, as far as it knows."""
         return conv_id in self._why
+
+    def fills(self, conv_id: str) -> bool:
+        """Say whether this node fills a conversation: its appends are refused if it has lost the gate.
+
+        Not so where it erases: those who waited here for the end of it begin as soon as the gate is about to be let go.
+        """
+        return self._why.get(conv_id) == "filled"
 
     async def shut(self, conv_id: str, why: str) -> None:
         """Let no other node write to a conversation until `let_in`. Counted. Raises ConversationShut, StoreError."""

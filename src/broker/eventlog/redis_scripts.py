@@ -25,8 +25,9 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 # KEYS stream, log, keys, append, run-state.
 # ARGV: append id, clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
-#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each; '1' if this node keeps the
-#       conversation's gate.
+#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each; '1' if this node fills the
+#       conversation and has to have its gate; '1' to take the envelopes' times instead of the clock's, and the earliest of
+#       them (ms).
 # Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already, `-` stands for one of a request, see
 #       requests.py, that was appended before), or `new`, `fenced`, `shut <why>`: then nothing was done.
 APPEND = Script(
@@ -87,7 +88,8 @@ while at <= #packed do
   elseif known then
     reply[#reply + 1] = known .. '='
   else
-    if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
+    local at_ms = ARGV[10] == '1' and math.max(tonumber(m), tonumber(ARGV[11])) or clock
+    if at_ms > ms then ms, n = at_ms, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
     local id = text(ms, n)
     redis.call('XADD', KEYS[1], id, 't', t, 'i', i, 'c', c, 'm', m, 'k', key, 'd', data)
     if key ~= '' then redis.call('ZADD', KEYS[3], 0, key .. '\\0' .. id) end
@@ -226,9 +228,15 @@ return last
     reads=True,
 )
 
-# KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel. Reply: 1 if the conversation existed. A gate stays shut.
+# KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel, node, '1' if this node has to have the gate. Reply: 1 if the
+# conversation existed, -1 if the gate was lost: then what is there now is not what was to be erased. A gate stays shut.
 ERASE = Script(
-    """
+    GATE
+    + """
+if ARGV[4] == '1' then
+  local _, mine = shut_by_other(redis.call('HGET', KEYS[2], 'gate'), ARGV[3])
+  if not mine then return -1 end
+end
 local existed = redis.call('HEXISTS', KEYS[2], 'epoch')
 local gate = redis.call('HGET', KEYS[2], 'gate')
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])

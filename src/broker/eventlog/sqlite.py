@@ -73,6 +73,13 @@ class SqliteEventLog:
             return _no_seqs()
         return self._database.submit(Append(self._appends, conv_id, envelopes, size_bytes))
 
+    async def append_dated(self, conv_id: str, envelopes: Sequence[Envelope]) -> list[int]:
+        if not envelopes:
+            return []
+        size_bytes = sum([len(envelope.data_json) for envelope in envelopes])
+        seqs: list[int] = await self._database.submit(Append(self._appends, conv_id, envelopes, size_bytes, True))
+        return seqs
+
     async def state(self, conv_id: str) -> LogState:
         return await self._database.read(lambda connection: self._state(connection, conv_id)[1])
 

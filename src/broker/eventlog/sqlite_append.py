@@ -16,7 +16,7 @@ from broker.envelope import SEPARATOR, Envelope
 from broker.eventlog.base import Committed, Sink
 from broker.eventlog.epochs import PromisedEpochs
 from broker.eventlog.requests import AFTER_SEPARATOR, AlreadyAppended, name_of
-from broker.sequence import next_seq
+from broker.sequence import dated_seq, next_seq
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 
@@ -50,14 +50,17 @@ FROM conversation WHERE conv_id IN {conv_ids}
 class Append(Job):
     """One append call. Its result are the seqs."""
 
-    __slots__ = ("conv_id", "envelopes")
+    __slots__ = ("conv_id", "dated", "envelopes")
 
-    def __init__(self, runner: Appends, conv_id: str, envelopes: Sequence[Envelope], size_bytes: int) -> None:
+    def __init__(
+        self, runner: Appends, conv_id: str, envelopes: Sequence[Envelope], size_bytes: int, dated: bool = False
+    ) -> None:
         self.runner = runner  # all of Job's here: one call less per publish
         self.size_bytes = size_bytes
         self.result = None
         self.error = None
         self.conv_id = conv_id
+        self.dated = dated
         self.envelopes = envelopes
 
     def undone(self) -> None:
@@ -180,6 +183,8 @@ def _place(
 ) -> None:
     """Give the envelopes of one conversation their seqs; add their rows' values to `rows` and the new ones to `stored`."""
     conv, seq = head.conv, next_seq(head.head_seq, now_ms) - 1  # one commit is one moment: from here they count on
+    if appends[0].dated:
+        seq = head.head_seq
     dedupe_keys: dict[str, int] = {}
     requests: set[str] = set()
     size_bytes = 0
@@ -199,10 +204,10 @@ def _place(
                     envelope.seq = first
                     seqs.append(first)
                     continue
-                dedupe_keys[key] = seq + 1
+                dedupe_keys[key] = dated_seq(seq, envelope.time_ms) if append.dated else seq + 1
             type, id, channel, data = envelope.type, envelope.id, envelope.channel, envelope.data_json
             size = len(data) + len(type) + len(id) + len(channel)  # size_bytes, without the call
-            envelope.seq = seq = seq + 1
+            envelope.seq = seq = dated_seq(seq, envelope.time_ms) if append.dated else seq + 1
             size_bytes += size
             seqs.append(seq)
             stored.append(envelope)

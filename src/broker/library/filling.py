@@ -26,7 +26,13 @@ class PublishTimed(Protocol):
     """Publishes drafts that happened before (conversations/ingest.py)."""
 
     async def __call__(
-        self, conv_id: str, drafts: Sequence[Draft], *, times_ms: Sequence[int] | None = None, gate: Gate | None = None
+        self,
+        conv_id: str,
+        drafts: Sequence[Draft],
+        *,
+        times_ms: Sequence[int] | None = None,
+        gate: Gate | None = None,
+        dated: bool = False,
     ) -> list[int]: ...
 
 
@@ -48,13 +54,19 @@ class Filling:
     erase: EraseFilled
 
     async def fill(
-        self, entry: LibraryEntry, timed: Sequence[Timed], *, also: Callable[[], Awaitable[None]] | None = None
+        self,
+        entry: LibraryEntry,
+        timed: Sequence[Timed],
+        *,
+        dated: bool = False,
+        also: Callable[[], Awaitable[None]] | None = None,
     ) -> LibraryEntry:
         """Publish what a new conversation consists of, all or nothing; return its entry.
 
         Until the end its entry says `pending`, and whoever else publishes to it is refused: nothing that is acknowledged to
         others is mixed in, or goes when this fails. A process that dies half-way leaves a pending conversation, which the
-        next start, or another node, erases. also: done before the others are let in. Raises Conflict.
+        next start, or another node, erases. dated: it stands in lists where its times say, not as the newest. also: done
+        before the others are let in. Raises Conflict.
         """
         conv_id = entry.conv_id
         async with self.gates.filling(conv_id) as gate:
@@ -65,7 +77,7 @@ class Filling:
             try:
                 for batch in _batches(timed):
                     drafts, times_ms = [draft for draft, _ in batch], [time_ms for _, time_ms in batch]
-                    await self.publish(conv_id, drafts, times_ms=times_ms, gate=gate)
+                    await self.publish(conv_id, drafts, times_ms=times_ms, gate=gate, dated=dated)
                 if also is not None:
                     await also()
                 done = await self.store.change(conv_id, lambda known: replace(known, pending=False))

@@ -73,7 +73,7 @@ class Importer:
         if not timed:
             raise InvalidInput("the file has no envelope: there is nothing to make a conversation of")
         entry = LibraryEntry(new_id, timed[0][1], title=imported.title, metadata=imported.metadata)
-        return await self._filling.fill(entry, timed)
+        return await self._filling.fill(entry, timed, dated=True)
 
     async def _read(self, principal: Principal, body: bytes, new_id: str) -> tuple[Imported, ConversationTimeline]:
         """Check every line, and fold what it says: what is open at the end has to be closed."""

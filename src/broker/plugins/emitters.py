@@ -68,9 +68,11 @@ class EmitterSupervisor:
         plugins: PluginHost,
         clock: Clock,
         *,
+        held: bool = False,
         policy: RestartPolicy | None = None,
         random_0_to_1: Callable[[], float] = random.random,
     ) -> None:
+        """held: nothing is started before `begin`."""
         self._plugins = plugins
         self._clock = clock
         self._policy = policy or RestartPolicy()
@@ -78,7 +80,14 @@ class EmitterSupervisor:
         self._open: dict[str, _Open] = {}
         self._ending = Tasks()
         self._closed = False
+        self._begun = not held
         plugins.subscribe_changes(self._follow_plugins)
+
+    def begin(self) -> None:
+        """Start what waits: until now the plugins were still opening what their emitters need."""
+        self._begun = True
+        for opened in list(self._open.values()):
+            self._start_missing(opened)
 
     async def start(self, conversation: OpenConversation, publisher: Publisher) -> None:
         """Start what the plugins have for a conversation that was opened. Does not wait for anything."""
@@ -116,6 +125,8 @@ class EmitterSupervisor:
                 self._start_missing(opened)
 
     def _start_missing(self, opened: _Open) -> None:
+        if not self._begun:
+            return
         for name, made in self._make(opened, skip=opened.started):
             opened.started.add(name)
             for place, emitter in enumerate(made):

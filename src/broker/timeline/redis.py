@@ -125,12 +125,11 @@ if from == '' and since > after then
       local id = string.sub(member, 21)
       local value = redis.call('HGET', KEYS[1], id)
       local position = value and string.sub(value, 21, 39)
-      if position and position > after then found[#found + 1] = position .. ' ' .. id end
+      if position and position > after then found[#found + 1] = {position .. ' ' .. id, id, value} end
     end
-    table.sort(found)
-    for _, member in ipairs(found) do
-      local id = string.sub(member, 21)
-      if not take(id, redis.call('HGET', KEYS[1], id)) then break end
+    table.sort(found, function(one, other) return one[1] < other[1] end)
+    for _, entity in ipairs(found) do
+      if not take(entity[2], entity[3]) then break end
     end
     return out
   end
@@ -144,8 +143,6 @@ for _, member in ipairs(members) do
 end
 if #members == most then out[1] = '(' .. members[#members] end
 return out
-  end
-end
 """,
     reads=True,
 )

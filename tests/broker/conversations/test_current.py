@@ -14,6 +14,7 @@ from tests.support.core import CALLER, Core, deafen
 from broker.envelope import Draft
 from broker.errors import NotFound, StoreUnavailable
 from broker.eventlog import redis_following
+from broker.eventlog.redis_scripts import READ
 from broker.timeline.entity import Entity
 from broker.timeline.projector import CACHED_ENTITIES
 
@@ -104,11 +105,11 @@ async def test_a_read_that_fails_is_repeated_however_many_conversations_are_open
         failures = 0
 
         class Blinks:
-            node = connection.node
+            node, is_cluster = connection.node, connection.is_cluster
 
             async def execute(self, commands: Sequence[Any], **more: Any) -> list[Any]:
                 nonlocal failures
-                if not failures and commands[0][0] == "EVALSHA":
+                if not failures and commands[0][:2] == ("EVALSHA", READ.sha):
                     failures += 1
                     raise StoreUnavailable("for a moment")
                 replies: list[Any] = await connection.execute(commands, **more)

@@ -14,6 +14,7 @@ from tests.support.still import StillCore
 from broker.envelope import Draft
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import EventLog, Page
+from broker.hookspecs import hookimpl
 from broker.timeline.entity import Entity
 from broker.timeline.store import TimelineStore
 
@@ -343,3 +344,50 @@ def spied(core: Core) -> tuple[CountingLog, CountingStore]:
         part.__dict__.update({name: log for name, value in vars(part).items() if value is log._log})
         part.__dict__.update({name: store for name, value in vars(part).items() if value is store._store})
     return log, store
+
+
+class TestEmitters:
+    class Beats:
+        """An emitter that goes on until it is told to end, and says so when it is cancelled."""
+
+        def __init__(self) -> None:
+            self.cancelled: list[str] = []
+            self.end = asyncio.Event()
+
+        @hookimpl
+        def start_emitters(self, conversation: Any, publisher: Any) -> Any:
+            async def beat() -> None:
+                try:
+                    await self.end.wait()
+                except asyncio.CancelledError:
+                    self.cancelled.append(conversation.conv_id)
+                    raise
+
+            return beat() if conversation.conv_id.startswith("beats") else None
+
+    async def test_a_conversation_is_not_evicted_under_its_emitter(self, db: str) -> None:
+        beats = self.Beats()
+        async with core(db, plugins=[beats]) as one:
+            for conv_id in ("beats", "idle"):
+                await one.say(conv_id, "hello")
+            await asyncio.sleep(0)
+            one.clock.advance(10_000)
+            assert await sweep(one) == {"beats"}
+            assert beats.cancelled == []
+            beats.end.set()
+            await until(lambda: not one.parts.emitters.holds("beats"))
+            assert await sweep(one) == set()
+            assert beats.cancelled == []
+
+    async def test_where_too_many_are_open_those_with_emitters_go_last(self, db: str) -> None:
+        beats = self.Beats()
+        async with core(db, plugins=[beats], max_open_conversations=3) as one:
+            for conv_id in ("beats1", "beats2", "idle1", "idle2", "beats3"):
+                await one.say(conv_id, "hello")
+                one.clock.advance(1)
+            assert await sweep(one) == {"beats1", "beats2", "beats3"}
+            for conv_id in ("beats4", "idle3"):
+                await one.say(conv_id, "hello")
+                one.clock.advance(1)
+            assert await sweep(one) == {"beats2", "beats3", "beats4"}
+            await until(lambda: beats.cancelled == ["beats1"])

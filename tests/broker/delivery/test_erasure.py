@@ -14,7 +14,7 @@ from tests.support.run_bench import TERMINAL
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, text
 
 from broker.envelope import Draft
-from broker.errors import Conflict, Unavailable
+from broker.errors import Conflict, ConversationShut, Unavailable
 from broker.runs.engine import Opaque, TextDelta
 from broker.runs.intake import SendResult
 
@@ -188,6 +188,27 @@ async def test_an_engine_that_says_nothing_is_stopped_when_another_node_erases(r
         await until(lambda: there.parts.runs.active == 0)
         assert silent.cut == 1
         assert left_of(redis_url, "c") == set()
+
+
+async def test_a_node_that_was_taken_for_dead_while_erasing_erases_nothing_of_the_new_life(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Core(redis_url) as here, Core(redis_url) as there:
+        await here.say("c", "old")
+        erase = here.parts.log.erase
+
+        async def stopped_meanwhile(conv_id: str) -> None:
+            with redis.Redis.from_url(redis_url, protocol=2) as client:
+                client.hdel("chat:{c}:log", "gate")
+            await there.broker.erase("c")
+            await there.say("c", "new")
+            await erase(conv_id)
+
+        monkeypatch.setattr(here.parts.log, "erase", stopped_meanwhile)
+        with pytest.raises(ConversationShut, match="not heard of"):
+            await here.broker.erase("c")
+        page = await there.parts.log.read("c", after=0)
+        assert [envelope.data["text"] for envelope in page.envelopes] == ["new"]
 
 
 async def test_prompts_on_two_nodes_beside_an_erasure_are_gone_or_whole(redis_url: str) -> None:

@@ -13,13 +13,13 @@ import pytest
 from broker.clock import ManualClock
 from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
-from broker.eventlog.base import Committed, EventLog
+from broker.eventlog.base import Committed, Dated, EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.redis import RedisEventLog
 from broker.eventlog.requests import AlreadyAppended, Request, answer_of
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.redis.connection import RedisConnection
-from broker.sequence import PER_MS, stream_id_from_seq
+from broker.sequence import EARLIEST_MS, PER_MS, stream_id_from_seq
 from broker.sqlite.database import Database
 
 TIME_MS = 1_763_690_000_000
@@ -498,6 +498,43 @@ class TestRequests:
         sink.heads.clear()
         assert await log.find_request("c1", "r") is None
         await log.append("c1", request("r", "third", 1))
+
+
+class TestDated:
+    async def test_seqs_come_from_the_envelopes_times_and_grow_all_the_same(
+        self, log: EventLog, sink: RecordingSink, clock: ManualClock
+    ) -> None:
+        assert isinstance(log, Dated)
+        times_ms = [TIME_MS - 9000, TIME_MS - 5000, TIME_MS - 5000, TIME_MS - 7000, TIME_MS - 1000]
+        first = [envelope(time_ms=time_ms) for time_ms in times_ms[:2]]
+        seqs = await log.append_dated("c1", first)
+        seqs += await log.append_dated("c1", [envelope(time_ms=time_ms) for time_ms in times_ms[2:]])
+        at = (TIME_MS - 5000) * PER_MS
+        assert seqs == [(TIME_MS - 9000) * PER_MS, at, at + 1, at + 2, (TIME_MS - 1000) * PER_MS]
+        assert await all_seqs(log) == seqs
+        assert [one.seq for one in first] == seqs[:2]
+        assert (await log.append("c1", [envelope()]))[0] >= clock.wall_ms() * PER_MS
+        assert [name for name, _ in await log.conversations()] == ["c1"]
+
+    async def test_a_list_has_it_where_its_newest_envelope_stands(self, log: EventLog, clock: ManualClock) -> None:
+        assert isinstance(log, Dated)
+        await log.append("now", [envelope("now")])
+        await log.append_dated("old", [envelope("old", time_ms=TIME_MS - 10**9)])
+        assert [name for name, _ in await log.conversations()] == ["now", "old"]
+        page = await log.conversations(limit=1)
+        assert [name for name, _ in await log.conversations(before_seq=page[-1][1], limit=1)] == ["old"]
+
+    async def test_times_of_long_ago_make_no_small_numbers(self, log: EventLog) -> None:
+        assert isinstance(log, Dated)
+        seqs = await log.append_dated("c1", [envelope(time_ms=0), envelope(time_ms=1)])
+        assert seqs == [EARLIEST_MS * PER_MS, EARLIEST_MS * PER_MS + 1]
+
+    async def test_a_key_is_known_again(self, log: EventLog) -> None:
+        assert isinstance(log, Dated)
+        [first] = await log.append_dated("c1", [envelope(key="k", time_ms=TIME_MS - 10)])
+        assert await log.append_dated("c1", [envelope(key="k", time_ms=TIME_MS - 5)]) == [first]
+        both = await log.append_dated("c1", [envelope(key=key, time_ms=TIME_MS) for key in ("a", "a")])
+        assert both[0] == both[1]
 
 
 class TestLife:
