@@ -120,17 +120,21 @@ end
 if from == '' and since > after then
   local newer = redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', to, 'LIMIT', 0, most + 1)
   if #newer <= most then
-    local found = {}
+    local found, kept, held = {}, {}, 0
     for _, member in ipairs(newer) do
       local id = string.sub(member, 21)
       local value = redis.call('HGET', KEYS[1], id)
       local position = value and string.sub(value, 21, 39)
-      if position and position > after then found[#found + 1] = position .. ' ' .. id end
+      if position and position > after then
+        local place = position .. ' ' .. id
+        found[#found + 1] = place
+        if held < max_bytes then kept[place], held = value, held + #value end
+      end
     end
     table.sort(found)
     for _, member in ipairs(found) do
       local id = string.sub(member, 21)
-      if not take(id, redis.call('HGET', KEYS[1], id)) then break end
+      if not take(id, kept[member] or redis.call('HGET', KEYS[1], id)) then break end
     end
     return out
   end
@@ -144,8 +148,6 @@ for _, member in ipairs(members) do
 end
 if #members == most then out[1] = '(' .. members[#members] end
 return out
-  end
-end
 """,
     reads=True,
 )
