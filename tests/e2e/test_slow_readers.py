@@ -25,8 +25,8 @@ from tests.support.wire import Client
 from broker.envelope import Draft
 from transports.http.answers import PIECE_BYTES
 
-TIMEOUT_S = 1.0
-SLOWLY_S = 4.0
+TIMEOUT_S = 1.5
+SLOWLY_S = 5.0
 """How long a client reads slowly: several times as long as one may take nothing."""
 SETTINGS: dict[str, Any] = {
     "connection_buffer_bytes": 64 * 1024,
@@ -115,7 +115,7 @@ async def test_a_follower_that_reads_slowly_stays_and_one_that_stops_is_dropped(
         await until(lambda: len(running.parts.registry) == 1)
         assert await slow.read_slowly(SLOWLY_S), f"dropped after {slow.read_bytes} bytes"
         assert len(running.parts.registry) == 1
-        await until(lambda: len(running.parts.registry) == 0)  # now it reads nothing
+        await until(lambda: len(running.parts.registry) == 0, timeout_s=DEADLINE_S)  # now it reads nothing
 
 
 @pytest.mark.parametrize("way", ["fast path", "plain ASGI"])
@@ -131,7 +131,7 @@ async def test_a_slow_reader_need_not_answer_a_ping_that_it_has_not_come_to(
         await until(lambda: len(running.parts.registry) == 1)
         assert await slow.read_slowly(SLOWLY_S), f"dropped after {slow.read_bytes} bytes"
         assert len(running.parts.registry) == 1
-        await until(lambda: len(running.parts.registry) == 0)
+        await until(lambda: len(running.parts.registry) == 0, timeout_s=DEADLINE_S)
 
 
 @pytest.mark.parametrize("target", HTTP)
@@ -148,7 +148,7 @@ async def test_an_answer_is_given_to_who_reads_slowly_and_not_kept_for_who_does_
     with slow.socket:
         assert await slow.read_slowly(SLOWLY_S), f"dropped after {slow.read_bytes} bytes"
         assert connections()
-        await until(lambda: not connections())
+        await until(lambda: not connections(), timeout_s=DEADLINE_S)
 
 
 @pytest.mark.parametrize("target", HTTP)

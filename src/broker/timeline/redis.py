@@ -120,16 +120,21 @@ end
 if from == '' and since > after then
   local newer = redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', to, 'LIMIT', 0, most + 1)
   if #newer <= most then
-    local found = {}
+    local found, kept, held = {}, {}, 0
     for _, member in ipairs(newer) do
       local id = string.sub(member, 21)
       local value = redis.call('HGET', KEYS[1], id)
       local position = value and string.sub(value, 21, 39)
-      if position and position > after then found[#found + 1] = {position .. ' ' .. id, id, value} end
+      if position and position > after then
+        local place = position .. ' ' .. id
+        found[#found + 1] = place
+        if held < max_bytes then kept[place], held = value, held + #value end
+      end
     end
-    table.sort(found, function(one, other) return one[1] < other[1] end)
-    for _, entity in ipairs(found) do
-      if not take(entity[2], entity[3]) then break end
+    table.sort(found)
+    for _, member in ipairs(found) do
+      local id = string.sub(member, 21)
+      if not take(id, kept[member] or redis.call('HGET', KEYS[1], id)) then break end
     end
     return out
   end
