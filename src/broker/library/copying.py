@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -110,7 +111,8 @@ class Copier:
             metadata=origin.metadata if origin else {},
             forked_from=ForkedFrom(conv_id, message_id),
         )
-        timed = await self._timed(view, conv_id, kept)
+        left_out = {entity.id for entity in entities if entity.kind != "run"}.difference(entity.id for entity in kept)
+        timed = await self._timed(view, conv_id, kept, left_out)
         made = await self._fill(entry, timed)
         await self._copy_engine_data(conv_id, new_id, {entity.id for entity in kept})
         return made
@@ -125,24 +127,27 @@ class Copier:
             raise NotFound(f"conversation {conv_id!r} does not exist, or has nothing to copy", conv_id=conv_id)
         return found
 
-    async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity]) -> list[Timed]:
+    async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity], left_out: set[str]) -> list[Timed]:
         own = {entity.id for entity in entities if entity.kind not in KINDS}
-        events = await self._events_of(view, conv_id, own) if own else {}
+        events = deque(await self._events_of(view, conv_id, own, left_out) if own else ())
         timed: list[Timed] = []
         for entity in entities:
-            timed += events.get(entity.id) or _with_times(
-                drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity
-            )
-        return timed
+            while events and events[0][0] <= entity.position:
+                timed.append(events.popleft()[1])
+            timed += _with_times(drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity)
+        return timed + [event for _, event in events]
 
-    async def _events_of(self, view: View, conv_id: str, ids: set[str]) -> dict[str, list[Timed]]:
-        """Return the retained events of entities that only their plugin knows how to make, by the first entity's id."""
-        found: dict[str, list[Timed]] = {}
+    async def _events_of(self, view: View, conv_id: str, ids: set[str], left_out: set[str]) -> list[tuple[int, Timed]]:
+        """Return the retained events of entities that only their plugin knows how to make, each with its seq.
+
+        Also those that concern others beside them, a rating and the message it is about, unless one of those is left out.
+        """
+        found: list[tuple[int, Timed]] = []
         async for envelope in self._retained(conv_id, view):
             keys = self._keys(envelope)
-            if keys and ids.issuperset(keys):
+            if not ids.isdisjoint(keys) and left_out.isdisjoint(keys):
                 draft = Draft(envelope.type, envelope.data, envelope.id, envelope.channel)
-                found.setdefault(keys[0], []).append((draft, envelope.time_ms))
+                found.append((envelope.seq, (draft, envelope.time_ms)))
         return found
 
     async def _copy_engine_data(self, conv_id: str, new_id: str, message_ids: set[str]) -> None:

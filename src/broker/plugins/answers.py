@@ -26,6 +26,8 @@ from broker.runs.store import RunStore
 from broker.security import Principal
 from broker.timeline.store import TimelineStore
 
+ITEMS_MAX = 10_000
+
 Check = Callable[[Any], Any]
 """Returns an answer as its caller takes it. Raises PluginError that says what came and what is required."""
 
@@ -142,7 +144,7 @@ def _items(answer: Any, kind: type) -> list[Any]:
         if inspect.iscoroutine(answer):
             answer.close()
         raise _refuse(answer, wanted)
-    made = list(answer)
+    made = _listed(answer)
     for item in made:
         if not isinstance(item, kind):
             drop(made)
@@ -166,12 +168,26 @@ def is_async_callable(candidate: Any) -> bool:
     return inspect.iscoroutinefunction(vars(type(candidate)).get("__call__"))
 
 
+def _listed(answer: Iterable[Any]) -> list[Any]:
+    """Return all of it, if it has an end. What came before something raised is dropped."""
+    made: list[Any] = []
+    try:
+        for item in answer:
+            made.append(item)
+            if len(made) > ITEMS_MAX:
+                raise PluginError(f"returned more than {ITEMS_MAX} of them: a list that ends is required")
+    except BaseException:
+        drop(made)
+        raise
+    return made
+
+
 def _emitters(answer: Any) -> list[Any]:
     if isinstance(answer, Coroutine | AbstractAsyncContextManager):
         return [answer]
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
         raise _refuse(answer, "a coroutine, an async context manager or a list")
-    made = list(answer)
+    made = _listed(answer)
     for each in made:
         if not isinstance(each, Coroutine | AbstractAsyncContextManager):
             drop(made)

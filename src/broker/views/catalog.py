@@ -10,7 +10,7 @@ import orjson
 
 from broker.channels import Channel, EventType
 from broker.copies import own
-from broker.envelope import SEM, Draft, Envelope, check_channel_name, check_event_type
+from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
 from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
@@ -52,8 +52,7 @@ class Catalog:
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
         self.drafts = DraftChecks(self.event_types)
-        plugins.check_further("classify", self._classified)
-        plugins.check_further("check_draft", self._changed_draft)
+        plugins.check_further("classify", self.check_published)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -137,18 +136,11 @@ class Catalog:
             self._channel_by_type[event_type] = found
         return found
 
-    def _classified(self, name: str) -> str:
-        """Check an answer of `classify`. Raises UnknownChannel, InvalidInput for a channel that nobody can publish to."""
+    def check_published(self, name: str) -> str:
+        """Return the name of a channel that can be published to. Raises UnknownChannel, InvalidInput for derived state."""
         if self.channel(name).kind == "state":
             raise InvalidInput(f"channel {name!r} is derived state: nobody can publish to it", channel=name)
         return name
-
-    def _changed_draft(self, draft: Draft) -> Draft:
-        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what nobody could publish."""
-        self.drafts.check(draft)
-        if draft.channel is not None:
-            self._classified(draft.channel)
-        return draft
 
     def is_on(self, channel: Channel) -> bool:
         """Say whether envelopes of this channel are published at present."""

@@ -385,7 +385,13 @@ class ToolCaller:
         return self
 
     async def stream(self, request: Any) -> Any:
-        self.told.append([call.input for message in request.messages for call in message.tool_calls])
+        self.told.append([orjson.loads(orjson.dumps(one.input)) for m in request.messages for one in m.tool_calls])
+        schemas = [spec.parameters for spec in request.tools]
+        assert schemas == [{"type": "object"}]
+        for message in request.messages:  # an engine that does with all of it what it likes
+            for each in message.tool_calls:
+                vandalise(each.input)
+        vandalise(schemas[0])
         if request.step == 0:
             yield ToolCallStart("k", "call-1", "ruin")
             yield ToolCallEnd("k", {"nested": {"list": [1]}})
@@ -395,10 +401,12 @@ class ToolCaller:
 
 
 async def test_a_tool_that_ruins_its_input_ruins_its_own() -> None:
-    """The engine is told the call as the model made it."""
+    """The engine is told the call as the model made it, in the next step and in the next run, whatever it did to it."""
     plugin = ToolCaller()
     async with memory_broker(plugin) as running:
         client = await running.connect("c1")
-        await running.parts.runs.send(Principal("ann"), "c1", "hi")
-        await client.wait_for("run.finished")
-    assert plugin.told == [[], [{"nested": {"list": [1]}}]]
+        for count in (1, 2):
+            await running.parts.runs.send(Principal("ann"), "c1", "hi")
+            await client.wait_for("run.finished", count=count)
+    made = {"nested": {"list": [1]}}
+    assert plugin.told == [[], [made], [made], [made, made]]
