@@ -14,6 +14,7 @@ from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
 from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
+from broker.plugins.isolation import ENDINGS, ended
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
@@ -39,6 +40,7 @@ class Catalog:
         self.profiles: dict[str, Profile] = {}
         self.handlers: dict[str, TimelineHandler] = {}
         self._channel_by_type: dict[str, str] = {}
+        self._owners: dict[str, dict[str, str]] = {}  # who declared what, by hook
         self._fill(
             self.channels, BUILTIN_CHANNELS, "register_channels", lambda channel: check_channel_name(channel.name)
         )
@@ -51,7 +53,8 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
-        self.drafts = DraftChecks(self.event_types)
+        declared = {name: plugin for name, plugin in self._owners["register_event_types"].items() if plugin != BUILTIN}
+        self.drafts = DraftChecks(self.event_types, declared, plugins)
         plugins.check_further("classify", self.check_published)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
@@ -59,7 +62,7 @@ class Catalog:
             self.switch(name, on=True)
 
     def _fill(self, target: dict[str, T], builtin: Iterable[T], hook: str, name_of: Callable[[T], str]) -> None:
-        owners: dict[str, str] = {}
+        owners = self._owners.setdefault(hook, {})
         collected = [(BUILTIN, list(builtin)), *self._plugins.call_collect(hook)]
         for plugin, items in collected:
             for item in items:
@@ -206,7 +209,10 @@ def checked_keys(keys: Callable[[Envelope], tuple[str, ...]]) -> Callable[[Envel
     """Return a handler's `keys`, given a copy of the envelope and raising PluginError for anything but ids of entities."""
 
     def checked(envelope: Envelope) -> tuple[str, ...]:
-        named = keys(envelope.own())
+        try:
+            named = keys(envelope.own())
+        except ENDINGS as exc:
+            raise PluginError(f"keys of {envelope.type} {ended(exc)}") from exc
         if not isinstance(named, list | tuple) or not all(isinstance(id, str) for id in named):
             raise PluginError(f"keys of {envelope.type} returned {quoted(named)}: a tuple of ids is required")
         return tuple(named)
