@@ -25,7 +25,7 @@ from broker.clock import Clock
 from broker.copies import own
 from broker.errors import PluginError
 from broker.plugins.answers import check_made
-from broker.plugins.rules import OWN_ARGUMENTS_LATER, may_quarantine
+from broker.plugins.rules import FAIL_CLOSED, OWN_ARGUMENTS_LATER, may_quarantine
 from broker.timeline.handlers import LateEnvelope
 
 logger = logging.getLogger("broker.plugins")
@@ -260,6 +260,7 @@ class Isolation:
         now_s = self.clock.monotonic_s
         slow_s = self.limits.slow_s
         copied = record.hook in OWN_ARGUMENTS_LATER
+        of_envelopes = record.hook in FAIL_CLOSED
         check = check_made(record.hook)
         streak = Streak(scope)
         quarantines = record.quarantines
@@ -268,7 +269,7 @@ class Isolation:
             # Once per envelope and view: everything that is not a plain call happens off this path.
             if quarantines and record.quarantine(scope) is not None:
                 record.refuse(scope)
-            handed = tuple([own(each) for each in args]) if copied else args
+            handed = (args[0].own(),) if of_envelopes else tuple([own(each) for each in args]) if copied else args
             began_s = now_s()
             failure: BaseException | None = None
             try:
@@ -277,7 +278,7 @@ class Isolation:
                     result.close()
                     raise PluginError("returned a coroutine, which nobody awaits here")
                 if check is not None:
-                    result = check(result, args, handed)
+                    result = check(result, args)
             except LateEnvelope:
                 raise
             except (Exception, *ENDINGS) as exc:
