@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.copies import own
 from broker.envelope import MAX_ID_CHARS, Draft, encode_json
 from broker.errors import quoted
 from broker.exact_json import MAX_INTEGER, MIN_INTEGER
@@ -238,7 +239,7 @@ class StepAnswer:
 
     def _call_end(self, event: ToolCallEnd) -> list[Draft]:
         call = self._call(event.key)
-        call.input, call.error, call.complete = dict(event.input), event.error, True
+        call.input, call.error, call.complete = own(dict(event.input)), event.error, True
         if call.error is None and (why := unusable(call.input, self._max_bytes)) is not None:
             call.error = f"the input of {call.name} {why}"
         if call.error is not None:

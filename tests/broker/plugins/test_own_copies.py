@@ -410,3 +410,63 @@ async def test_a_tool_that_ruins_its_input_ruins_its_own() -> None:
             await client.wait_for("run.finished", count=count)
     made = {"nested": {"list": [1]}}
     assert plugin.told == [[], [made], [made], [made, made]]
+
+
+class Approving(ToolCaller):
+    """A plugin whose engine and whose own code go on changing what they handed over, while a person decides."""
+
+    name = "approving"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Any] = []
+        self.broker: Any = None
+        self.handed: dict[str, Any] = {"nested": {"list": [1]}}
+
+    @hookimpl
+    def on_startup(self, broker: Any) -> None:
+        self.broker = broker
+
+    @hookimpl
+    def register_engine_profiles(self) -> list[EngineProfile]:
+        return [EngineProfile("caller", engine="caller", tools=("ruin",), overridable={"mark": {}})]
+
+    @hookimpl
+    def register_tools(self) -> list[Tool]:
+        return [Tool("ruin", "ruins", {"type": "object"}, self.ruin, requires_approval=True)]
+
+    @hookimpl
+    def resolve_request(self, request: RunRequest) -> None:
+        return None
+
+    def ruin(self, input: Any, context: Any) -> str:
+        self.given.append(orjson.loads(orjson.dumps(input)))
+        return "done"
+
+    async def stream(self, request: Any) -> Any:
+        if request.step == 0:
+            yield ToolCallStart("k", "call-1", "ruin")
+            yield ToolCallEnd("k", self.handed)
+            vandalise(self.handed)
+        yield Finish("stop")
+
+
+async def test_what_a_person_approves_is_what_the_tool_gets() -> None:
+    """Whatever the engine does with the input afterwards, and a plugin with the state that it was shown."""
+    plugin = Approving()
+    async with memory_broker(plugin) as running:
+        client = await running.connect("c1")
+        overrides = {"mark": {"deep": [1]}}
+        await plugin.broker.send(SYSTEM, "c1", "hi", overrides=overrides)
+        vandalise(overrides)
+        await client.wait_for("tool.approval_requested")
+        shown = await plugin.broker.state(SYSTEM, "c1")
+        before = orjson.dumps(shown)
+        assert shown["pendingApprovals"][0]["input"] == {"nested": {"list": [1]}}
+        vandalise(shown)
+        assert orjson.dumps(await plugin.broker.state(SYSTEM, "c1")) == before
+        await running.parts.runs.approve_tools("c1", None, "ann")
+        await client.wait_for("run.finished")
+        (run,) = await running.parts.stores.runs.runs("c1", limit=None)
+    assert plugin.given == [{"nested": {"list": [1]}}]
+    assert run.overrides == {"mark": {"deep": [1]}}
