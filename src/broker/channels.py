@@ -18,7 +18,8 @@ class Channel:
     """A class of envelopes.
 
     kind: `event` channels are logs (exactly once, in order, no gap), `state` channels converge. default: part of the
-    `default` profile. permission: what a caller needs to see it, None: nothing. switchable: a debug channel that
+    `default` profile, for those who may see it. permission: what a caller needs to see it, and to write to it from outside;
+    None: nothing, but `debug` for one named `debug.…`. switchable: a debug channel that
     operators switch on and off while the server runs; envelopes for a channel that is off are not published at all.
     """
 

@@ -33,8 +33,8 @@ from broker.errors import BrokerError, InvalidInput, quoted
 
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 15.0
-_NEVER_AGAIN = frozenset({1008, 1009, 4401, 4403, 4404})
-"""Close codes after which a new connection would only meet the same refusal."""
+_NEVER_AGAIN = frozenset({1008, 1009, 4008, 4009, 4401, 4403, 4404})
+"""Close codes after which a new connection would only meet the same refusal. 4008, 4009: servers that send no 1008, 1009."""
 
 
 class RequestRefused(BrokerError):
@@ -79,6 +79,11 @@ class Cursor:
             self.last = int(data["from"]) if "from" in data else None
             self.versions.clear()
             self.incomplete = True
+        elif kind == "ws.profile" and "from" in data:
+            self.last = int(data["from"])
+            if data.get("stateAnew"):
+                self.versions.clear()
+                self.incomplete = True
         elif kind == "ws.caught_up":
             self.incomplete = False
         elif kind == "ws.through" and "seq" in data:

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from broker.errors import InvalidConversationId, InvalidDraft, quoted
+from broker.exact_json import unwritable_number
 
 SEM = "sem"
 TIMELINE = "timeline"
@@ -27,6 +28,8 @@ _CONV_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@~-]{0,127}\Z")
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}(\.[a-z0-9_]{1,64}){0,7}\Z")
 _CHANNEL = re.compile(r"[a-z][a-z0-9_]{0,31}(\.[a-z0-9_]{1,32}){0,3}\Z")
 MAX_ID_CHARS = 256
+SEPARATOR = "\x1f"
+"""Not in dedupe keys of producers: it makes the ones of requests (eventlog/requests.py)."""
 _NESTING_MAX = 246
 """Levels of lists and objects in data: eight less than orjson writes (254)."""
 _KNOWN_TYPES: set[str] = set()  # names that were found legal: few, and each is published again and again
@@ -74,7 +77,7 @@ class Draft:
     type: dotted event type, `llm.delta`. data: a JSON object. id: stable id of the entity that the event is about; None
     gets a fresh one. channel: None leaves the choice to the event type's declaration and the `classify` hooks.
     dedupe_key: makes the append idempotent within the conversation's retained log: a second draft with the same key is
-    not appended, its publisher gets the first one's seq.
+    not appended, its publisher gets the first one's seq. Without U+001F.
     """
 
     type: str
@@ -164,12 +167,22 @@ class Envelope:
         return f"<Envelope {self.conv_id} {self.type} {self.id} seq={self.seq} {len(self.data_json)} B>"
 
 
-def encode_json(value: object) -> bytes:
-    """Return `value` as compact JSON. Raises InvalidDraft for what JSON or UTF-8 cannot carry (NaN, lone surrogates…)."""
+def encode_json(value: object, *, sort_keys: bool = False) -> bytes:
+    """Return `value` as compact JSON.
+
+    Raises InvalidDraft for what cannot be carried as it is: NaN and infinities, integers beyond 64 bit, lone surrogates,
+    more than 254 levels, objects that are no JSON.
+    """
     try:
-        return orjson.dumps(value)
+        encoded = orjson.dumps(value, None, orjson.OPT_SORT_KEYS if sort_keys else None)
     except (orjson.JSONEncodeError, RecursionError) as exc:
         raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {quoted(value)}") from exc
+    if b"null" in encoded and (number := unwritable_number(value)) is not None:  # orjson's word for it
+        raise InvalidDraft(
+            f"data cannot be written as JSON: it holds the number {number}; leave it out or write it as text; "
+            f"value {quoted(value)}"
+        )
+    return encoded
 
 
 def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
@@ -190,6 +203,8 @@ def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_by
     size = len(data_json)
     if size > 2 * _NESTING_MAX and data_json.count(b"{") + data_json.count(b"[") > _NESTING_MAX:
         encode_json([[[[[[[[data]]]]]]]])  # with room for what stands around it in an upsert, a page, an export
+    if draft.dedupe_key is not None and SEPARATOR in draft.dedupe_key:
+        raise InvalidDraft(f"dedupe key {quoted(draft.dedupe_key)} is not usable: it contains U+001F")
     if size > max_bytes:
         raise InvalidDraft(
             f"data of {type} has {size} bytes, the limit is {max_bytes}: send it in parts or by reference",

@@ -171,7 +171,8 @@ def register_channels() -> Iterable[Channel] | None:
     Blocking: allowed, the server does not run yet.
     Arguments: none.
     Returns: channels; a name that is already declared, by the core or by another plugin, is a start-up error.
-        None: no channels.
+        One named `debug.…` takes the permission `debug` unless it names another. `default=True` puts it into the
+        profile `default`, for those who may see it. None: no channels.
     Raises: an error is reported under the plugin's name; its channels are missing, so profiles that name them
         are refused at start.
     Example:
@@ -236,9 +237,10 @@ def register_timeline_handlers() -> Iterable[TimelineHandler] | None:
     Arguments: none.
     Returns: handlers, at most one per event type; a second one for a type is a start-up error. None: no
         handlers.
-    Raises: an error is reported under the plugin's name. A fold that raises sends that one envelope to the
-        conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal. Folds are
-        never quarantined: the timeline has to equal the fold of the log.
+    Raises: an error is reported under the plugin's name. A fold that raises, or returns an entity that cannot be
+        written (props that are no plain JSON, half a surrogate pair, an id its `keys` do not name), sends that one
+        envelope to the conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal.
+        Folds are never quarantined: the timeline has to equal the fold of the log.
     Example:
         from broker.timeline.handlers import TimelineHandler, new_entity
 
@@ -467,13 +469,16 @@ async def authorize(principal: Principal, action: Action, conv_id: str | None, c
     """Say whether a caller may do something. All plugins must allow it.
 
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
-    When: once per request; once per connection and again on each change of its view.
+    When: once per request; once per connection and again on each change of its view. Once more, one by one where that
+        is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
     Blocking: wait with `await`; answer from memory where you can.
     Arguments:
         principal: who asks.
         action: what for: `read`, `create`, `publish`, `send`, `act`, `erase`, `list`, `debug`.
         conv_id: which conversation; None where the action is about none or about all of them.
-        channels: the channels asked for, empty where the action is not about channels.
+        channels: of `read` the channels whose events, or what was made of them, would be told: in titles, search and
+            runs' states, too; of `publish` those that are written to. Empty where the action is not about channels, and
+            where a caller was refused them and would still be told that the conversation exists.
     Returns: False refuses; True allows; None has no opinion. One False is enough.
     Raises: `PermissionDenied` refuses and its text reaches the caller. Any other error refuses too and is
         reported under the plugin's name. Never quarantined: skipping it would open the door.
@@ -675,7 +680,8 @@ def check_draft(draft: Draft) -> Draft | None:
     Returns: the draft to go on with, the one you were given or another; it is compared with its type once more. None:
         leave the draft as it was, whatever you did to your copy.
     Raises: `DraftRefused` refuses the draft, and with it all that were published together; the publisher gets
-        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported.
+        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported. The
+        end of a run cannot be refused: it is offered again without its details, and then told without asking.
         Never quarantined: a producer who can make it fail must not be able to switch it off.
     Example:
         from broker.errors import DraftRefused

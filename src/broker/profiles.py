@@ -13,7 +13,9 @@ class Profile:
     """A named way to look at a conversation.
 
     channels: channel names in it; ("*",) means every channel the caller may see. event_types: only these types (exact,
-    or a prefix ending in `.*`), None: all. permission: what a caller needs to choose it. slow: what happens to a client
+    or a prefix ending in `.*`), None: all; of the state then only
+    entities that were folded from these types alone. kinds: entities of these kinds and no others, whatever types they come
+    from; None: as `event_types` says. permission: what a caller needs to choose it. slow: what happens to a client
     that falls behind: `catch_up` brings it up to date from the log, `drop_oldest` skips ahead and says how many,
     `disconnect` closes it. options: free for plugins (`build_filter` and `build_transform` read them).
     """
@@ -25,3 +27,4 @@ class Profile:
     permission: str | None = None
     slow: SlowPolicy = "catch_up"
     options: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[str, ...] | None = None

@@ -9,13 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from broker.api import Admitted, Doors, Following, SubscribeRequest
-from broker.errors import LimitExceeded, Unavailable, quoted
+from broker.errors import Unavailable, quoted
 from broker.interfaces import Framing as PluginFraming
 from broker.interfaces import OpenConnection
 from broker.security import Principal
 from broker.tasks import Tasks
 from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import Chunk, Chunks
+from transports.places import Places
 from transports.pool import ConnectionPool, Message
 
 logger = logging.getLogger("broker.plugins")
@@ -63,11 +64,12 @@ def _chunk(made: object) -> Chunk[bytes]:
 class PluginConnections:
     """The `Connections` of interfaces.py for one application."""
 
-    __slots__ = ("_doors", "_framings", "_pool")
+    __slots__ = ("_doors", "_framings", "_places", "_pool")
 
-    def __init__(self, doors: Doors, pool: ConnectionPool) -> None:
+    def __init__(self, doors: Doors, pool: ConnectionPool, places: Places) -> None:
         self._doors = doors
         self._pool = pool
+        self._places = places
         self._framings: dict[PluginFraming, _Framing] = {}
 
     async def admit(
@@ -100,12 +102,7 @@ class PluginConnections:
     ) -> PluginConnection:
         """Add a connection. See `interfaces.Connections.add`."""
         settings = self._doors.settings
-        if len(self._pool) >= settings.max_connections:
-            raise LimitExceeded(
-                f"this process has {len(self._pool)} connections, which is its limit: try again later",
-                retry_after_ms=5000,
-                limit=settings.max_connections,
-            )
+        self._places.check()
         queued = QueuedConnection(
             secrets.token_hex(16),
             self._framings.setdefault(framing, _Framing(framing)),

@@ -29,11 +29,13 @@ from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_p
 from transports.app import create_app
 from transports.hard_end import end_hard, end_the_rest
 from transports.workers import Workers
+from transports.write_timeout import WriteTimeout
 
 logger = logging.getLogger("broker.server")
 
 _FAST_PATH_MODULE = "transports.uvicorn_ws"
 _FAST_PATH = "transports.uvicorn_ws:FastWebSocketProtocol"
+_PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 _POLL_S = 0.05
 EXIT_OK = 0
 EXIT_CANNOT_START = 2
@@ -163,8 +165,10 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",  # entered by BrokerServer itself: its errors are shown as what they are
-        http=limited_http_protocol(connection_limit(settings.max_connections + HTTP_HEADROOM)),
-        ws=_FAST_PATH if fast else "websockets-sansio",
+        http=limited_http_protocol(
+            connection_limit(settings.max_connections + HTTP_HEADROOM), WriteTimeout(settings.write_timeout_s)
+        ),
+        ws=_FAST_PATH if fast else _PLAIN_PATH,
         ws_max_size=settings.max_client_message_bytes,
         ws_ping_interval=settings.ping_interval_s or None,
         ws_ping_timeout=settings.ping_timeout_s,

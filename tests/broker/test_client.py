@@ -17,6 +17,8 @@ from broker.errors import InvalidInput
 
 
 def frame(kind: str, seq: int | None = None, prev: int | None = None, **data: Any) -> str:
+    """Return a frame's text. data: `from_` stands for `from`."""
+    data = {name.rstrip("_"): value for name, value in data.items()}
     event: dict[str, Any] = {"type": kind, "id": "x", "data": data}
     if seq is not None:
         event["seq"] = str(seq)
@@ -26,7 +28,7 @@ def frame(kind: str, seq: int | None = None, prev: int | None = None, **data: An
 
 
 def hello(start: int, epoch: str = "e1") -> str:
-    return frame("ws.hello", epoch=epoch, **{"from": str(start)})
+    return frame("ws.hello", epoch=epoch, from_=str(start))
 
 
 def judged(cursor: Cursor, text: str) -> str:
@@ -63,7 +65,7 @@ def test_a_state_frame_is_taken_if_it_is_newer_than_the_entity() -> None:
 
 def test_a_reset_begins_anew_with_the_state() -> None:
     cursor = Cursor(last=10, epoch="e1", versions={"m": 99})
-    assert judged(cursor, frame("ws.reset", epoch="e2", **{"from": "50"})) == "take"
+    assert judged(cursor, frame("ws.reset", epoch="e2", from_="50")) == "take"
     assert (cursor.last, cursor.epoch, cursor.versions) == (50, "e2", {})
 
 

@@ -22,7 +22,7 @@ from broker.testing import parts_of
 IDLE_S = 0.2
 IDLE_TURNS_MAX = 1000
 """The quickest allowed timers are due some twenty times in IDLE_S, each for a few turns."""
-ELSEWHERE = frozenset({"port", "workers"})  # not of the broker: tests/transports/test_server_bind.py and the like
+ELSEWHERE = frozenset({"port", "workers"})  # not of the broker: tests/transports/test_server.py and the like
 
 
 def bounds(name: str) -> tuple[float, float] | None:

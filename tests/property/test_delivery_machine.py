@@ -1,7 +1,8 @@
 """Publishers, clients, drops, resumes, stalls, evictions and restarts in any order, against a model of who saw what.
 
 After every step each client that reads has exactly what its profile let it see since where it started: nothing lost,
-nothing twice, nothing out of order, no false gap (I1, I3, I4, I6, I11, I12), and its state equals the timeline's (I5).
+nothing twice, nothing out of order, no false gap (I1, I3, I4, I6, I11, I12), hidden and masked what its profile hides and
+masks, whatever profiles it had before (I14), and its state equals the timeline's as that profile shows it (I5).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import asyncio
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,15 +27,24 @@ from tests.support.wire import Client, Peer
 from broker.cli.verify import verify_conversation
 from broker.clock import ManualClock
 from broker.delivery.subscription import Subscription
-from broker.envelope import Draft
+from broker.envelope import Draft, Envelope
+from broker.hookspecs import hookimpl
+from broker.profiles import Profile
 from broker.testing import parts_of
 
 CONV = "c1"
+SECRET, MASK = "secret", "***"
+
+
+def secret(n: int) -> str:
+    return SECRET if n % 3 == 0 else ""
+
+
 DRAFTS = {
-    "note": lambda n: Draft("note.said", {"text": f"note {n}"}),
-    "delta": lambda n: Draft("llm.delta", {"delta": f"d{n} ", "runId": "r"}, id=f"m{n % 2}"),
+    "note": lambda n: Draft("note.said", {"text": f"note {n}{secret(n)}"}),
+    "delta": lambda n: Draft("llm.delta", {"delta": f"d{n}{secret(n)} ", "runId": "r"}, id=f"m{n % 2}"),
     "thinking": lambda n: Draft("llm.thinking.delta", {"delta": f"t{n} ", "runId": "r"}, id=f"t{n % 2}"),
-    "user": lambda n: Draft("user.message", {"text": f"question {n}"}, id=f"u{n}"),
+    "user": lambda n: Draft("user.message", {"text": f"question {n}{secret(n)}"}, id=f"u{n}"),
     "trace": lambda n: Draft("trace.step", {"n": n}, channel="debug.trace"),
 }
 VISIBLE = {
@@ -41,8 +52,33 @@ VISIBLE = {
     "text": lambda event: event["type"] in ("llm.start", "llm.delta", "llm.final"),
     "debug": lambda event: True,
     "timeline": lambda event: False,
+    "hiding": lambda event: event["channel"] == "sem" and SECRET not in str(event["data"]),
+    "masking": lambda event: event["channel"] == "sem",
 }
 PROFILES = sorted(VISIBLE)
+LOOKS = {"default": "plain", "debug": "plain", "timeline": "plain", "hiding": "hiding", "masking": "masking"}
+"""How a profile shows entities; one that is not here shows none."""
+
+
+class Looks:
+    """The profiles that hide and mask."""
+
+    name = "looks"
+
+    @hookimpl
+    def register_profiles(self) -> list[Profile]:
+        return [Profile(name, channels=("sem", "timeline", "control")) for name in ("hiding", "masking")]
+
+    @hookimpl
+    def build_filter(self, profile: Profile) -> Any:
+        return (lambda envelope: SECRET.encode() not in envelope.data_json) if profile.name == "hiding" else None
+
+    @hookimpl
+    def build_transform(self, profile: Profile) -> Any:
+        def mask(envelope: Envelope) -> Envelope:
+            return envelope.with_data(orjson.loads(envelope.data_json.replace(SECRET.encode(), MASK.encode())))
+
+        return mask if profile.name == "masking" else None
 
 
 @dataclass
@@ -54,7 +90,16 @@ class Published:
     data: dict[str, Any]
 
     def visible(self, profile: str) -> bool:
-        return bool(VISIBLE[profile]({"channel": self.channel, "type": self.type}))
+        return bool(VISIBLE[profile]({"channel": self.channel, "type": self.type, "data": self.data}))
+
+    def seen(self, profile: str) -> Published:
+        """Return it as `profile`, which shows it, does."""
+        if profile != "masking":
+            return self
+        masked = {
+            key: value.replace(SECRET, MASK) if isinstance(value, str) else value for key, value in self.data.items()
+        }
+        return replace(self, data=masked)
 
 
 @dataclass
@@ -68,6 +113,7 @@ class Follower:
     peer: Peer | None = None
     subscription: Subscription | None = None
     whole_state: bool = False
+    look: str | None = None
     viewed_after: int = 0
     history: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -90,7 +136,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.published: list[Published] = []
         self.followers: list[Follower] = []
         self.count = 0
-        self.core: Core | None = None
+        self.started: Core | None = None
+
+    @property
+    def core(self) -> Core:
+        assert self.started is not None
+        return self.started
 
     def run(self, coroutine: Any) -> Any:
         return self.loop.run_until_complete(coroutine)
@@ -98,8 +149,9 @@ class DeliveryMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         # Timers never fire by themselves: the machine ticks.
-        self.core = Core(
+        self.started = Core(
             self.database(),
+            plugins=[Looks()],
             clock=self.clock,
             upsert_interval_s=3600.0,
             timeline_flush_interval_s=3600.0,
@@ -147,9 +199,10 @@ class DeliveryMachine(RuleBasedStateMachine):
         follower = Follower(Client(since=0 if how == "everything" else None), profile)
         follower.position = 0 if how == "everything" else (self.published[-1].seq if self.published else 0)
         follower.whole_state = how != "live"
+        follower.look = LOOKS.get(profile)
         self.followers.append(follower)
-        asked = {"live": {}, "everything": {"since": 0}, "hydrate": {"hydrate": True}}[how]
-        self._attach(follower, asked)
+        asked: dict[str, dict[str, Any]] = {"live": {}, "everything": {"since": 0}, "hydrate": {"hydrate": True}}
+        self._attach(follower, asked[how])
 
     def _attach(self, follower: Follower, asked: dict[str, Any]) -> None:
         follower.history.clear()  # the server remembers what a connection was shown, not what a client was
@@ -206,11 +259,24 @@ class DeliveryMachine(RuleBasedStateMachine):
         follower.viewed_after = 0 if replay else now
         if replay:
             follower.expected.extend(
-                one for one in self.published if one.seq <= now and one.visible(profile) and not follower.was_shown(one)
+                one.seen(profile)
+                for one in self.published
+                if one.seq <= now and one.visible(profile) and not follower.was_shown(one)
             )
+        self._change_look(follower, old, profile)
         follower.profile = profile
         follower.position = now
-        follower.whole_state = False
+
+    def _change_look(self, follower: Follower, old: str, profile: str) -> None:
+        look = LOOKS.get(profile)
+        anew = look is not None and follower.look not in (None, look)
+        assert follower.client.controls("ws.profile")[-1].get("stateAnew", False) is anew
+        if look is None:
+            follower.whole_state = False
+            return
+        if anew or old not in LOOKS:
+            follower.whole_state = True
+        follower.look = look
 
     @rule()
     def tick(self) -> None:
@@ -252,19 +318,24 @@ class DeliveryMachine(RuleBasedStateMachine):
     def _expect(self, follower: Follower) -> None:
         """Move the model's idea of a follower up to the newest envelope."""
         follower.expected.extend(
-            one for one in self.published if one.seq > follower.position and one.visible(follower.profile)
+            one.seen(follower.profile)
+            for one in self.published
+            if one.seq > follower.position and one.visible(follower.profile)
         )
         if self.published:
             follower.position = max(follower.position, self.published[-1].seq)
 
     async def _settle(self) -> None:
         await until(
-            lambda: all(one.subscription.status == "live" for one in self.followers if one.reading), timeout_s=5
+            lambda: all(
+                one.subscription and one.subscription.status == "live" for one in self.followers if one.reading
+            ),
+            timeout_s=5,
         )
 
     @invariant()
     def everyone_who_reads_has_everything(self) -> None:
-        if self.core is None:
+        if self.started is None:
             return
         self.run(self._settle())
         for follower in self.followers:
@@ -277,8 +348,10 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def _same(self, follower: Follower) -> None:
         client, expected = follower.client, follower.expected
-        plain = [one.seq for one in expected if not one.type.endswith(".delta")]
-        assert [int(e["seq"]) for e in client.events if not e["type"].endswith(".delta")] == plain
+        plain = [(one.seq, one.data) for one in expected if not one.type.endswith(".delta")]
+        assert [(int(e["seq"]), e["data"]) for e in client.events if not e["type"].endswith(".delta")] == plain
+        if follower.look in ("hiding", "masking"):
+            assert SECRET not in str(client.entities)
         for kind, key in {(one.type, one.id) for one in expected if one.type.endswith(".delta")}:
             text = "".join(one.data["delta"] for one in expected if (one.type, one.id) == (kind, key))
             got = "".join(e["data"]["delta"] for e in client.events if (e["type"], e["id"]) == (kind, key))
@@ -286,7 +359,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.core is not None:
+            if self.started is not None:
                 self.run(self._finish())
                 self.run(self.core.broker.stop(drain_s=0))
         finally:
@@ -299,7 +372,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             if follower.peer and follower.peer.stalled:
                 follower.peer.read()
         await self._settle()
-        ids = {one.id for one in self.published if one.type == "llm.delta"}
+        ids = {str(one.id) for one in self.published if one.type == "llm.delta"}
         for id in sorted(ids):
             await self.core.broker.publisher(CONV).publish("llm.final", {"runId": "r", "text": f"done {id}"}, id=id)
         self.clock.advance(10)
@@ -308,9 +381,15 @@ class DeliveryMachine(RuleBasedStateMachine):
         broker = self.core.broker
         state = {entity.id: entity.to_wire() for entity in await parts_of(broker).timeline.entities(CONV)}
         for follower in self.followers:
-            if follower.peer and follower.profile != "text" and follower.whole_state:
-                finished = {id for id, entity in state.items() if not id.startswith("t")}
-                assert {id: follower.client.entities.get(id) for id in finished} == {id: state[id] for id in finished}
+            if follower.peer and follower.profile in LOOKS and follower.whole_state:
+                finished = {id: entity for id, entity in state.items() if not id.startswith("t")}
+                if follower.look == "hiding":
+                    hidden = {id for id, entity in finished.items() if SECRET in str(entity)}
+                    assert not hidden & follower.client.entities.keys()
+                    finished = {id: entity for id, entity in finished.items() if id not in hidden}
+                elif follower.look == "masking":
+                    finished = orjson.loads(orjson.dumps(finished).replace(SECRET.encode(), MASK.encode()))
+                assert {id: follower.client.entities.get(id) for id in finished} == finished
         report = await verify_conversation(
             parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, CONV
         )

@@ -65,6 +65,8 @@ class Client:
             self.entities.clear()
         elif kind == "ws.profile":
             self.last = int(data["from"])
+            if data.get("stateAnew"):
+                self.entities.clear()
         elif kind == "ws.dropped":
             self.dropped += data["count"]
             self.last = max(self.last, int(data["seq"]))
@@ -98,6 +100,8 @@ class Peer:
         self.closed: tuple[int, str] | None = None
         self.buffered: list[Message] = []
         self.max_buffered_bytes = 0
+        self.max_write_bytes = 0
+        self.progress = 0
         self._pool = pool
         self._limit = buffer_bytes
         pool.add(self)
@@ -109,6 +113,7 @@ class Peer:
     def _write(self, messages: list[Message]) -> None:
         if self.closed is not None:
             return
+        self.max_write_bytes = max(self.max_write_bytes, sum(len(message.text) for message in messages))
         if not self.stalled:
             for message in messages:
                 self.client.take(message.text)

@@ -21,7 +21,13 @@ from broker.security import Principal
 from broker.settings import Settings
 from broker.testing import parts_of
 from transports.app import create_api, create_broker
+from transports.places import Places
 from transports.plugin_connections import PluginConnections
+
+
+def connections_of(served: Any) -> PluginConnections:
+    places = Places(served.pool, served.broker.settings.max_connections)
+    return PluginConnections(served.broker.doors, served.pool, places)
 
 
 class LinesStream(Stream):
@@ -172,7 +178,9 @@ async def test_an_erased_conversation_and_a_drain_end_it_with_their_codes() -> N
 
 async def test_the_limits_of_the_process_hold_for_it() -> None:
     async with serving(max_connections=1) as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def send(chunk: bytes) -> None: ...
 
@@ -189,7 +197,9 @@ async def test_the_limits_of_the_process_hold_for_it() -> None:
 
 async def test_a_connection_subscribes_once_and_only_with_what_admit_returned() -> None:
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
         sent: list[bytes] = []
 
         async def send(chunk: bytes) -> None:
@@ -211,7 +221,9 @@ async def test_a_connection_subscribes_once_and_only_with_what_admit_returned() 
 
 async def test_a_send_that_raises_ends_it_and_harms_nobody() -> None:
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def broken(chunk: bytes) -> None:
             raise ConnectionResetError("the peer is gone")
@@ -237,7 +249,9 @@ async def test_connections_with_one_framing_share_what_it_builds() -> None:
         return lines(messages)
 
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def send(chunk: bytes) -> None: ...
 
@@ -285,7 +299,7 @@ async def test_a_framing_that_fails_costs_its_own_connections_and_nobody_elses(f
     """Others of the same view get every event without a gap; those of the plugin are dropped and come back."""
     async with serving() as served:
         socket = await served.stream("conv_id=c1&since=0").until("ws.caught_up")
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = connections_of(served)
         got: list[bytes] = []
 
         async def send(chunk: bytes) -> None:
@@ -320,7 +334,7 @@ async def test_a_send_that_swallows_its_cancellation_keeps_nobody_waiting(
                 continue
 
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = connections_of(served)
         async with asyncio.timeout(10):
             async with connections.add(stubborn, framing=lines) as connection:
                 await connection.subscribe(await connections.admit(CALLER, "c1", since=0))

@@ -117,26 +117,40 @@ class Housekeeping:
             except BrokerError as exc:
                 self._not_saved(exc)
             except Exception:  # one of them cannot be written, and must not keep the others from it
-                await self._save_each(saves)
+                await self._save_each(saves, everything)
             else:
                 self.save_error = None
                 for conversation, save in saves:
                     conversation.timeline.saved(save)
 
-    async def _save_each(self, saves: list[tuple[Conversation, TimelineSave]]) -> None:
+    async def _save_each(self, saves: list[tuple[Conversation, TimelineSave]], everything: bool) -> None:
         error: Exception | None = None
         for conversation, save in saves:
             try:
-                await self._store.save([save])
+                await self._save_one(conversation, save, everything)
             except Exception as exc:
                 error = StoreError(f"the timeline of conversation {conversation.conv_id!r} cannot be saved: {exc!r}")
                 error.__cause__ = exc
-            else:
-                conversation.timeline.saved(save)
         if error is None:
             self.save_error = None
         else:
             self._not_saved(error)
+
+    async def _save_one(self, conversation: Conversation, save: TimelineSave, everything: bool) -> None:
+        timeline = conversation.timeline
+        try:
+            await self._store.save([save])
+        except BrokerError:
+            raise
+        except Exception:
+            if not timeline.discard_unwritable(save.entities):
+                raise
+            rest = timeline.take_save(everything=everything)
+            if rest is None:
+                return
+            save = rest
+            await self._store.save([save])
+        timeline.saved(save)
 
     def _not_saved(self, error: Exception) -> None:
         if self.save_error is None:

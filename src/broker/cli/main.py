@@ -17,6 +17,7 @@ import typer
 from broker.cli.cluster import DEFAULT_URL, Token, Url
 from broker.cli.cluster import app as cluster_app
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import loads_checked
 from broker.logs import escape_controls
 from broker.sequence import parse_seq
 from broker.settings import GROUPS, Settings, describe, load_settings, of_commands, variable
@@ -219,8 +220,8 @@ def publish(
 
     text = _argument_or_stdin(data)
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as exc:
+        value = loads_checked(text)
+    except ValueError as exc:
         raise InvalidInput(f"JSON {quoted(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
     if not isinstance(value, dict):
         raise InvalidInput(f"JSON {quoted(text)} is no object: give {_DATA_EXAMPLE}")

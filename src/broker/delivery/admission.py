@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from broker.conversations.manager import ConversationManager
 from broker.delivery.subscription import SubscribeRequest
@@ -65,17 +65,31 @@ class Admission:
         profile: str,
         channels: str | None = None,
         *,
-        shows: Iterable[str] = (),
+        state: bool = False,
     ) -> View:
         """Return the view through which a caller may read a conversation, without the question about creating it.
 
-        shows: channels that the answer shows besides those of the view. Raises what `admit` raises, but NotFound.
+        state: the answer shows state, also where the profile has none of it: the view has it then. Raises what `admit`
+        raises, but NotFound.
         """
-        view = self._views.compile(principal, profile, channels)
-        names = view.channel_names
-        more = [name for name in shows if name not in names]
-        await self._access.authorize(principal, "read", check_conv_id(conv_id), sorted([*names, *more]))
-        return view
+        view = self._views.compile(principal, profile, channels, state=state)
+        await self._access.authorize(principal, "read", check_conv_id(conv_id), view.channel_names)
+        denied = await self.denied(principal, conv_id, view.channels) if view.shows_state else frozenset()
+        return self._views.compile(principal, profile, channels, state=state, denied=denied) if denied else view
+
+    async def denied(self, principal: Principal, conv_id: str, asked: Collection[str]) -> frozenset[str]:
+        """Return the channels that `authorize` refuses to a caller, of those besides the ones that it was asked about.
+
+        The state may hold what was made of their events, although the view does not show these. Asked about all at once,
+        and one by one only where that is refused.
+        """
+        if not self._access.asks:
+            return frozenset()
+        others = sorted(name for name in self._views.may_see(principal) if name not in asked)
+        if not others or await self._access.may_read(principal, conv_id, others):
+            return frozenset()
+        refused = [name for name in others if not await self._access.may_read(principal, conv_id, [name])]
+        return frozenset(refused)
 
     async def _may_begin(self, principal: Principal, conv_id: str) -> None:
         known = self._conversations.get(conv_id)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from broker.conversations.conversation import Conversation
+from broker.delivery.viewed import Viewed
 from broker.interfaces import OpenConnection
 from broker.security import Principal
 from broker.views.view import View
 
 Status = Literal["starting", "behind", "live", "parked", "closed"]
-
-
-VIEWS_REMEMBERED = 32
-"""How many former views of a connection a replay takes into account; beyond, it may be shown an envelope again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +32,17 @@ class SubscribeRequest:
     view: str | None = None
 
 
-class Viewed(NamedTuple):
-    """A stretch of the log, after < seq <= through, that a connection was shown through `view`."""
-
-    view: View
-    after: int
-    through: int
-
-
 class Subscription:
     """One connection's interest in one conversation. No task while it is live.
 
     cursor: every event up to here is decided for it (while live, the audience's position counts instead).
     told: the position that the client knows of: seq of the last event frame or `ws.through`. told_outage: number of the
     outage that it knows of, 0: it believes that all is well.
-    state_cursor: it has every entity up to this version. viewed_after: the present view has shown everything between
-    this and the cursor. history: the same for views it had before a change in place, so that a replay leaves out what
-    it has already got.
+    state_cursor: it has every entity up to this version, in the look of `state_look` (None: it has had no state); but of
+    those that are growing, where state_owed_after is set, only what they were up to that version. state_rounds: how often it
+    was sent state since it was last live. state_pending: it was reset, and the state that stands for what it lost is not
+    complete yet. viewed_after: the present view has shown everything between this and the cursor. viewed: what views that it
+    had before a change in place have shown, so that a replay leaves out what it has already got; None: there was none.
     """
 
     __slots__ = (
@@ -59,18 +50,22 @@ class Subscription:
         "connection_id",
         "conversation",
         "cursor",
-        "history",
         "opened_at_ms",
         "parked",
         "principal",
         "request",
         "skipped",
         "state_cursor",
+        "state_look",
+        "state_owed_after",
+        "state_pending",
+        "state_rounds",
         "status",
         "task",
         "told",
         "told_outage",
         "view",
+        "viewed",
         "viewed_after",
     )
 
@@ -92,11 +87,15 @@ class Subscription:
         self.told = 0
         self.told_outage = 0
         self.state_cursor = 0
+        self.state_rounds = 0
+        self.state_pending = False
+        self.state_owed_after: int | None = None
         self.parked = 0
         self.skipped = 0
         self.opened_at_ms = 0
         self.viewed_after = 0
-        self.history: list[Viewed] = []
+        self.viewed: Viewed | None = None
+        self.state_look = view.state_look if view.shows_state else None
         self.task: asyncio.Task[None] | None = None
         self.changing: asyncio.Lock | None = None  # made by the first change of view: most connections have none
 
@@ -117,8 +116,9 @@ class Subscription:
 
     def end_view(self, through: int, next_after: int) -> None:
         """Remember that the present view has shown what there was up to `through`; what follows begins after `next_after`."""
-        self.history.append(Viewed(self.view, self.viewed_after, through))
-        del self.history[:-VIEWS_REMEMBERED]
+        if self.viewed is None:
+            self.viewed = Viewed()
+        self.viewed.add(self.view, self.viewed_after, through)
         self.viewed_after = next_after
 
     @property

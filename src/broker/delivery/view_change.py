@@ -10,6 +10,8 @@ from broker.delivery.pool import Pool
 from broker.delivery.recovery import Recovery
 from broker.delivery.start import Starts
 from broker.delivery.subscription import Subscription
+from broker.delivery.viewed import STRETCHES_MAX
+from broker.errors import LimitExceeded
 from broker.views.frames import control_message, through_message
 from broker.views.view import View
 
@@ -32,11 +34,17 @@ class ViewChanges:
         """Change a subscription's view in place. With `since` the newly visible part of the past follows, each once.
 
         Changes of one subscription are made one after another, in the order in which they were asked for. Raises
-        UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; then the view stays as it was.
+        UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput, LimitExceeded; then the view stays as it was.
         """
         if subscription.changing is None:
             subscription.changing = asyncio.Lock()
         async with subscription.changing:
+            if subscription.viewed is not None and len(subscription.viewed) >= STRETCHES_MAX:
+                raise LimitExceeded(
+                    f"this connection has changed its view too often to know what it was shown ({STRETCHES_MAX} "
+                    "stretches): connect again to change it once more",
+                    limit=STRETCHES_MAX,
+                )
             view = await self._admission.view(subscription.principal, subscription.conv_id, profile, channels)
             back = await self._starts.reaching_back(subscription.conversation, since) if since is not None else None
             await self._recovery.end(subscription)
@@ -53,15 +61,29 @@ class ViewChanges:
         subscription.end_view(position, subscription.cursor)
         subscription.view = view
         subscription.told = subscription.cursor
-        data = {
+        state_after, anew = self._state_after(subscription, old, view)
+        data: dict[str, object] = {
             "profile": view.profile.name,
             "channels": view.channel_names,
             "view": view.key,
             "from": str(subscription.cursor),
         }
+        if anew:
+            data["stateAnew"] = True
         changed = control_message("ws.profile", data, subscription.connection_id)
         self._dispatcher.deliver(
             subscription.connection_id, [changed, through_message(conversation.conv_id, subscription.cursor)]
         )
-        # A view that had no state before gets all of it; one that had it keeps what it has.
-        self._recovery.begin(subscription, state_after=subscription.state_cursor if old.shows_state else 0, lag=False)
+        self._recovery.begin(subscription, state_after=state_after, lag=False)
+
+    def _state_after(self, subscription: Subscription, old: View, view: View) -> tuple[int, bool]:
+        """Return after which version the state follows, and whether what the client has of it is void.
+
+        A view that had no state before gets all of it. One that had it keeps what it has, unless that looks different
+        now: then versions say nothing, for an entity may be shown that was hidden, or as it is that was masked.
+        """
+        if not view.shows_state:
+            return subscription.state_cursor, False
+        before, subscription.state_look = subscription.state_look, view.state_look
+        same = before == view.state_look
+        return (subscription.state_cursor if old.shows_state and same else 0), before is not None and not same

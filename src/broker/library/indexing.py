@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from broker.characters import beginning
+from broker.envelope import CONTROL
+from broker.library.pauses import Pauses
 from broker.library.store import LibraryStore, Message
-from broker.library.terms import terms_of
+from broker.library.terms import MAX_TEXT_CHARS, terms_of
+from broker.security import Principal
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore
+from broker.views.compiler import DEFAULT_PROFILE, ViewCompiler
+from broker.views.frames import entities_as_seen
 
+Seen = Callable[[str, Sequence[Entity]], Sequence[Entity]]
+"""(conv_id, entities) -> the entities as they are seen."""
+NOBODY = Principal("nobody")
 TITLE_CHARS = 80
 _KNOWN_MAX = 20_000
 
@@ -26,6 +35,8 @@ class IndexingTimelineStore:
         self._inner = inner
         self._library = library
         self._known: OrderedDict[str, None] = OrderedDict()
+        self.seen: Seen = lambda conv_id, entities: entities
+        """What everybody may see of entities: only that gets into titles and search (I14)."""
         self._saving: set[asyncio.Future[None]] = set()
         self.name = inner.name
 
@@ -45,7 +56,10 @@ class IndexingTimelineStore:
             done.set_result(None)
 
     async def _save(self, saves: Sequence[TimelineSave]) -> None:
-        messages = [message for save in saves for message in messages_of(save.conv_id, save.entities)]
+        pauses = Pauses()
+        messages: list[Message] = []
+        for save in saves:
+            messages += await messages_of(save.conv_id, save.entities, self.seen, pauses)
         new = {
             save.conv_id: min(entity.created_at_ms for entity in save.entities)
             for save in saves
@@ -71,10 +85,8 @@ class IndexingTimelineStore:
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         return await self._inner.get(conv_id, ids)
 
-    async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        return await self._inner.page(conv_id, after_position=after_position, since_version=since_version, limit=limit)
+    async def page(self, conv_id: str, **asked: int) -> StoredEntities:
+        return await self._inner.page(conv_id, **asked)
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)
@@ -98,22 +110,45 @@ async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
             raise result
 
 
-def messages_of(conv_id: str, entities: Sequence[Entity]) -> list[Message]:
-    """Return those of the entities that are complete messages, as the library notes them."""
-    return [_message(conv_id, one) for one in entities if one.kind == "message" and not one.growing]
+async def messages_of(conv_id: str, entities: Sequence[Entity], seen: Seen, pauses: Pauses) -> list[Message]:
+    """Return those of the entities that are complete messages for everybody, as the library notes them."""
+    complete = [one for one in entities if one.kind == "message" and not one.growing]
+    messages: list[Message] = []
+    for entity in seen(conv_id, complete):
+        if entity.kind == "message":
+            text = str(entity.props.get("text", ""))
+            messages.append(_message(conv_id, entity, text))
+            await pauses.after(min(len(text), MAX_TEXT_CHARS))
+    return messages
 
 
-def _message(conv_id: str, entity: Entity) -> Message:
-    text = str(entity.props.get("text", ""))
+class SeenByAll:
+    """What the profile `default` shows of messages to a caller without any permission: all that the library knows of them."""
+
+    def __init__(self, views: ViewCompiler) -> None:
+        self._views = views
+
+    @property
+    def channels(self) -> list[str]:
+        """The channels that it may come from: who is refused one of them is told neither titles nor finds."""
+        return sorted(name for name in self._views.may_see(NOBODY) if name != CONTROL)
+
+    def __call__(self, conv_id: str, entities: Sequence[Entity]) -> Sequence[Entity]:
+        """Return entities as they are seen. Frames about a connection are no conversation: `control` is left out."""
+        view = self._views.compile(NOBODY, DEFAULT_PROFILE, None, state=True, denied=frozenset({CONTROL}))
+        return [one.entity for one in entities_as_seen(conv_id, view, entities)]
+
+
+def _message(conv_id: str, entity: Entity, text: str) -> Message:
     title = title_from(text) if entity.props.get("role") == "user" else None
     return Message(conv_id, entity.position, entity.version, entity.created_at_ms, title, terms_of(text))
 
 
 def title_from(text: str) -> str | None:
     """Return what a conversation is called after its first message: its first words on one line; None if it has none."""
-    words = " ".join(text[: TITLE_CHARS * 4].split())
+    words = " ".join(beginning(text, TITLE_CHARS * 4).split())
     if len(words) <= TITLE_CHARS:
         return words or None
-    cut = words[: TITLE_CHARS - 1]
+    cut = beginning(words, TITLE_CHARS - 1)
     at_blank = cut.rpartition(" ")[0]
     return (at_blank if len(at_blank) > TITLE_CHARS // 2 else cut) + "…"

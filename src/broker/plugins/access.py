@@ -43,6 +43,14 @@ class Access:
             "credentials are missing or nobody here knows them: send 'Authorization: Bearer <token>'"
         )
 
+    async def may_read(self, principal: Principal, conv_id: str, channels: Sequence[str] = ()) -> bool:
+        """Say whether every `authorize` hook lets a caller read a conversation, in these channels."""
+        try:
+            await self.authorize(principal, "read", conv_id, channels)
+        except PermissionDenied:
+            return False
+        return True
+
     async def authorize(
         self, principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str] = ()
     ) -> None:

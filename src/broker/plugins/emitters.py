@@ -22,6 +22,7 @@ from broker.plugins.answers import drop
 from broker.plugins.driving import being_cancelled
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class EmitterSupervisor:
         self._policy = policy or RestartPolicy()
         self._random = random_0_to_1
         self._open: dict[str, _Open] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending = Tasks()
         self._closed = False
         plugins.subscribe_changes(self._follow_plugins)
 
@@ -110,9 +111,7 @@ class EmitterSupervisor:
                 opened.started.discard(name)
                 going = list(opened.tasks.pop(name, ()))
                 if going:
-                    ending = asyncio.get_running_loop().create_task(self._cancel(going, conv_id))
-                    self._ending.add(ending)
-                    ending.add_done_callback(self._ending.discard)
+                    self._ending.spawn(self._cancel(going, conv_id))
             if active - opened.started:
                 self._start_missing(opened)
 

@@ -113,7 +113,7 @@ class StepAnswer:
     def __init__(self, run_id: str, model: str | None, taken: set[str], max_text_bytes: int = 1_000_000) -> None:
         self._run_id = run_id
         self._max_bytes = max(max_text_bytes - _ENVELOPE_REST, max_text_bytes // 2)
-        self._model = model
+        self._model = clean_text(model) if isinstance(model, str) else None
         self._taken = taken
         self._message_id = new_message_id()
         self.choices: dict[int, Choice] = {}

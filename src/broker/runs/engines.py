@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from broker.errors import EngineError
 from broker.runs.engine import Engine, EnginePlan
 from broker.runs.ports import Plugins
+from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class EngineCache:
     def __init__(self, plugins: Plugins) -> None:
         self._plugins = plugins
         self._current: dict[str, EngineLease] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks()
         self.built = 0
 
     async def acquire(self, plan: EnginePlan) -> EngineLease:
@@ -71,8 +72,7 @@ class EngineCache:
         """Close all engines and wait until those that are closing are closed."""
         for conv_id in list(self._current):
             self.forget(conv_id)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=5.0)
+        await self._closing.wait(5.0)
 
     async def _build(self, plan: EnginePlan) -> tuple[str, Engine]:
         try:
@@ -96,9 +96,7 @@ class EngineCache:
 
     def _close_if_unused(self, lease: EngineLease) -> None:
         if lease.retired and lease.users == 0:
-            task = asyncio.create_task(self._close(lease))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing.spawn(self._close(lease))
 
     async def _close(self, lease: EngineLease) -> None:
         try:

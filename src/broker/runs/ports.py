@@ -1,4 +1,4 @@
-"""What the runtime needs of the rest of the broker, as narrow protocols: the real parts fit without being imported."""
+"""Ports: the narrow protocols through which runs use the rest of the broker. The real parts fit without being imported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ Publish = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
 
 PublishFenced = Callable[[str, Sequence[Draft], str], Awaitable[list[int]]]
 """`(conv_id, drafts, token) -> seqs`: as Publish; RunEnded when `token` is not that of the newest lease."""
+
+PublishUnasked = Callable[[str, Sequence[Draft], str | None], Awaitable[list[int]]]
+"""`(conv_id, drafts, token) -> seqs`: as PublishFenced, or as Publish without a token; no plugin may refuse or change them."""
 
 Hold = Callable[[str], object]
 """`(conv_id)`: keep the conversation from being evicted (counted), or let go once."""
@@ -62,7 +65,8 @@ class ConversationPorts:
     """What runs ask of conversations.
 
     publish: must work from the service's `start` until its `stop` returned. head: None: states say 0. publish_fenced: as
-    `publish`, for runs that are leased; needed where the run store leases.
+    `publish`, for runs that are leased; needed where the run store leases. publish_unasked: publishes ends that a plugin
+    refuses; None: they are not told then.
     """
 
     publish: Publish
@@ -71,3 +75,4 @@ class ConversationPorts:
     release: Hold = _keep
     head: Head | None = None
     publish_fenced: PublishFenced | None = None
+    publish_unasked: PublishUnasked | None = None

@@ -44,7 +44,7 @@ class RedisLeases:
         return self._tokens.get(conv_id)
 
     def hold(self, conv_id: str, token: str) -> None:
-        """Take note that this node got the lease on a conversation."""
+        """Note that this node got the lease on a conversation."""
         self._tokens[conv_id] = token
 
     def forget(self, conv_id: str) -> None:

@@ -205,7 +205,8 @@ class RunTask:
                 await self._published.put([Draft("engine.changed", data, channel=SEM)])
             # Read again: a prompt that was accepted meanwhile may have chosen another profile for the next runs.
             newest = await store.conversation(run.conv_id) or known
-            await store.save_conversation(replace(newest, signature=plan.signature, plan=shown))
+            told = replace(newest, signature=plan.signature, plan=shown)
+            await store.save_conversation(told, of_run=run.run_id)
 
     async def _acquire(self, plan: EnginePlan) -> None:
         # Kept here and not by whoever waits: a stop in the same turn takes the result, but `_release` has to find it.
@@ -261,7 +262,9 @@ class RunTask:
         self._usage = add_usage(self._usage, answer.usage)
         for choice in answer.choices.values():
             if choice.opaque:
-                await self._runtime.store.save_opaque(self.run.conv_id, choice.message_id, choice.opaque)
+                await self._runtime.store.save_opaque(
+                    self.run.conv_id, choice.message_id, choice.opaque, of_run=self.run.run_id
+                )
         main = answer.main
         self._recorder.record(
             "response",

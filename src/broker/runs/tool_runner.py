@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from jsonschema import Draft202012Validator
 
+from broker.characters import beginning
 from broker.copies import own
 from broker.errors import quoted
 from broker.runs.engine import ToolCall, ToolSpec
@@ -220,8 +221,16 @@ def _limited(tool: Tool, value: ToolResult, max_bytes: int) -> ToolOutcome:
     limit = tool.max_output_bytes
     if len(encoded) <= limit and len(written) <= max_bytes:
         return ToolOutcome(orjson.loads(written))
-    kept = encoded[:limit].decode(errors="ignore")
+    kept = _beginning(encoded, limit)
     if len(orjson.dumps(kept)) + _NOTE_BYTES > max_bytes:
         limit = max(0, max_bytes - _NOTE_BYTES) // 6  # JSON makes up to six bytes of one
-        kept = encoded[:limit].decode(errors="ignore")
+        kept = _beginning(encoded, limit)
     return ToolOutcome(f"{kept}\n[cut: the first {limit} of {len(encoded)} bytes]")
+
+
+def _beginning(encoded: bytes, limit: int) -> str:
+    """Return the first `limit` bytes of a longer text, or a few less: no half characters."""
+    following = encoded[: limit + 4].decode(
+        errors="ignore"
+    )  # one code point more, to see whether it belongs to the last
+    return beginning(following, len(encoded[:limit].decode(errors="ignore")))

@@ -1,4 +1,4 @@
-"""How the protocol's own events fold into entities.
+"""Timeline handlers of the protocol's own events: fold them into entities.
 
     event                    entity        id                 final when
     user.message             message       the envelope's     never: the same id again changes it
@@ -373,7 +373,7 @@ BUILTIN_HANDLERS: tuple[TimelineHandler, ...] = (
     TimelineHandler("tool.denied", _fold_tool_decision("denied", "deniedBy")),
     TimelineHandler("tool.result", fold_tool_result),
     TimelineHandler("tool.done", fold_tool_done),
-    *(TimelineHandler(event_type, fold_run, run_keys, moves=True) for event_type in RUN_STATUS),
+    *(TimelineHandler(event_type, fold_run, run_keys, moves=True, remarks=True) for event_type in RUN_STATUS),
     TimelineHandler("log", fold_log),
     TimelineHandler("agent.mode", fold_agent_mode),
 )

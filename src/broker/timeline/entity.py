@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from broker.timeline.sources import UNKNOWN, Sources
 from broker.timeline.text import Text
 
 
@@ -19,6 +20,7 @@ class Entity:
     prompt that waited for its turn, and of its run, of the one that began the run.
     growing: more is expected to be appended (a streaming answer); upserts and saves of it are spaced by growth (I16).
     props: JSON object; text that still grows is a `Text`, everything else plain JSON values. Never changed in place.
+    sources: channels and types of the events that it was folded from; the projector's, like version and times.
     """
 
     id: str
@@ -29,6 +31,7 @@ class Entity:
     position: int
     props: Mapping[str, Any] = field(default_factory=dict)
     growing: bool = False
+    sources: Sources = UNKNOWN
 
     def changed(self, *, growing: bool | None = None, **props: Any) -> Entity:
         """Return a copy with `props` merged over the present ones; the projector stamps version and times."""
@@ -42,6 +45,7 @@ class Entity:
             self.position,
             {**self.props, **props},
             growing,
+            self.sources,
         )
 
     @property
@@ -50,8 +54,8 @@ class Entity:
         return sum(value.size for value in self.props.values() if isinstance(value, Text))
 
     def props_json(self) -> bytes:
-        """Return the props as JSON, growing text included."""
-        return orjson.dumps(dict(self.props), default=str)
+        """Return the props as JSON, growing text included. Raises TypeError for what JSON cannot carry."""
+        return orjson.dumps(dict(self.props), default=_plain)
 
     def to_wire(self) -> dict[str, Any]:
         """Return the entity in the protocol's shape; seq numbers as decimal strings."""
@@ -71,3 +75,9 @@ class Entity:
             "position": str(self.position),
             "props": props,
         }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Text):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,4 +1,4 @@
-"""How envelopes fold into entities."""
+"""Timeline handlers: functions that fold envelopes into entities, by event type."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ class TimelineHandler:
     """Folds one event type. keys: ids of the entities that the fold reads and changes, computed from the envelope.
 
     moves: the fold says at which position an entity that exists stands from now on; without, it stays where it is.
+    remarks: what the fold changes of entities other than the first of its keys are remarks, such as their place. They take
+    nothing from one another, and who may not see events of this type may see those all the same. Without, whatever a fold
+    changes counts as made of the envelope and of all that it read.
     """
 
     event_type: str
     fold: Fold
     keys: Callable[[Envelope], tuple[str, ...]] = own_entity
     moves: bool = False
+    remarks: bool = False
 
 
 def new_entity(

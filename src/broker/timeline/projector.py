@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from broker.envelope import Envelope
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import LateEnvelope, TimelineHandler
+from broker.timeline.sources import UNKNOWN, Source, Sources, joined, shared
 from broker.timeline.store import DEAD_LETTER_ERROR_CHARS, DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ REFOLD_MAX = 2000
 to fold again at most."""
 REFOLD_BYTES = 256
 """Unless what waits is larger than so much per envelope: it is saved beyond its budget only as often as bytes stay linear."""
+DEAD_LETTER_ENTITY_CHARS = 128
+"""How much of an entity's id names a state of it that could not be written, where other dead letters name their type."""
 LOGGED_DEAD_LETTERS = 10
 """Dead letters that an open conversation logs one by one; after these only each DEAD_LETTERS_KEPT-th, so that no producer
 can fill the log."""
@@ -186,15 +189,19 @@ class ConversationTimeline:
             self.late += 1
             return []
         except Exception as exc:
-            self._bury(envelope, exc)
+            self._bury(envelope.seq, envelope.type, exc)
             return []
         touched = []
+        source = (envelope.channel, envelope.type)
         for entity in changed:
             old = self._entities.get(entity.id)
             # The version guard: folding again from an older cursor must not change what already contains this envelope.
             if old is not None and old.version >= envelope.seq:
                 touched.extend(self._first_seen((entity.id,)))
                 continue
+            sources = old.sources if old is not None else None
+            if sources is None or source not in sources or len(known) > 1:
+                sources = _sources(handler, entity.id, keys, known, source)
             self._entities[entity.id] = Entity(  # `replace` takes twice as long
                 entity.id,
                 entity.kind,
@@ -204,6 +211,7 @@ class ConversationTimeline:
                 old.position if old and not handler.moves else entity.position,
                 entity.props,
                 entity.growing,
+                sources,
             )
             if entity.growing and not entity.grown_bytes:
                 self._fed[entity.id] = self._fed.get(entity.id, 0) + len(envelope.data_json)
@@ -229,19 +237,47 @@ class ConversationTimeline:
         self._ahead.difference_update(found)
         return found
 
-    def _bury(self, envelope: Envelope, error: Exception) -> None:
+    def discard(self, entity: Entity, error: Exception) -> None:
+        """Give up a state of an entity that turned out to be unwritable: it goes to the dead letters under its version.
+
+        What the store has of it stays, and is what the next envelope about it is folded over.
+        """
+        if self._entities.get(entity.id) is not entity:
+            return
+        del self._entities[entity.id]
+        self._unsaved.pop(entity.id, None)
+        self._shown.pop(entity.id, None)
+        self._fed.pop(entity.id, None)
+        self.pending.discard(entity.id)
+        self._ahead.discard(entity.id)
+        self._cache_floor = max(self._cache_floor, entity.version)
+        self.complete = False
+        self._bury(entity.version, f"entity {entity.id}"[:DEAD_LETTER_ENTITY_CHARS], error)
+
+    def discard_unwritable(self, entities: Iterable[Entity]) -> int:
+        """Give up those of `entities`, just now found by a save that failed, which cannot be written; return how many."""
+        found = 0
+        for entity in entities:
+            try:
+                entity.wire_json()
+            except Exception as exc:
+                self.discard(entity, exc)
+                found += 1
+        return found
+
+    def _bury(self, seq: int, type: str, error: Exception) -> None:
         self.dead_letters += 1
-        text = f"{type(error).__name__}: {error}"[:DEAD_LETTER_ERROR_CHARS]
+        text = _told(error)
         if self.dead_letters <= LOGGED_DEAD_LETTERS or self.dead_letters % DEAD_LETTERS_KEPT == 0:
             logger.warning(
                 "conversation %s: %s seq %s cannot be folded (number %s here): %s",
                 self.conv_id,
-                envelope.type,
-                envelope.seq,
+                type,
+                seq,
                 self.dead_letters,
                 text,
             )
-        self._dead[envelope.seq] = DeadLetter(self.conv_id, envelope.seq, envelope.type, text)
+        self._dead[seq] = DeadLetter(self.conv_id, seq, type, text)
         if len(self._dead) > DEAD_LETTERS_KEPT:  # the store is away, or slower than they come
             del self._dead[next(iter(self._dead))]
             self._forgotten += 1
@@ -274,6 +310,15 @@ class ConversationTimeline:
         """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
         return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], tick=True)]
 
+    def shown_version(self, entity: Entity) -> int | None:
+        """Return up to which version a growing entity was shown to those who were there; None: nothing of it is held back."""
+        known = self._shown.get(entity.id) if entity.growing else None
+        return known[1] if known is not None else None
+
+    def entity(self, id: str) -> Entity | None:
+        """Return an entity if memory has it."""
+        return self._entities.get(id)
+
     @property
     def shown_floor(self) -> int:
         """Every entity version up to here was shown to those who were there: where a parked client's state stands."""
@@ -289,6 +334,11 @@ class ConversationTimeline:
         found = [entity for entity in self._entities.values() if entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
+    def growing_since(self, version: int) -> list[Entity]:
+        """Return the growing entities newer than `version`, by position: memory has all of them that change."""
+        found = [entity for entity in self._entities.values() if entity.growing and entity.version > version]
+        return sorted(found, key=lambda entity: entity.position)
+
     def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:
         """Return the entities that folding `envelope`, just now, changed."""
         try:
@@ -298,6 +348,10 @@ class ConversationTimeline:
         return [
             self._entities[id] for id in keys if id in self._entities and self._entities[id].version == envelope.seq
         ]
+
+    def has(self, id: str) -> bool:
+        """Say whether an entity is in memory."""
+        return id in self._entities
 
     def live(self) -> dict[str, Entity]:
         """Return the entities in memory by id: with the store's, the whole state at `position`."""
@@ -350,7 +404,7 @@ class ConversationTimeline:
         return TimelineSave(self.conv_id, entities, cursor, letters, self.epoch, self._forgotten)
 
     def saved(self, save: TimelineSave) -> None:
-        """Take note that `save` is durable, and forget finished entities that are safe in the store."""
+        """Note that `save` is durable, and forget finished entities that are safe in the store."""
         for entity in save.entities:
             unsaved = self._unsaved.get(entity.id)
             if unsaved is None:
@@ -382,3 +436,30 @@ class ConversationTimeline:
             entity = self._entities.pop(id)
             self._cache_floor = max(self._cache_floor, entity.version)
             self.complete = False
+
+
+def _told(error: Exception) -> str:
+    """Return what an exception says as a store can keep it, however badly it is made."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "its text cannot be read"
+    text = f"{type(error).__name__}: {said[:DEAD_LETTER_ERROR_CHARS]}"
+    return text.encode("utf-8", "backslashreplace").decode()[:DEAD_LETTER_ERROR_CHARS]
+
+
+def _sources(
+    handler: TimelineHandler, id: str, keys: Sequence[str], known: Mapping[str, Entity], source: Source
+) -> Sources:
+    """Return what an entity is made of once an envelope from `source` has changed it. known: what the fold could read."""
+    old = known.get(id)
+    if handler.remarks:
+        before = old.sources if old is not None else None
+        source = source if id == keys[0] else (source[0], "")
+    else:
+        before = None
+        for one in known.values():
+            before = one.sources if before is None else joined(before, one.sources)
+    if before is None:
+        return shared(frozenset((source,)))
+    return shared(before | {source}) if before else UNKNOWN

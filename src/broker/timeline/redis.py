@@ -24,7 +24,8 @@ from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.sources import sources_from, sources_text
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
@@ -96,32 +97,51 @@ return 1
 """
 )
 
-# KEYS entities, by-position, by-version. ARGV: after position, since version, limit. Reply: id, value, id, value, …
-# Who asks for what is newer than a version gets few of many entities: found by version, sorted by the caller.
+# KEYS entities, by-position, by-version. ARGV: after position, since version, upto version, limit, max_bytes. Reply: whether
+# more follow, then id, value, id, value, …
+# Who asks for what is newer than a version gets few of many entities: those are found by version, then sorted.
 PAGE = Script(
     """
-local after, since, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local out = {}
+local after, since, upto = ARGV[1], ARGV[2], ARGV[3]
+local limit, max_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])
+local out, size = {0}, 0
+local to = '[' .. upto .. '\\255'
+local function full()
+  return #out > 2 * limit or size >= max_bytes
+end
+local function take(id, value)
+  out[#out + 1] = id out[#out + 1] = value
+  size = size + #value
+end
 if since > after then
-  for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', '+')) do
+  local found = {}
+  for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', to)) do
     local id = string.sub(member, 21)
     local value = redis.call('HGET', KEYS[1], id)
-    if value and string.sub(value, 21, 39) > after then out[#out + 1] = id out[#out + 1] = value end
+    local position = value and string.sub(value, 21, 39)
+    if position and position > after then found[#found + 1] = position .. ' ' .. id end
+  end
+  table.sort(found)
+  for _, member in ipairs(found) do
+    if full() then out[1] = 1 break end
+    local id = string.sub(member, 21)
+    take(id, redis.call('HGET', KEYS[1], id))
   end
   return out
 end
-local from, ask = '(' .. after .. '\\255', math.min(limit, 256)
-while #out < 2 * limit do
-  local members = redis.call('ZRANGEBYLEX', KEYS[2], from, '+', 'LIMIT', 0, ask)
+local from, ask = '(' .. after .. '\\255', math.min(limit + 1, 256)
+while true do
+  local members = redis.call('ZRANGEBYLEX', KEYS[2], from, to, 'LIMIT', 0, ask)
   for _, member in ipairs(members) do
+    if full() then out[1] = 1 return out end
     local id = string.sub(member, 21)
     local value = redis.call('HGET', KEYS[1], id)
-    if #out < 2 * limit and value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
+    local version = value and string.sub(value, 1, 19)
+    if version and version > since and version <= upto then take(id, value) end
   end
-  if #members < ask then break end
+  if #members < ask then return out end
   from = '(' .. members[#members]
 end
-return out
 """,
     reads=True,
 )
@@ -160,14 +180,20 @@ class RedisTimelineStore:
         return {id: _entity(id, value) for id, value in zip(ids, values, strict=True) if value is not None}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        found = await self._connection.one(
-            PAGE.command(_keys(conv_id)[:3], (_digits(after_position), _digits(since_version), limit))
-        )
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
+        bounds = [_digits(seq) for seq in (after_position, since_version, upto_version)]
+        more, *found = await self._connection.one(PAGE.command(_keys(conv_id)[:3], (*bounds, limit, max_bytes)))
         entities = [_entity(id.decode(), value) for id, value in zip(found[::2], found[1::2], strict=True)]
         entities.sort(key=lambda entity: (entity.position, entity.id))
-        return entities[:limit]
+        return StoredEntities(entities, more=bool(more))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         found = await self._connection.one(("HGETALL", _keys(conv_id)[4]))
@@ -218,14 +244,17 @@ def _save_commands(save: TimelineSave) -> list[Command]:
 
 def _value(entity: Entity) -> bytes:
     texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else []
-    head = [entity.kind, entity.created_at_ms, entity.updated_at_ms, entity.growing, texts]
+    sources = sources_text(entity.sources) if entity.sources else None
+    head = [entity.kind, entity.created_at_ms, entity.updated_at_ms, entity.growing, texts, sources]
     # The props are JSON already, and may be long: they are not encoded a second time.
     return orjson.dumps(head)[:-1] + b"," + entity.props_json() + b"]"
 
 
 def _entity(id: str, value: bytes) -> Entity:
-    kind, created_at_ms, updated_at_ms, growing, texts, props = orjson.loads(value[40:])
+    kind, created_at_ms, updated_at_ms, growing, texts, *sources, props = orjson.loads(value[40:])
     fields: dict[str, Any] = props
     for name in texts:
         fields[name] = Text(fields[name])
-    return Entity(id, kind, created_at_ms, updated_at_ms, int(value[:19]), int(value[20:39]), fields, growing)
+    version, position = int(value[:19]), int(value[20:39])
+    known = sources_from(sources[0] if sources else None)  # entities from before sources were kept have none
+    return Entity(id, kind, created_at_ms, updated_at_ms, version, position, fields, growing, known)

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import orjson
 
+from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.sources import sources_from, sources_text
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
 _TABLES = (
@@ -31,18 +33,20 @@ _TABLES = (
     # How many dead letters are not kept any more, and the newest of them.
     "ALTER TABLE timeline ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE timeline ADD COLUMN forgotten_seq INTEGER NOT NULL DEFAULT 0",
+    # JSON list of [channel, type] of the events that an entity was folded from, NULL where nobody knows.
+    "ALTER TABLE entity ADD COLUMN sources TEXT",
 )
 _RAISE_CURSOR = """
 INSERT INTO timeline (conv_id, cursor) VALUES (?, ?)
 ON CONFLICT (conv_id) DO UPDATE SET cursor = max(cursor, excluded.cursor) RETURNING timeline
 """
 _UPSERT = """
-INSERT INTO entity (timeline, id, version, position, kind, created_at_ms, updated_at_ms, growing, texts, props)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO entity (timeline, id, version, position, kind, created_at_ms, updated_at_ms, growing, texts, sources, props)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (timeline, id) DO UPDATE SET
     version = excluded.version, position = excluded.position, kind = excluded.kind,
     created_at_ms = excluded.created_at_ms, updated_at_ms = excluded.updated_at_ms, growing = excluded.growing,
-    texts = excluded.texts, props = excluded.props
+    texts = excluded.texts, sources = excluded.sources, props = excluded.props
 WHERE excluded.version > entity.version
 """
 _ADD_DEAD_LETTER = """
@@ -55,17 +59,25 @@ SELECT count(*), max(seq) FROM (
     SELECT seq FROM dead_letter WHERE timeline = ? ORDER BY seq DESC LIMIT -1 OFFSET ?)
 """
 _FORGET = "UPDATE timeline SET forgotten = forgotten + ?, forgotten_seq = max(forgotten_seq, ?) WHERE timeline = ?"
-_COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, CAST(props AS TEXT)"
+_COLUMNS = "id, kind, created_at_ms, updated_at_ms, version, position, growing, texts, sources, CAST(props AS TEXT)"
 _TIMELINE = "timeline = (SELECT timeline FROM timeline WHERE conv_id = {})"
 _THIS = _TIMELINE.format(":conv_id")
 _GET = f"""
 SELECT json_group_array(json_array({_COLUMNS})) FROM entity
 WHERE {_TIMELINE.format("?")} AND id IN {{ids}}
 """
+# An entity's position is not above its version. Sizes first (SQLite knows a BLOB's length without reading it), then only
+# what fits into the page.
 _PAGE = f"""
-SELECT json_group_array(json_array({_COLUMNS})) FROM (
-    SELECT * FROM entity INDEXED BY {{index}}
-    WHERE {_THIS} AND position > :after AND version > :since ORDER BY position, id LIMIT :limit)
+WITH found AS MATERIALIZED (
+    SELECT rowid AS row, position, id, length(props) AS size FROM entity INDEXED BY {{index}}
+    WHERE {_THIS} AND position > :after AND position <= :upto AND version > :since AND version <= :upto
+    ORDER BY position, id LIMIT :limit + 1),
+summed AS (
+    SELECT row, sum(size) OVER (ORDER BY position, id ROWS UNBOUNDED PRECEDING) - size AS before,
+        row_number() OVER (ORDER BY position, id) AS place FROM found)
+SELECT json_group_array(json_array({_COLUMNS})), (SELECT count(*) FROM found) > count(*) FROM summed
+JOIN entity ON entity.rowid = summed.row WHERE place <= :limit AND before < :max_bytes
 """
 _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
 # Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
@@ -138,11 +150,8 @@ class SqliteTimelineStore:
             await self._database.submit(_Save(self._saves, parts, size))
 
     async def cursor(self, conv_id: str) -> int:
-        def cursor(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(cursor)
+        rows = await self._database.fetch("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         if not ids:
@@ -157,31 +166,35 @@ class SqliteTimelineStore:
         return {entity.id: entity for text in await self._database.read(rows) for entity in _entities(text)}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
         statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
-        parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
-        rows = await self._database.read(lambda connection: connection.execute(statement, parameters).fetchone()[0])
+        parameters = {
+            "conv_id": conv_id, "after": after_position, "since": since_version, "upto": upto_version, "limit": limit,
+            "max_bytes": max_bytes,
+        }  # fmt: skip
+        ((rows, more),) = await self._database.fetch(statement, parameters)
         entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
-        return entities
+        return StoredEntities(entities, more=bool(more))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
-        def letters(connection: sqlite3.Connection) -> list[DeadLetter]:
-            rows = connection.execute(
-                f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
-                {"conv_id": conv_id, "limit": limit},
-            )
-            return [DeadLetter(conv_id, *row) for row in rows]
-
-        return await self._database.read(letters)
+        rows = await self._database.fetch(
+            f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
+            {"conv_id": conv_id, "limit": limit},
+        )
+        return [DeadLetter(conv_id, *row) for row in rows]
 
     async def dead_letters_forgotten(self, conv_id: str) -> int:
-        def forgotten(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(forgotten)
+        rows = await self._database.fetch("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:
@@ -199,7 +212,8 @@ def _row(entity: Entity) -> tuple[Any, ...]:
     texts = [name for name, value in entity.props.items() if isinstance(value, Text)] if entity.growing else None
     return (
         entity.id, entity.version, entity.position, entity.kind, entity.created_at_ms, entity.updated_at_ms,
-        int(entity.growing), orjson.dumps(texts).decode() if texts else None, entity.props_json(),
+        int(entity.growing), orjson.dumps(texts).decode() if texts else None,
+        sources_text(entity.sources) if entity.sources else None, entity.props_json(),
     )  # fmt: skip
 
 
@@ -209,9 +223,11 @@ def _entities(rows: str) -> list[Entity]:
 
 def _entity(
     id_: str, kind: str, created_at_ms: int, updated_at_ms: int, version: int, position: int, growing: int,
-    texts: str | None, props_json: str,
+    texts: str | None, sources: str | None, props_json: str,
 ) -> Entity:  # fmt: skip
     props = orjson.loads(props_json)
     for name in orjson.loads(texts) if texts else ():
         props[name] = Text(props[name])
-    return Entity(id_, kind, created_at_ms, updated_at_ms, version, position, props, bool(growing))
+    return Entity(
+        id_, kind, created_at_ms, updated_at_ms, version, position, props, bool(growing), sources_from(sources)
+    )

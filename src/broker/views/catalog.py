@@ -1,4 +1,4 @@
-"""What exists on this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
+"""The catalogue of this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
-import orjson
-
 from broker.channels import Channel, EventType
-from broker.copies import own
-from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
+from broker.envelope import SEM, check_channel_name, check_event_type
+from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
-from broker.plugins.isolation import ENDINGS, ended
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
-from broker.timeline.entity import Entity
-from broker.timeline.handlers import Fold, TimelineHandler, own_entity
-from broker.timeline.text import Text
+from broker.timeline.checked import checked
+from broker.timeline.handlers import TimelineHandler
+from broker.timeline.projector import DEBUG_CHANNELS
 from broker.views.draft_checks import DraftChecks
 
 T = TypeVar("T")
-_PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 BUILTIN = "built-in"
 
 
@@ -53,6 +48,10 @@ class Catalog:
         self._fill(self.profiles, BUILTIN_PROFILES, "register_profiles", lambda profile: profile.name)
         self._fill(self.handlers, BUILTIN_HANDLERS, "register_timeline_handlers", lambda handler: handler.event_type)
         self._check_references()
+        self.folded_channels = frozenset(
+            name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
+        )
+        """Event channels whose envelopes are folded into the timeline."""
         declared = {name: plugin for name, plugin in self._owners["register_event_types"].items() if plugin != BUILTIN}
         self.drafts = DraftChecks(self.event_types, declared, plugins)
         plugins.check_further("classify", self.check_published)
@@ -82,11 +81,12 @@ class Catalog:
                 owners[name] = plugin
 
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
-        """Return the item with its callables wrapped, so that what they raise is counted under the plugin's name."""
+        """Return the item as it counts here, its callables wrapped so that what they raise is the plugin's."""
         if isinstance(item, TimelineHandler):
-            handler = item if item.keys is own_entity else replace(item, keys=checked_keys(item.keys))
-            fold = self._plugins.guard(plugin, hook, checked_fold(handler))
-            return cast("T", replace(handler, fold=fold))
+            handler = checked(item)
+            return cast("T", replace(handler, fold=self._plugins.guard(plugin, hook, handler.fold)))
+        if isinstance(item, Channel) and item.permission is None and item.name.startswith(DEBUG_CHANNELS):
+            return cast("T", replace(item, permission="debug"))  # denied by default (I14)
         if isinstance(item, EventType) and item.merge is not None:
             return cast("T", replace(item, merge=self._plugins.guard(plugin, hook, item.merge)))
         return item
@@ -173,48 +173,3 @@ class Catalog:
                 self.switch(name, on=wanted)
                 changed.append((name, wanted))
         return changed
-
-
-def checked_fold(handler: TimelineHandler) -> Fold:
-    """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
-
-    Only its own envelope is lost then. Further on, what cannot be written would keep everything else from being written.
-    It is given copies and what it returns is copied: whatever it changes in place, now or later, is changed for itself only.
-    """
-    fold, keys = handler.fold, handler.keys
-
-    def checked(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
-        changed = list(fold(own(entities), envelope.own()))
-        named = keys(envelope)
-        for entity in changed:
-            if not isinstance(entity, Entity):
-                raise PluginError(f"fold of {envelope.type} returned {quoted(entity)}: entities are required")
-            if entity.id not in named:
-                raise PluginError(
-                    f"fold of {envelope.type} returned the entity {quoted(entity.id)}, which its keys do not name"
-                )
-            settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
-            try:
-                orjson.dumps([[[[settled]]]], option=_PLAIN_JSON)  # with room for the upsert around it
-            except TypeError as exc:
-                raise PluginError(
-                    f"fold of {envelope.type} returned an entity whose props are not plain JSON: {exc}"
-                ) from exc
-        return [replace(entity, props=own(entity.props)) for entity in changed]
-
-    return checked
-
-
-def checked_keys(keys: Callable[[Envelope], tuple[str, ...]]) -> Callable[[Envelope], tuple[str, ...]]:
-    """Return a handler's `keys`, given a copy of the envelope and raising PluginError for anything but ids of entities."""
-
-    def checked(envelope: Envelope) -> tuple[str, ...]:
-        try:
-            named = keys(envelope.own())
-        except ENDINGS as exc:
-            raise PluginError(f"keys of {envelope.type} {ended(exc)}") from exc
-        if not isinstance(named, list | tuple) or not all(isinstance(id, str) for id in named):
-            raise PluginError(f"keys of {envelope.type} returned {quoted(named)}: a tuple of ids is required")
-        return tuple(named)
-
-    return checked

@@ -15,6 +15,9 @@ from broker.views.catalog import Catalog
 from broker.views.view import View
 
 VIEWS_KEPT_MAX = 1024
+DEFAULT_PROFILE = "default"
+"""The profile that has the channels declared with `default=True`, as far as the caller may see them."""
+_Asked = tuple[frozenset[str], str, str | None, frozenset[str], bool]
 
 
 CHANNELS_REMEMBERED_CHARS = 256
@@ -27,32 +30,45 @@ class ViewCompiler:
     def __init__(self, catalog: Catalog, plugins: PluginHost) -> None:
         self._catalog = catalog
         self._plugins = plugins
-        self._views: dict[tuple[str, frozenset[str], bool], View] = {}
-        self._asked: dict[tuple[frozenset[str], str, str | None], View] = {}  # whoever may the same gets the same
+        self._views: dict[tuple[str, frozenset[str], bool, frozenset[str] | None], View] = {}
+        self._asked: dict[_Asked, View] = {}  # whoever may the same gets the same
 
     def forget(self) -> None:
         """Drop every compiled view: plugins changed."""
         self._views.clear()
         self._asked.clear()
 
-    def compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
+    def compile(
+        self,
+        principal: Principal,
+        profile_name: str,
+        channels: str | None,
+        *,
+        denied: frozenset[str] = frozenset(),
+        state: bool = False,
+    ) -> View:
         """Return the view of a profile, with `channels` as given on the wire.
+
+        denied: channels that the caller was refused, so that nothing made of them may be in the state either. state: the
+        view has state, also where profile and channels have none.
 
         channels: None for the profile's own, a comma list to replace them, or `+name`/`-name` entries to add and take
         away. Raises UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput; nothing is silently narrowed.
         """
         if channels is not None and len(channels) > CHANNELS_REMEMBERED_CHARS:
-            return self._compile(principal, profile_name, channels)
-        asked = (frozenset(principal.permissions), profile_name, channels)
+            return self._compile(principal, profile_name, channels, denied, state)
+        asked = (frozenset(principal.permissions), profile_name, channels, denied, state)
         view = self._asked.get(asked)
         if view is None:
-            view = self._compile(principal, profile_name, channels)
+            view = self._compile(principal, profile_name, channels, denied, state)
             if len(self._asked) >= VIEWS_KEPT_MAX:
                 self._asked.clear()
             self._asked[asked] = view
         return view
 
-    def _compile(self, principal: Principal, profile_name: str, channels: str | None) -> View:
+    def _compile(
+        self, principal: Principal, profile_name: str, channels: str | None, denied: frozenset[str], state: bool
+    ) -> View:
         profile = self._catalog.profile(profile_name)
         if not principal.may(profile.permission):
             raise PermissionDenied(
@@ -68,17 +84,31 @@ class ViewCompiler:
                     f"channel {name!r} needs the permission {permission!r}, which {principal.subject!r} does not have",
                     permission=permission,
                 )
-        state = any(self._catalog.channel(name).kind == "state" for name in names)
+        state = state or any(self._catalog.channel(name).kind == "state" for name in names)
         events = frozenset(name for name in names if self._catalog.channel(name).kind == "event")
-        cached = self._views.get((profile.name, events, state))
+        folded = self._catalog.folded_channels
+        readable: frozenset[str] | None = frozenset(self.may_see(principal)) - denied
+        if readable == folded:
+            readable = None
+        cached = self._views.get((profile.name, events, state, readable))
         if cached is None:
             if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
                 self.forget()
-            cached = self._views[(profile.name, events, state)] = self._build(profile, events, state)
+            cached = self._build(profile, events, state, readable)
+            self._views[(profile.name, events, state, readable)] = cached
         return cached
+
+    def may_see(self, principal: Principal) -> list[str]:
+        """Return the channels, of those that anything is folded from, for which the caller has the permission."""
+        channels = self._catalog.channels
+        return [name for name in self._catalog.folded_channels if principal.may(channels[name].permission)]
 
     def _choose(self, principal: Principal, profile: Profile, channels: str | None) -> set[str]:
         own = set(profile.channels)
+        if profile.name == DEFAULT_PROFILE:
+            own |= {
+                name for name, one in self._catalog.channels.items() if one.default and principal.may(one.permission)
+            }
         if "*" in own:  # everything the caller may see
             own = {name for name, channel in self._catalog.channels.items() if principal.may(channel.permission)}
         if channels is None or not channels.strip():
@@ -99,28 +129,19 @@ class ViewCompiler:
         chosen = own | {entry[1:] for entry in signed if entry[0] == "+"}
         return chosen - {entry[1:] for entry in signed if entry[0] == "-"}
 
-    def _build(self, profile: Profile, events: frozenset[str], state: bool) -> View:
+    def _build(self, profile: Profile, events: frozenset[str], state: bool, readable: frozenset[str] | None) -> View:
         filters = self._plugins.call_collect("build_filter", profile=profile)
         transforms = self._plugins.call_collect("build_transform", profile=profile)
-        digest = hashlib.sha256(
-            orjson.dumps(
-                [
-                    profile.name,
-                    profile.event_types,
-                    profile.slow,
-                    profile.options,
-                    sorted(events),
-                    state,
-                    [self._plugins.identity(name) for name, _ in filters],
-                    [self._plugins.identity(name) for name, _ in transforms],
-                ]
-            )
-        ).hexdigest()[:16]
+        plugins = [[self._plugins.identity(name) for name, _ in made] for made in (filters, transforms)]
+        look: list[object] = [profile.event_types, profile.kinds, sorted(readable) if readable is not None else None]
+        if filters or transforms:
+            look += [profile.name, profile.options, plugins]
+        about = [profile.name, profile.slow, profile.options, sorted(events), profile.event_types, *plugins]
         # What names the view to operators; one that fails in it is taken out of it alone.
         scope = f"{profile.name} ({', '.join(sorted(events | ({TIMELINE} if state else set())))})"
         guard = self._plugins.guard
         return View(
-            key=digest,
+            key=_digest([*about, look if state else None]),
             profile=profile,
             channels=events,
             shows_state=state,
@@ -128,5 +149,10 @@ class ViewCompiler:
             filters=tuple(guard(name, "build_filter", fn, scope=scope) for name, fn in filters),
             transforms=tuple(guard(name, "build_transform", fn, scope=scope) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
-            _types={},
+            readable=readable,
+            state_look=_digest(look),
         )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(orjson.dumps(value)).hexdigest()[:16]

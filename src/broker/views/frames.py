@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import orjson
 
-from broker.envelope import TIMELINE, Envelope, encode_json
+from broker.envelope import Envelope
 from broker.timeline.entity import Entity
+from broker.views.upsert import Upsert
 from broker.views.view import View
 
 
@@ -41,14 +42,6 @@ def state_frame(envelope: Envelope) -> bytes:
 def control_frame(type: str, data: Mapping[str, object], connection_id: str) -> bytes:
     """Return a control frame (`ws.…`): neither seq nor prev of its own."""
     return orjson.dumps({"sem": True, "event": {"type": type, "id": connection_id, "channel": "control", "data": data}})
-
-
-def upsert_envelope(conv_id: str, entity: Entity) -> Envelope:
-    """Return the `timeline.upsert` of an entity. It has the entity's version as seq and is never in the log."""
-    data = {"convId": conv_id, "version": str(entity.version), "entity": orjson.Fragment(entity.wire_json())}
-    return Envelope(
-        conv_id, "timeline.upsert", entity.id, TIMELINE, encode_json(data), entity.updated_at_ms, entity.version
-    )
 
 
 class Message(NamedTuple):
@@ -83,30 +76,56 @@ def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, conne
     return control_message("ws.reset", data, connection_id)
 
 
-def state_messages(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
-    """Return the upserts of `entities` as this view shows them; none where it has no state."""
+def state_messages(conv_id: str, view: View, entities: Iterable[Entity]) -> Iterator[Message]:
+    """Yield the upserts of `entities` as this view shows them, each made when it is asked for; none where it has no state."""
     if not view.shows_state:
-        return []
-    envelopes = [upsert_envelope(conv_id, entity) for entity in entities]
-    return shown_upserts(view, [(envelope, state_frame(envelope)) for envelope in envelopes])
-
-
-def shown_upserts(view: View, upserts: Sequence[tuple[Envelope, bytes]]) -> list[Message]:
-    """Return upserts, given with their frames as they are, as this view shows them."""
-    messages = []
-    for envelope, frame in upserts:
-        shown = view.show_state(envelope)
+        return
+    for entity in entities:
+        upsert = Upsert(conv_id, entity)
+        shown = view.show_state(upsert)
         if shown is not None:
-            messages.append(Message(frame if shown is envelope else state_frame(shown)))
+            yield Message(state_frame(shown))
+
+
+def upserts_of(conv_id: str, entities: Sequence[Entity]) -> list[tuple[Upsert, Message]]:
+    """Return the upserts of entities, each with its frame as it is."""
+    upserts = [Upsert(conv_id, entity) for entity in entities]
+    return [(upsert, Message(state_frame(upsert))) for upsert in upserts]
+
+
+def shown_upserts(view: View, upserts: Sequence[tuple[Upsert, Message]]) -> list[Message]:
+    """Return upserts, given with their frames as they are, as this view, which has state, shows them."""
+    if view.state_is_plain:
+        return [message for _, message in upserts]
+    messages = []
+    for upsert, message in upserts:
+        shown = view.show_state(upsert)
+        if shown is not None:
+            messages.append(message if shown is upsert else Message(state_frame(shown)))
     return messages
 
 
-def entities_as_shown(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Entity]:
-    """Return entities as a view with filters or transforms shows them; hidden ones are left out."""
-    shown = []
+class SeenEntity(NamedTuple):
+    """An entity as a view shows it. json: in the protocol's shape, with whatever a transform made of it."""
+
+    entity: Entity
+    json: bytes
+
+
+def entities_as_seen(conv_id: str, view: View, entities: Sequence[Entity]) -> list[SeenEntity]:
+    """Return entities as a view shows them, as its upserts do; hidden ones are left out."""
+    if view.state_is_plain:
+        return [SeenEntity(entity, entity.wire_json()) for entity in entities]
+    seen = []
     for entity in entities:
-        seen = view.show_state(upsert_envelope(conv_id, entity))
-        if seen is not None:
-            props = seen.data.get("entity", {}).get("props", {})
-            shown.append(replace(entity, props=props))
-    return shown
+        upsert = Upsert(conv_id, entity)
+        shown = view.show_state(upsert)
+        if shown is None:
+            continue
+        if shown is upsert:
+            seen.append(SeenEntity(entity, entity.wire_json()))
+            continue
+        wire = shown.data["entity"]
+        changed = replace(entity, id=wire["id"], kind=wire["kind"], props=wire["props"])
+        seen.append(SeenEntity(changed, orjson.dumps(wire)))
+    return seen

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from broker.channels import Merge
 from broker.envelope import TIMELINE, Envelope
 from broker.errors import quoted
 from broker.profiles import Profile, SlowPolicy
+from broker.timeline.entity import Entity
+from broker.timeline.sources import Sources
+from broker.views.upsert import Upsert
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +27,11 @@ MERGED_BYTES_MAX = (
 class View:
     """What one kind of connection sees. `key` names it: equal keys, equal frames.
 
-    channels: event channels in it. shows_state: whether timeline upserts are in it. plain: whether the channel alone decides
-    what it shows, and everything is shown as it is.
+    channels: event channels in it. shows_state: whether timeline upserts are in it. readable: the event channels that its
+    callers may see, in this view or another, None: all that anything is folded from. What was made of other channels is not
+    shown (I14), while a view that leaves a channel out by choice has the state all the same. plain: whether the channel
+    alone decides what it shows, and everything is shown as it is. state_is_plain: whether it shows every entity as it is.
+    state_look: equal where two views show all entities alike, whatever events they show.
     """
 
     key: str
@@ -36,11 +42,17 @@ class View:
     filters: tuple[Filter, ...]
     transforms: tuple[Transform, ...]
     merges: dict[str, Merge]
-    _types: dict[str, bool]
+    readable: frozenset[str] | None = None
+    state_look: str = ""
+    _types: dict[str, bool] = field(default_factory=dict)
+    _sources: dict[Sources, bool] = field(default_factory=dict)
     plain: bool = field(init=False)
+    state_is_plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plain = not self.filters and not self.transforms and self.profile.event_types is None
+        as_it_is = not self.filters and not self.transforms and self.profile.event_types is None
+        self.plain = as_it_is
+        self.state_is_plain = as_it_is and self.readable is None and self.profile.kinds is None
 
     @property
     def channel_names(self) -> list[str]:
@@ -86,6 +98,9 @@ class View:
             envelope.seq = seq  # it may have been changed in place: the other views still show this envelope
             logger.error("view %s: a transform changed seq %s; withheld", self.profile.name, seq)
             return None
+        if not _can_be_framed(shaped):
+            logger.error("view %s: a transform made seq %s unusable; withheld", self.profile.name, seq)
+            return None
         return shaped
 
     def show(self, envelope: Envelope) -> Envelope | None:
@@ -94,11 +109,67 @@ class View:
             return None
         return self.shape(envelope) if self.transforms else envelope
 
-    def show_state(self, upsert: Envelope) -> Envelope | None:
-        """Return a timeline upsert as this view shows it, None where a filter hides it or the view has no state."""
-        if not self.shows_state or (self.filters and not self._passes(upsert)):
+    def show_state(self, upsert: Upsert) -> Envelope | None:
+        """Return a timeline upsert as this view shows it, None where it is hidden or the view has no state."""
+        if not self.shows_state:
             return None
-        return self.shape(upsert) if self.transforms else upsert
+        if self.state_is_plain:
+            return upsert
+        if not self.admits_entity(upsert.entity) or (self.filters and not self._passes(upsert)):
+            return None
+        return self._shape_state(upsert) if self.transforms else upsert
+
+    def admits_entity(self, entity: Entity) -> bool:
+        """Decide whether an entity was made only of what this view's callers may see."""
+        profile = self.profile
+        if profile.kinds is not None and entity.kind not in profile.kinds:
+            return False
+        admitted = self._sources.get(entity.sources)
+        if admitted is None:
+            if len(self._sources) > 4096:
+                self._sources.clear()
+            admitted = self._sources[entity.sources] = self._admits_sources(entity.sources)
+        return admitted
+
+    def may_read(self, entity: Entity) -> bool:
+        """Say whether an entity was made only of channels that this view's callers may see, whatever their types."""
+        if self.readable is None:
+            return True
+        return bool(entity.sources) and all(channel in self.readable for channel, _ in entity.sources)
+
+    def with_all_channels(self, folded: frozenset[str]) -> View:
+        """Return this view with the events of every channel that its callers may see and anything is folded from."""
+        return replace(self, channels=self.channels | (folded if self.readable is None else self.readable))
+
+    def _admits_sources(self, sources: Sources) -> bool:
+        by_type = self.profile.event_types is not None and self.profile.kinds is None
+        if not sources:  # nobody knows what it was made of: only for those who may see everything
+            return self.readable is None and not by_type
+        return all(
+            (self.readable is None or channel in self.readable)
+            and (not by_type or not event_type or self._type_allowed(event_type))
+            for channel, event_type in sources
+        )
+
+    def _shape_state(self, upsert: Upsert) -> Envelope | None:
+        """Apply the transforms to an upsert. None as for `shape`, and where what they return is no entity of that place."""
+        shaped = self.shape(upsert)
+        if shaped is None or shaped.data_json is upsert.data_json:
+            return shaped
+        entity, was = shaped.data.get("entity"), upsert.entity
+        fits = (
+            isinstance(entity, dict)
+            and isinstance(entity.get("id"), str)
+            and isinstance(entity.get("kind"), str)
+            and isinstance(entity.get("props"), dict)
+            and (entity.get("version"), entity.get("position")) == (str(was.version), str(was.position))
+        )
+        if fits:
+            return shaped
+        logger.error(
+            "view %s: a transform left no entity %s of a timeline.upsert; withheld", self.profile.name, quoted(was.id)
+        )
+        return None
 
     def show_merged(self, envelopes: Sequence[Envelope]) -> list[Envelope]:
         """Return a stretch of the log as this view shows it to a connection that is behind: neighbours joined.
@@ -138,3 +209,16 @@ class View:
         except Exception:
             logger.exception("merge of %s failed; sent unmerged", second.type)
             return None
+
+
+def _can_be_framed(envelope: Envelope) -> bool:
+    """Say whether what a transform returned has the types of which a frame can be made."""
+    try:
+        return (
+            envelope.type.isascii()
+            and envelope.channel.isascii()
+            and (envelope.id.isascii() or bool(envelope.id.encode()))
+            and isinstance(envelope.data_json, bytes)
+        )
+    except (AttributeError, UnicodeEncodeError):
+        return False

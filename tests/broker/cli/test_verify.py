@@ -182,3 +182,16 @@ def test_the_command_says_so_and_exits_accordingly(tmp_path: Path) -> None:
     bad = verify()
     assert bad.returncode == 1, bad.stderr
     assert "DIFFERS" in bad.stdout
+
+
+async def test_a_file_whose_name_means_something_in_an_address(written: Settings, tmp_path: Path) -> None:
+    odd = tmp_path / "a %20b#c?mode=rw.db"
+    Path(written.db).rename(odd)
+    assert (await verify_store(written.model_copy(update={"db": str(odd)}))).ok
+
+
+async def test_damaged_pages_are_reported_with_a_remedy(written: Settings) -> None:
+    content = Path(written.db).read_bytes()
+    Path(written.db).write_bytes(content[:100] + b"\xff" * 4096 + content[4196:])
+    with pytest.raises(BrokerError, match="is damaged"):
+        await verify_store(written)

@@ -203,7 +203,7 @@ class TestProtected:
             async def refuse(saves: object) -> None:
                 raise StoreUnavailable("the disk is full")
 
-            store.save = refuse  # type: ignore[method-assign, assignment]
+            store.save = refuse  # type: ignore[method-assign]
             one.clock.advance(10_000)
             assert await sweep(one) == {"c1"}
             store.save = save  # type: ignore[method-assign]

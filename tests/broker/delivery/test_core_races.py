@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
@@ -27,6 +27,8 @@ from broker.timeline.store import TimelineSave
 from broker.timeline.text import Text
 from broker.views.view import View
 from transports.framing import RAW_WEBSOCKET
+from transports.places import Places
+from transports.takeover import Taken
 from transports.websocket import _TakenOver
 
 
@@ -321,7 +323,7 @@ def test_folding_from_a_stored_cursor_equals_folding_everything(cut: int) -> Non
         "copy": TimelineHandler("copy", copy_when_two, keys=lambda envelope: ("a", "b")),
     }
     events = ["count a", *["grow b"] * 10, "copy b", "count a", "grow b", "grow b", "grow b"]
-    envelopes = [_envelope(seq, *event.split()) for seq, event in enumerate(events, 1)]
+    envelopes = [_envelope(seq, event.split()[0], event.split()[1]) for seq, event in enumerate(events, 1)]
     whole = fresh(handlers)
     whole.fold(envelopes)
 
@@ -750,7 +752,9 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following.subscribe = broken  # type: ignore[method-assign, assignment]
         served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: wire, admitted, buffer_bytes=1000)
+            await served.serve(
+                lambda handler: cast("Taken", wire), admitted, Places(core.pool, 1).take(), buffer_bytes=1000
+            )
         assert len(core.pool) == 0
         assert wire.closed == (4500, "internal error")
 

@@ -15,7 +15,7 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, ca
 from broker.cli.verify import verify_conversation
 from broker.conversations.conversation import Conversation
 from broker.envelope import Draft, Envelope
-from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied
+from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied, StoreError
 from broker.hookspecs import hookimpl
 from broker.library.jsonl import BadLine
 from broker.library.store import Found, LibraryEntry
@@ -310,7 +310,15 @@ def lines(*envelopes: dict[str, Any], **end: Any) -> bytes:
     return b"".join(orjson.dumps(one) + b"\n" for one in (header, *envelopes, last))
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 GOOD = {"type": "user.message", "id": "u1", "channel": "sem", "timeMs": 1, "data": {"text": "hi"}}
+LOG = {**GOOD, "type": "log", "data": {"message": "hi", "level": "info"}}
 
 
 @pytest.mark.parametrize(
@@ -338,6 +346,17 @@ GOOD = {"type": "user.message", "id": "u1", "channel": "sem", "timeMs": 1, "data
         (lines({**GOOD, "extra": 1}), 2, "'extra'"),
         (lines(GOOD, title=5), 3, "title is 5"),
         (lines(GOOD, metadata=[]), 3, "metadata is []"),
+        (lines(GOOD, {**GOOD, "id": "u2"}, GOOD), 4, "id 'u1' is used twice"),
+        (lines(LOG, GOOD), 3, "is used twice"),
+        (
+            lines(
+                LOG,
+                LOG,
+            ),
+            3,
+            "twice",
+        ),
+        (lines(GOOD, *[{**GOOD, "id": "a", "type": "llm.final", "data": {"text": "x"}}] * 2), 4, "comes too late"),
         (lines(GOOD).replace(b'"id":"u1"', b'"id":"\xff"'), 2, "no valid JSON"),
     ],
 )
@@ -359,9 +378,43 @@ async def test_an_import_needs_a_free_id_and_bounded_metadata(db: str) -> None:
             await library.import_(CALLER, lines(GOOD), new_id="copy")
         with pytest.raises(InvalidInput, match="16384"):
             await library.import_(CALLER, lines(GOOD, metadata={"k": "x" * 20_000}), new_id="other")
+        with pytest.raises(InvalidInput, match="100 levels"):
+            await library.import_(CALLER, lines(GOOD, metadata={"a": nested(101)}), new_id="other")
         with pytest.raises(InvalidInput, match="no envelope"):
             await library.import_(CALLER, lines(), new_id="other")
         assert not (await core.broker.head("other")).exists
+
+
+async def test_what_a_log_says_of_one_id_again_is_imported_as_it_was(db: str) -> None:
+    """An export has what was corrected, came too late or could not be folded; an import of it gives the same."""
+    async with Core(db) as core:
+        for id, type, data in (
+            ("u1", "user.message", {"text": "first"}),
+            ("u1", "user.message", {"text": "corrected"}),
+            ("a", "llm.final", {"text": "x"}),
+            ("a", "llm.delta", {"delta": "late"}),
+            ("u1", "log", {"message": "no log", "level": "info"}),
+        ):
+            await core.broker.publish("c", [Draft(type, data, id)])
+        await core.parts.library.import_(CALLER, await exported(core, "c"), new_id="copy")
+        assert await contents(core, "copy") == await contents(core, "c")
+        copied = (await core.parts.log.read("copy", after=0)).envelopes
+        assert [envelope.type for envelope in copied].count("user.message") == 2
+
+
+@pytest.mark.parametrize("reborn", [False, True])
+async def test_an_export_whose_conversation_is_erased_midway_does_not_end_as_if_complete(db: str, reborn: bool) -> None:
+    async with Core(db) as core:
+        await core.broker.publish("c", [Draft("user.message", {"text": "x" * 2000}, f"u{n}") for n in range(600)])
+        file = await core.parts.library.export(CALLER, "c")
+        seen = [await anext(file) for _ in range(3)]
+        await core.broker.erase("c")
+        if reborn:
+            await core.broker.publish("c", [Draft("user.message", {"text": "new"}, "new")])
+        with pytest.raises(StoreError, match="erased while it was being read"):
+            async for line in file:
+                seen.append(line)
+        assert not any(b'"end":true' in line or b'"new"' in line for line in seen)
 
 
 class RefusesBad:
@@ -382,7 +435,9 @@ async def test_an_import_that_fails_half_way_leaves_nothing(db: str) -> None:
     many = [{**GOOD, "id": f"u{n}"} for n in range(500)]
     async with Core(db, plugins=[RefusesBad()]) as core:
         with pytest.raises(Exception, match="no"):
-            await core.parts.library.import_(CALLER, lines(*many, {**GOOD, "data": {"text": "bad"}}), new_id="copy")
+            await core.parts.library.import_(
+                CALLER, lines(*many, {**GOOD, "id": "bad", "data": {"text": "bad"}}), new_id="copy"
+            )
         assert not (await core.broker.head("copy")).exists
         assert (await core.parts.library.find(CALLER)).conversations == []
 
@@ -445,6 +500,32 @@ async def test_a_list_shows_what_the_caller_may_read(db: str) -> None:
                 await action
 
 
+async def test_a_page_has_as_many_as_asked_for(db: str) -> None:
+    """Also where some of those that were looked at are not shown, and the next page goes on right behind."""
+    async with Core(db, plugins=[Closed()]) as core:
+        for n in range(40):
+            conv_id = "private" if n == 35 else f"open{n}"
+            await core.broker.publish(conv_id, [Draft("user.message", {"text": "needle"}, "u")])
+            await asyncio.sleep(0.002)  # those of one millisecond share a seq, and so a page
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query in (None, "needle"):
+            first = await core.parts.library.find(CALLER, query=query, limit=20)
+            rest = await core.parts.library.find(CALLER, query=query, limit=20, before=first.before)
+            names = [info.entry.conv_id for page in (first, rest) for info in page.conversations]
+            assert len(first.conversations) == 20
+            assert names == [f"open{n}" for n in reversed(range(40)) if n != 35]
+
+
+async def test_emoji_and_signs_are_looked_for_and_not_ignored(db: str) -> None:
+    async with Core(db) as core:
+        await core.broker.publish("c1", [Draft("user.message", {"text": "party 🎉"}, "u")])
+        await core.broker.publish("c2", [Draft("user.message", {"text": "no party!"}, "u")])
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query, expected in (("🎉", ["c1"]), ("party 🎉", ["c1"]), ("party", ["c1", "c2"]), ("!", []), ("🎈", [])):
+            page = await core.parts.library.find(CALLER, query=query)
+            assert sorted(info.entry.conv_id for info in page.conversations) == expected, query
+
+
 async def test_a_conversation_without_messages_is_listed_too(db: str) -> None:
     async with Core(db) as core:
         await core.say("events-only", "x")
@@ -503,7 +584,10 @@ async def test_merge_patch(db: str) -> None:
         with pytest.raises(InvalidInput, match="metadata has"):
             await library.change(CALLER, "c", {"title": "new", "metadata": {"big": "x" * 17_000}})
         assert (await library.get(CALLER, "c")).to_wire()["title"] == "hello"
-        for title in ("", "  ", "a\nb", "x" * 201):
+        for title in ("👨\u200d👩\u200d👧 هم\u200cچنین", "日本語\u3000題", "1\u202f000"):
+            assert (await library.change(CALLER, "c", {"title": title})).to_wire()["title"] == title
+        await library.change(CALLER, "c", {"title": None})
+        for title in ("", "  ", "a\nb", "a\x1bb", "a\u202eb", "x" * 201):
             with pytest.raises(InvalidInput, match="title"):
                 await library.change(CALLER, "c", {"title": title})
         with pytest.raises(NotFound):

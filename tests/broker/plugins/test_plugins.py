@@ -936,7 +936,8 @@ def test_a_factory_that_fails_for_one_profile_is_asked_for_the_others(host):
 
     def made(name: str) -> Callable[..., Any]:
         ((plugin, fn),) = host.call_collect("build_filter", profile=Profile(name))
-        return host.guard(plugin, "build_filter", fn, scope=name)
+        guarded: Callable[..., Any] = host.guard(plugin, "build_filter", fn, scope=name)
+        return guarded
 
     host.add(Picky())
     for _ in range(5):

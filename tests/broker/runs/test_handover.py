@@ -319,7 +319,7 @@ async def test_leases_are_prolonged_while_others_are_taken_over(nodes: Nodes, re
             nonlocal left_ms, renewals
             before, left_ms = left_ms, await connection.one(("PTTL", "chat:{mine}:run-lease"))
             renewals += left_ms > before
-            return renewals > 6
+            return bool(renewals > 6)
 
         await bench.until(renewed)
         assert keeper(bench).lost == 0

@@ -222,6 +222,9 @@ async def test_long_results_are_cut_and_say_so() -> None:
     assert short.result == "ü" * 10
     cut = await outcome_of(tool(lambda _g, _c: "ü" * 10, max_output_bytes=7))
     assert cut.result == "üüü\n[cut: the first 7 of 20 bytes]"
+    family = "👨\u200d👩\u200d👧"  # 18 bytes
+    whole = await outcome_of(tool(lambda _g, _c: family * 5, max_output_bytes=50))
+    assert whole.result == f"{family * 2}\n[cut: the first 50 of 90 bytes]"
     assert cut.error is None
     structured = await outcome_of(tool(lambda _g, _c: {"k": "v" * 50}, max_output_bytes=10))
     assert structured.result == '{"k":"vvvv\n[cut: the first 10 of 58 bytes]'
@@ -304,6 +307,7 @@ async def test_a_result_fits_into_an_envelope_whatever_the_tool_may_answer() -> 
         made, _ = runner(tool(lambda _g, _c, text=text: text, max_output_bytes=10_000_000))
         outcome = await made.run(ToolCall("c", "t", {}), CONTEXT, 2_000)
         assert len(orjson.dumps(outcome.result)) <= 2_000
+        assert isinstance(outcome.result, str)
         assert outcome.result.endswith(f"of {len(text.encode())} bytes]")
         assert outcome.result.startswith(text[:50])
 

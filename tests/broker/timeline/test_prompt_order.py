@@ -8,9 +8,9 @@ from tests.broker.library.test_library import assert_fold_law, content, db, expo
 from tests.support.core import CALLER, Core, until, until_async
 from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, text
 
-from broker.library.rebuild import CUT
 from broker.runs.engine import EngineRequest
 from broker.timeline.entity import Entity
+from broker.timeline.rebuild import CUT
 
 assert db  # the fixture: memory, SQLite, Redis and a cluster
 

@@ -46,7 +46,8 @@ class Declaring:
     @hookimpl
     def classify(self, event_type: str) -> str | None:
         self.asked.append(event_type)
-        return self.declared.get("classify", {}).get(event_type)
+        classes: dict[str, str] = self.declared.get("classify", {})
+        return classes.get(event_type)
 
 
 def catalog(*plugins: object, **options: Any) -> Catalog:

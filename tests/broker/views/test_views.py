@@ -21,7 +21,8 @@ from broker.testing import EnvelopeFactory
 from broker.timeline.entity import Entity
 from broker.views.catalog import Catalog
 from broker.views.compiler import ViewCompiler
-from broker.views.frames import event_frame, state_frame, upsert_envelope
+from broker.views.frames import event_frame, state_frame
+from broker.views.upsert import Upsert
 from broker.views.view import MERGED_BYTES_MAX, View
 
 NOBODY = Principal("nobody")
@@ -192,10 +193,10 @@ def test_a_filter_that_fails_withholds(keep: Any) -> None:
     view, envelope = shaped(keep=keep), EnvelopeFactory()
     assert view.show(envelope()) is None
     assert view.show_merged([envelope(), envelope()]) == []
-    assert view.show_state(upsert_envelope("c1", ENTITY)) is None
+    assert view.show_state(Upsert("c1", ENTITY)) is None
 
 
-ENTITY = Entity("m", "message", 1, 2, 30, 20, {"text": "secret"})
+ENTITY = Entity("m", "message", 1, 2, 30, 20, {"text": "secret"}, sources=frozenset({("sem", "llm.final")}))
 
 
 def another_place(envelope: Envelope) -> Envelope:
@@ -228,7 +229,7 @@ def test_a_transform_that_fails_or_tampers_withholds(shape: Any) -> None:
     assert view.show(original) is None
     assert original.seq == seq, "the others still get it under its own number"
     assert view.show_merged([envelope(), envelope("log")]) == []
-    assert view.show_state(upsert_envelope("c1", ENTITY)) is None
+    assert view.show_state(Upsert("c1", ENTITY)) is None
 
 
 def test_a_transform_redacts_events_and_state_alike() -> None:
@@ -240,13 +241,13 @@ def test_a_transform_redacts_events_and_state_alike() -> None:
     shown = view.show(original)
     assert shown is not None
     assert (shown.data, shown.seq, original.data) == ({"message": "a ***"}, original.seq, {"message": "a secret"})
-    state = view.show_state(upsert_envelope("c1", ENTITY))
+    state = view.show_state(Upsert("c1", ENTITY))
     assert state is not None
     assert b"secret" not in state_frame(state)
 
 
 def test_a_view_without_state_shows_none() -> None:
-    assert compiler().compile(NOBODY, "text", None).show_state(upsert_envelope("c1", ENTITY)) is None
+    assert compiler().compile(NOBODY, "text", None).show_state(Upsert("c1", ENTITY)) is None
 
 
 # -- merging for those who are behind ---------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_frames_are_json_whatever_the_id(id: str) -> None:
         "channel": "sem",
         "data": {"message": "\u2028 \x00 ü"},
     }
-    state = orjson.loads(state_frame(upsert_envelope("c1", Entity(id, "log", 1, 2, 30, 20, {}))))["event"]
+    state = orjson.loads(state_frame(Upsert("c1", Entity(id, "log", 1, 2, 30, 20, {}))))["event"]
     assert (state["id"], state["seq"], state["data"]["version"]) == (id, "30", "30")
     assert "prev" not in state
 

@@ -30,12 +30,29 @@ _CALL_PROPS = frozenset(
 )
 
 
-def drafts_of(entity: Entity, *, close: bool, max_text_bytes: int) -> list[Draft]:
+def drafts_of(entity: Entity, *, close: bool, max_text_bytes: int | None) -> list[Draft]:
     """Return the drafts that make `entity`, in order; none for a kind that is a plugin's own.
 
     close: what is unfinished ends where it stands: a text as partial, a tool call with an error. max_text_bytes:
-    longest text, as JSON, in one envelope; a longer one goes in pieces.
+    longest text, as JSON, in one envelope; a longer one goes in pieces; None: no text does.
+
+    The drafts name the channel that the entity's events were in, where all were in one: a copy is for those who may see
+    the original. What was made of several is not told by events made anew (`is_of_one_channel`).
     """
+    channels = {channel for channel, _ in entity.sources}
+    channel = channels.pop() if len(channels) == 1 else None
+    drafts = _drafts_of(entity, close=close, max_text_bytes=max_text_bytes)
+    for draft in drafts:
+        draft.channel = channel
+    return drafts
+
+
+def is_of_one_channel(entity: Entity) -> bool:
+    """Say whether all events of an entity were in one channel, as far as is known."""
+    return len({channel for channel, _ in entity.sources}) <= 1
+
+
+def _drafts_of(entity: Entity, *, close: bool, max_text_bytes: int | None) -> list[Draft]:
     props = dict(entity.props)
     match entity.kind:
         case "message" if props.get("role") == "user":
@@ -59,7 +76,7 @@ def props_without(props: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in props.items() if key not in names}
 
 
-def _text(entity: Entity, props: dict[str, Any], *, close: bool, max_text_bytes: int) -> list[Draft]:
+def _text(entity: Entity, props: dict[str, Any], *, close: bool, max_text_bytes: int | None) -> list[Draft]:
     prefix = "llm" if entity.kind == "message" else "llm.thinking"
     text = str(props.pop("text", ""))
     unfinished = bool(props.pop("streaming", False)) or entity.growing
@@ -68,14 +85,20 @@ def _text(entity: Entity, props: dict[str, Any], *, close: bool, max_text_bytes:
     if unfinished and close:
         final["partial"] = True
     drafts = []
-    whole = len(text) * _JSON_BYTES_PER_CHAR <= max_text_bytes or len(encode_json(text)) <= max_text_bytes
+    whole = (
+        max_text_bytes is None
+        or len(text) * _JSON_BYTES_PER_CHAR <= max_text_bytes
+        or len(encode_json(text)) <= max_text_bytes
+    )
     open_ended = unfinished and not close
     # What is whole and an assistant's needs no more than its end.
     if open_ended or not whole or start.get("role", "assistant") != "assistant":
         drafts.append(Draft(f"{prefix}.start", start, entity.id))
     if open_ended or not whole:
         extra = {"runId": props["runId"]} if "runId" in props else {}
-        step = max(1, min(_PIECE_CHARS_MAX, max_text_bytes // _JSON_BYTES_PER_CHAR // 2))
+        step = max(1, len(text))
+        if max_text_bytes is not None:
+            step = max(1, min(_PIECE_CHARS_MAX, max_text_bytes // _JSON_BYTES_PER_CHAR // 2))
         pieces = [text[at : at + step] for at in range(0, len(text), step)]
         drafts += [Draft(f"{prefix}.delta", {"delta": piece, **extra}, entity.id) for piece in pieces]
     if not open_ended:
