@@ -29,7 +29,7 @@ def _own(value: Any) -> Any:
     kind = type(value)
     if kind in _UNCHANGEABLE:
         return value
-    if kind is Envelope:
+    if isinstance(value, Envelope):
         return value.own()
     if kind is dict or isinstance(value, Mapping):
         return {key: _own(item) for key, item in value.items()}
