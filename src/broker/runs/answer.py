@@ -239,11 +239,13 @@ class StepAnswer:
 
     def _call_end(self, event: ToolCallEnd) -> list[Draft]:
         call = self._call(event.key)
-        call.input, call.error, call.complete = own(dict(event.input)), event.error, True
+        call.input, call.error, call.complete = dict(event.input), event.error, True
         if call.error is None and (why := unusable(call.input, self._max_bytes)) is not None:
             call.error = f"the input of {call.name} {why}"
         if call.error is not None:
             call.input, call.error = {}, clean_text(call.error)
+        else:
+            call.input = own(call.input)  # what is approved is what runs, whatever the engine does with its object
         return self._patch(call, {"input": call.input})
 
     def _begin(self, choice: Choice) -> list[Draft]:
