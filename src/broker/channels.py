@@ -33,7 +33,7 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class EventType:
-    """A declared event type. model: checks the data of drafts that come over HTTP. merge: see `Merge`.
+    """A declared event type. model: checks the data of drafts, over HTTP and inside the process. merge: see `Merge`.
 
     terminal: ends its run; nothing of that run may follow.
     """

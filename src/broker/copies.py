@@ -29,7 +29,7 @@ def _own(value: Any) -> Any:
     kind = type(value)
     if kind in _UNCHANGEABLE:
         return value
-    if kind is Envelope:
+    if isinstance(value, Envelope):
         return value.own()
     if kind is dict or isinstance(value, Mapping):
         return {key: _own(item) for key, item in value.items()}
@@ -39,9 +39,20 @@ def _own(value: Any) -> Any:
         return tuple([_own(item) for item in value])
     if isinstance(value, set):
         return set(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)  # not `replace`: a subclass may have more than its fields
-        for field in fields(value):
-            object.__setattr__(made, field.name, _own(getattr(value, field.name)))
+    if (names := _field_names(kind)) is not None:
+        # A subclass may have more than its fields; one with slots has not, and is made faster.
+        made = copy.copy(value) if hasattr(value, "__dict__") else object.__new__(kind)
+        for name in names:
+            object.__setattr__(made, name, _own(getattr(value, name)))
         return made
     return value
+
+
+_FIELD_NAMES: dict[type, tuple[str, ...] | None] = {}
+
+
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Return the names of a dataclass's fields, None for any other type."""
+    if kind not in _FIELD_NAMES:
+        _FIELD_NAMES[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+    return _FIELD_NAMES[kind]

@@ -134,13 +134,23 @@ class Envelope:
         """Return a copy with other `data` and everything else, `seq` above all, the same. Raises InvalidDraft."""
         if not isinstance(data, Mapping):
             raise InvalidDraft(f"data of {self.type} is {quoted(data)}: an object is required")
-        return self._with_json(encode_json(data))
+        return Envelope(
+            self.conv_id, self.type, self.id, self.channel, encode_json(data), self.time_ms, self.seq, self.stream_id
+        )
 
     def own(self) -> Envelope:
         """Return a copy for somebody who may change it: nobody else sees what becomes of it or of its `data`."""
-        copy = self._with_json(self.data_json)
-        copy.dedupe_key = self.dedupe_key
-        return copy
+        return Envelope(
+            self.conv_id,
+            self.type,
+            self.id,
+            self.channel,
+            self.data_json,
+            self.time_ms,
+            self.seq,
+            self.stream_id,
+            self.dedupe_key,
+        )
 
     def settled(self) -> Envelope:
         """Return the envelope whose JSON says what `data` says: another one, where `data` was changed in place.
@@ -152,11 +162,6 @@ class Envelope:
         if written == encode_json(orjson.loads(self.data_json)):  # the same, in other words
             return self
         return self.with_data(self._data)
-
-    def _with_json(self, data_json: bytes) -> Envelope:
-        return Envelope(
-            self.conv_id, self.type, self.id, self.channel, data_json, self.time_ms, self.seq, self.stream_id
-        )
 
     def __repr__(self) -> str:
         return f"<Envelope {self.conv_id} {self.type} {self.id} seq={self.seq} {len(self.data_json)} B>"

@@ -1,7 +1,7 @@
 """The channels, event types and profiles that ship with the broker: the protocol's tables as code.
 
-A data model checks what producers outside this process send (`POST /api/publish`): wrong types are refused,
-fields that the protocol does not name are let through for plugins. What carries the meaning of an event is
+A data model checks what producers send, over HTTP and inside this process (but for the broker's own runs): wrong types are
+refused, fields that the protocol does not name are let through for plugins. What carries the meaning of an event is
 required; what only ties it to a run (`runId`, `idempotencyKey`) or repeats the envelope's own id is not:
 a producer outside of any run has none to give. The `run.*` events are about a run and require it.
 

@@ -109,7 +109,7 @@ class FrameText(Protocol):
 
 Framing = Callable[[Sequence[FrameText]], Sequence[bytes]]
 """Puts frames on a wire: returns the chunks that `send` is given one by one. Called once for all connections that share a
-view and this function, so make it a function of the module, not one per connection."""
+view and this function, so make it a function of the module, not one per connection. One that raises drops them."""
 
 
 class Connection(Protocol):

@@ -95,10 +95,9 @@ class QueuedConnection(Generic[Payload]):
         if self.on_abort is not None:
             self.on_abort()
 
-    async def stop(self) -> None:
-        """End the writer. Called by the endpoint when the peer has gone."""
-        if self._task is not None:
-            await ended(self._task)
+    async def stop(self, *, timeout_s: float | None = None) -> bool:
+        """End the writer. Called by the endpoint when the peer has gone. False: it has not ended within `timeout_s`."""
+        return self._task is None or await ended(self._task, timeout_s=timeout_s)
 
     async def _run(self) -> None:
         try:
@@ -126,18 +125,19 @@ class QueuedConnection(Generic[Payload]):
             self.finished.set()
 
 
-async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait until they have ended, whatever they end with.
+async def ended(*tasks: asyncio.Task[Any], timeout_s: float | None = None) -> bool:
+    """Cancel tasks and wait until they have ended, whatever they end with. False: not all have within `timeout_s`.
 
     Not `gather`: cancelled from outside it raises a CancelledError of its own, which a cancel scope of anyio (every
     Starlette endpoint under its test client) does not know as its own and lets escape.
     """
     for task in tasks:
         task.cancel()
-    await asyncio.wait(tasks)
-    for task in tasks:
+    done, pending = await asyncio.wait(tasks, timeout=timeout_s)
+    for task in done:
         if not task.cancelled():
             task.exception()
+    return not pending
 
 
 _endings = Tasks()

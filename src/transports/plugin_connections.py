@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from broker.api import Admitted, Doors, Following, SubscribeRequest
-from broker.errors import Unavailable
+from broker.errors import Unavailable, quoted
 from broker.interfaces import Framing as PluginFraming
 from broker.interfaces import OpenConnection
 from broker.security import Principal
@@ -17,7 +19,10 @@ from transports.framing import Chunk, Chunks
 from transports.places import Places
 from transports.pool import ConnectionPool, Message
 
+logger = logging.getLogger("broker.plugins")
+
 _endings = Tasks()
+STOP_TIMEOUT_S = 5.0
 
 
 class _Framing:
@@ -27,9 +32,33 @@ class _Framing:
         self.name = f"plugin {getattr(frame, '__module__', '?')}.{getattr(frame, '__qualname__', type(frame).__name__)}"
         self._frame = frame
 
-    def frame(self, messages: Sequence[Message]) -> Chunks[bytes]:
-        chunks = [Chunk(bytes(chunk), len(chunk)) for chunk in self._frame(messages)]
+    def frame(self, messages: Sequence[Message]) -> Any:
+        """Return the chunks; where the plugin cannot frame, what its own connections break at and no other does."""
+        try:
+            chunks = [_chunk(made) for made in self._frame(messages)]
+        except Exception as exc:
+            logger.exception("%s cannot frame; its connections are dropped", self.name)
+            return _Unframed(exc)
         return Chunks(chunks, sum([chunk.size_bytes for chunk in chunks]))
+
+
+class _Unframed:
+    """Stands for chunks that could not be made: a connection that is to write them breaks, and is dropped."""
+
+    size_bytes = 0
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @property
+    def chunks(self) -> list[Chunk[bytes]]:
+        raise RuntimeError("the plugin's framing failed") from self._error
+
+
+def _chunk(made: object) -> Chunk[bytes]:
+    if not isinstance(made, bytes | bytearray | memoryview):  # bytes(3) would be three zeros
+        raise TypeError(f"framing returned {quoted(made)} among its chunks: bytes are required")
+    return Chunk(bytes(made), len(made))
 
 
 class PluginConnections:
@@ -130,8 +159,14 @@ class PluginConnection:
         _endings.spawn(self._left("aborted"))
 
     async def _left(self, reason: str) -> None:
-        await self._queued.stop()
+        # First, since the other waits for code of the plugin.
         await self._following.unsubscribe(self._queued.id, reason)
+        if not await self._queued.stop(timeout_s=STOP_TIMEOUT_S):
+            logger.error(
+                "%s: send did not end within %g s of its cancellation; left behind",
+                self._queued.framing.name,
+                STOP_TIMEOUT_S,
+            )
 
     async def __aenter__(self) -> PluginConnection:
         return self

@@ -16,6 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 PLUGIN = """
 import asyncio
 import threading
+import time
 
 from broker.hookspecs import hookimpl
 
@@ -24,6 +25,12 @@ kept = set()
 
 def hangs():
     threading.Event().wait()
+
+
+async def blocks():
+    while True:
+        time.sleep(0.3)
+        await asyncio.sleep(0)
 
 
 async def stubborn():
@@ -56,9 +63,10 @@ async def start_emitters(publisher):
         ("on_startup", "kept.add(asyncio.create_task(stubborn(), name='of mine'))", "task of mine"),
         ("on_startup", "asyncio.get_running_loop().run_in_executor(None, hangs)", "hangs, "),
         ("on_shutdown", "await stubborn()", "plugin stubborn, hook on_shutdown: did not end within 1 s"),
+        ("emitter", "await blocks()", "plugin stubborn, hook start_emitters: kept the event loop for"),
         ("emitter", "await stubborn()", "plugin stubborn, hook start_emitters: did not end within 5 s"),
     ],
-    ids=["task", "thread", "hook", "emitter"],
+    ids=["task", "thread", "hook", "blocks", "emitter"],
 )
 def test_a_server_ends_whatever_its_plugins_do(
     start_broker: Callable[..., BrokerProcess], tmp_path: Path, where: str, code: str, told: str

@@ -275,3 +275,70 @@ async def test_a_socket_beside_it_is_served_as_before() -> None:
         stream.hang_up()
         await stream.ended()
         await served.nothing_left()
+
+
+# -- a transport that goes wrong --------------------------------------------------------------------------------------
+
+
+def _raising(messages: Any) -> list[bytes]:
+    if any(b"unframable" in message.text for message in messages):
+        raise ValueError("no word for it")
+    return lines(messages)
+
+
+def _numbers(messages: Any) -> Any:
+    return [3] if any(b"unframable" in message.text for message in messages) else lines(messages)
+
+
+def _nothing(messages: Any) -> Any:
+    return None if any(b"unframable" in message.text for message in messages) else lines(messages)
+
+
+@pytest.mark.parametrize("framing", [_raising, _numbers, _nothing])
+async def test_a_framing_that_fails_costs_its_own_connections_and_nobody_elses(framing: Any) -> None:
+    """Others of the same view get every event without a gap; those of the plugin are dropped and come back."""
+    async with serving() as served:
+        socket = await served.stream("conv_id=c1&since=0").until("ws.caught_up")
+        connections = connections_of(served)
+        got: list[bytes] = []
+
+        async def send(chunk: bytes) -> None:
+            got.append(chunk)
+
+        async with connections.add(send, framing=framing) as broken:
+            await broken.subscribe(await connections.admit(CALLER, "c1", since=0))
+            seqs = [await served.say(text) for text in ("a", "unframable", "b")]
+            await asyncio.wait_for(broken.finished(), 10)
+            await socket.until("note.said", 3)
+            client = socket.taken()
+            assert [int(event["seq"]) for event in client.events] == seqs
+            assert not client.gaps
+            assert b'"a"' in b"".join(got)
+        socket.hang_up()
+        await socket.ended()
+        await served.nothing_left()
+
+
+async def test_a_send_that_swallows_its_cancellation_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection is forgotten at once, and the log says whose it was."""
+    monkeypatch.setattr("transports.plugin_connections.STOP_TIMEOUT_S", 0.05)
+    let_go = asyncio.Event()
+
+    async def stubborn(chunk: bytes) -> None:
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with serving() as served:
+        connections = connections_of(served)
+        async with asyncio.timeout(10):
+            async with connections.add(stubborn, framing=lines) as connection:
+                await connection.subscribe(await connections.admit(CALLER, "c1", since=0))
+                await served.say("a")
+            await served.nothing_left()
+        assert "lines: send did not end within 0.05 s of its cancellation; left behind" in caplog.text
+        let_go.set()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from broker.assembly.parts import Parts
+from broker.copies import own
 from broker.envelope import check_conv_id
 from broker.eventlog.base import LogState
 from broker.publisher import Publisher
@@ -48,7 +49,8 @@ class BrokerHandle:
 
     async def state(self, principal: Principal, conv_id: str) -> dict[str, Any]:
         """Return status, queue and runs of a conversation as a caller may see them. Raises PermissionDenied, StoreError."""
-        return (await self._parts.doors.prompts.state(principal, conv_id))[0]
+        state: dict[str, Any] = own((await self._parts.doors.prompts.state(principal, conv_id))[0])
+        return state
 
     async def entities(self, principal: Principal, conv_id: str, *, profile: str = "default") -> list[dict[str, Any]]:
         """Return a conversation's timeline as a caller's profile shows it, by position.
@@ -82,7 +84,7 @@ class BrokerHandle:
             conv_id,
             prompt,
             engine_profile=engine_profile,
-            overrides=overrides,
+            overrides=own(overrides),  # a store in memory keeps what it is given
             idempotency_key=idempotency_key,
         )
         return result.conv_id

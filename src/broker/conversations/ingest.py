@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from broker.clock import Clock
 from broker.conversations.gates import Gate, Gates
 from broker.conversations.manager import ConversationManager
-from broker.envelope import Draft, Envelope, check_conv_id, seal
+from broker.envelope import SEM, Draft, Envelope, check_conv_id, encode_json, seal
 from broker.errors import ConversationShut, InvalidDraft, StoreUnavailable, Unavailable
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import Dated, EventLog, Fenced
@@ -64,6 +64,7 @@ class Ingest:
             if not channel.switchable and name not in self._state_channels
         }
         self.still_working: Callable[[], bool] = lambda: False
+        plugins.check_further("check_draft", self._changed)
         self.look_again()
 
     def look_again(self) -> None:
@@ -173,11 +174,20 @@ class Ingest:
             await self._gates.passed(conv_id)
         return await self.publish(conv_id, drafts)
 
+    def _changed(self, draft: Draft) -> Draft:
+        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what could not be published."""
+        self._catalog.drafts.check(draft)
+        channel = SEM if draft.channel is None else self._catalog.check_published(draft.channel)
+        seal("", draft, channel, "any" if draft.id is None else draft.id, 0, self._max_envelope_bytes)
+        return draft
+
     def _seal(self, conv_id: str, draft: Draft, asked: bool, checked: bool) -> Envelope | None:
         if self._checks_drafts and asked:
-            if not checked:  # whose fault it is: what the plugins make of it is compared with its type once more
+            # Whose fault it is: the producer's, now, or that of a plugin, whose answer is looked at once more.
+            if not checked:
                 self._catalog.drafts.check(draft)
                 checked = True
+            encode_json(draft.data)
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:

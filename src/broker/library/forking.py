@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from broker.clock import Clock
 from broker.conversations.manager import ConversationManager
@@ -26,6 +28,14 @@ from broker.timeline.entity import Entity
 from broker.timeline.rebuild import CUT, KINDS, drafts_of, in_talking_order, is_of_one_channel
 from broker.views.catalog import Catalog
 from broker.views.view import View
+
+
+class _Event(NamedTuple):
+    """An event of the original that is published anew. keys: the entities that it is about."""
+
+    seq: int
+    keys: tuple[str, ...]
+    timed: Timed
 
 
 class Forker:
@@ -85,7 +95,8 @@ class Forker:
             metadata=origin.metadata if origin else {},
             forked_from=ForkedFrom(conv_id, message_id),
         )
-        timed = await self._timed(view, conv_id, kept, state)
+        left_out = {entity.id for entity in entities if entity.kind != "run"}.difference(entity.id for entity in kept)
+        timed = await self._timed(view, conv_id, kept, left_out, state)
         await still_the_same(self._filling.log, conv_id, state)
         heard = {entity.id for entity in kept}
         return await self._filling.fill(entry, timed, also=lambda: self._copy_engine_data(conv_id, new_id, heard))
@@ -100,31 +111,41 @@ class Forker:
             raise NotFound(f"conversation {conv_id!r} does not exist, or has nothing to copy", conv_id=conv_id)
         return found
 
-    async def _timed(self, view: View, conv_id: str, entities: Sequence[Entity], state: LogState) -> list[Timed]:
+    async def _timed(
+        self, view: View, conv_id: str, entities: Sequence[Entity], left_out: set[str], state: LogState
+    ) -> list[Timed]:
         own = {entity.id for entity in entities if entity.kind not in KINDS or not is_of_one_channel(entity)}
         whole = view.with_all_channels(self._catalog.folded_channels)
-        events = await self._events_of(whole, conv_id, own, state) if own else {}
+        events = await self._events_of(whole, conv_id, own, left_out, state) if own else []
+        due = deque(events)
         timed: list[Timed] = []
         pauses = Pauses()
         for entity in entities:
-            if entity.id in own:
-                timed += _closed(events.get(entity.id, []), entity)
-            else:
+            while due and due[0].seq <= entity.position:
+                timed.append(due.popleft().timed)
+            if entity.id not in own:
                 timed += with_times(drafts_of(entity, close=True, max_text_bytes=self._text_bytes), entity)
             await pauses.after(len(str(entity.props.get("text", ""))))
+        timed += [event.timed for event in due]
+        for entity in entities:
+            if entity.id in own:
+                timed += _endings([event.timed for event in events if entity.id in event.keys], entity)
         return timed
 
-    async def _events_of(self, view: View, conv_id: str, ids: set[str], state: LogState) -> dict[str, list[Timed]]:
-        """Return the retained events of entities that cannot be made anew, by the first entity's id.
+    async def _events_of(
+        self, view: View, conv_id: str, ids: set[str], left_out: set[str], state: LogState
+    ) -> list[_Event]:
+        """Return the retained events of entities that cannot be made anew, in order.
 
-        Only their plugin knows how to make them, or they were made of several channels.
+        Only their plugin knows how to make them, or they were made of several channels. Also events that concern others
+        beside them, a rating and the message it is about, unless one of those is left out.
         """
-        found: dict[str, list[Timed]] = {}
+        found: list[_Event] = []
         async for envelope in retained(self._filling.log, conv_id, view, state):
             keys = keys_of(self._catalog, envelope)
-            if keys and ids.issuperset(keys):
+            if not ids.isdisjoint(keys) and left_out.isdisjoint(keys):
                 draft = Draft(envelope.type, envelope.data, envelope.id, envelope.channel)
-                found.setdefault(keys[0], []).append((draft, envelope.time_ms))
+                found.append(_Event(envelope.seq, keys, (draft, envelope.time_ms)))
         return found
 
     async def _copy_engine_data(self, conv_id: str, new_id: str, message_ids: set[str]) -> None:
@@ -149,16 +170,15 @@ def _heard(entities: Sequence[Entity], place: int) -> list[Entity]:
     ]
 
 
-def _closed(events: Sequence[Timed], entity: Entity) -> list[Timed]:
-    """Return the events of an entity, and what ends it where it stands if they do not."""
-    timed = list(events)
+def _endings(timed: Sequence[Timed], entity: Entity) -> list[Timed]:
+    """Return what ends an entity where it stands if its events do not."""
     ends = {"message": "llm.final", "thinking": "llm.thinking.final", "tool_call": "tool.done"}
     unfinished = entity.growing or (entity.kind == "tool_call" and entity.props.get("status") not in TOOL_FINAL)
     if not timed or not unfinished or entity.kind not in ends:
-        return timed
+        return []
     last, _ = timed[-1]
     data = {"id": entity.id, "error": CUT} if entity.kind == "tool_call" else {"partial": True}
-    return [*timed, (Draft(ends[entity.kind], data, entity.id, last.channel), entity.updated_at_ms)]
+    return [(Draft(ends[entity.kind], data, entity.id, last.channel), entity.updated_at_ms)]
 
 
 def _unheard(entity: Entity, waiting: set[str]) -> bool:

@@ -26,12 +26,14 @@ from broker.runs.store import RunStore
 from broker.security import Principal
 from broker.timeline.store import TimelineStore
 
+ITEMS_MAX = 10_000
+
 Check = Callable[[Any], Any]
 """Returns an answer as its caller takes it. Raises PluginError that says what came and what is required."""
 
-CheckMade = Callable[[Any, tuple[Any, ...], tuple[Any, ...]], Any]
-"""`(result, arguments, handed)`: returns a result as its caller takes it, or raises PluginError. handed: the copies of
-the arguments that the plugin was given."""
+CheckMade = Callable[[Any, tuple[Any, ...]], Any]
+"""`(result, arguments)`: returns a result as its caller takes it, or raises PluginError. arguments: as they were before
+the plugin got its copies of them."""
 
 
 def check_answer(hook: str, answer: Any) -> Any:
@@ -142,7 +144,7 @@ def _items(answer: Any, kind: type) -> list[Any]:
         if inspect.iscoroutine(answer):
             answer.close()
         raise _refuse(answer, wanted)
-    made = list(answer)
+    made = _listed(answer)
     for item in made:
         if not isinstance(item, kind):
             drop(made)
@@ -166,12 +168,26 @@ def is_async_callable(candidate: Any) -> bool:
     return inspect.iscoroutinefunction(vars(type(candidate)).get("__call__"))
 
 
+def _listed(answer: Iterable[Any]) -> list[Any]:
+    """Return all of it, if it has an end. What came before something raised is dropped."""
+    made: list[Any] = []
+    try:
+        for item in answer:
+            made.append(item)
+            if len(made) > ITEMS_MAX:
+                raise PluginError(f"returned more than {ITEMS_MAX} of them: a list that ends is required")
+    except BaseException:
+        drop(made)
+        raise
+    return made
+
+
 def _emitters(answer: Any) -> list[Any]:
     if isinstance(answer, Coroutine | AbstractAsyncContextManager):
         return [answer]
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
         raise _refuse(answer, "a coroutine, an async context manager or a list")
-    made = list(answer)
+    made = _listed(answer)
     for each in made:
         if not isinstance(each, Coroutine | AbstractAsyncContextManager):
             drop(made)
@@ -205,7 +221,7 @@ return is not looked at."""
 # --- results of callables that hooks made ---------------------------------------------------------------------------
 
 
-def _kept(result: Any, _arguments: tuple[Any, ...], _handed: tuple[Any, ...]) -> Any:
+def _kept(result: Any, _arguments: tuple[Any, ...]) -> Any:
     # None: a predicate that says True for what is to be seen and nothing else.
     if result is not True and result is not False and result is not None:
         _refuse_unrun(result)
@@ -213,30 +229,32 @@ def _kept(result: Any, _arguments: tuple[Any, ...], _handed: tuple[Any, ...]) ->
     return result
 
 
-def _shaped(result: Any, arguments: tuple[Any, ...], handed: tuple[Any, ...]) -> Any:
+def _shaped(result: Any, arguments: tuple[Any, ...]) -> Any:
     """Return the envelope that is shown: the one there was, where the plugin changed nothing."""
     given: Envelope = arguments[0]
     if type(result) is not Envelope:  # nor one of a subclass, whose fields may be anything the next time
         _refuse_unrun(result)
         raise _refuse(result, "Envelope")
+    as_it_was = (
+        result.type is given.type
+        and result.id is given.id
+        and result.channel is given.channel
+        and result.conv_id is given.conv_id
+        and result.stream_id is given.stream_id
+    )
     if result.seq != given.seq:
         raise PluginError(f"changed seq {given.seq} to {quoted(result.seq)}: an envelope keeps its place")
-    texts = [getattr(result, name) for name in _TEXTS]
-    if texts != [getattr(given, name) for name in _TEXTS]:
-        for name, value in zip(_TEXTS, texts, strict=True):
-            if value is not None or name != "stream_id":
-                _check_written(name, value)
-    if not isinstance(result.data_json, bytes):
-        raise PluginError(f"returned an envelope with data_json={quoted(result.data_json)}: bytes are required")
-    if result.data_json != given.data_json:
+    if not as_it_was:
+        for name in ("conv_id", "type", "id", "channel"):
+            _check_written(name, getattr(result, name))
+        if result.stream_id is not None:
+            _check_written("stream_id", result.stream_id)
+    if result.data_json is not given.data_json:
+        if not isinstance(result.data_json, bytes):
+            raise PluginError(f"returned an envelope with data_json={quoted(result.data_json)}: bytes are required")
         _check_object(result)
     settled = result.settled()  # what was masked in place is masked
-    if settled is handed[0] and texts == [getattr(given, name) for name in _TEXTS]:
-        return given if settled.data_json == given.data_json else settled
-    return settled
-
-
-_TEXTS = ("conv_id", "type", "id", "channel", "stream_id")
+    return given if as_it_was and settled.data_json is given.data_json else settled
 
 
 def _check_object(envelope: Envelope) -> None:
@@ -254,7 +272,7 @@ def _check_written(name: str, value: object) -> None:
         raise PluginError(f"returned an envelope with {name}={quoted(value)}: a text is required")
 
 
-def _merged(result: Any, _arguments: tuple[Any, ...], _handed: tuple[Any, ...]) -> Any:
+def _merged(result: Any, _arguments: tuple[Any, ...]) -> Any:
     if result is not None and not isinstance(result, Mapping):
         _refuse_unrun(result)
         raise _refuse(result, "an object or None")

@@ -16,7 +16,7 @@ from broker.errors import BrokerError, PluginError
 from broker.plugins.answers import Check, check_answer
 from broker.plugins.checks import HookSpec, argument_names, read_specs
 from broker.plugins.driving import Driven, being_cancelled
-from broker.plugins.isolation import HookRecord, Isolation, Streak, brief, refusing
+from broker.plugins.isolation import HookRecord, Isolation, Streak, brief, ended, refusing
 from broker.plugins.rules import FAIL_CLOSED, OWN_ARGUMENTS, PROPAGATE, scope_of
 
 
@@ -233,6 +233,8 @@ class HookCalls:
         began_s = clock.monotonic_s()
         try:
             result = implementation.function(**handed)
+        except (asyncio.CancelledError, GeneratorExit) as exc:
+            raise PluginError(ended(exc)) from exc
         finally:
             self._isolation.took(record, streak, clock.monotonic_s() - began_s)
         if streak.stalls == stalls and not inspect.isawaitable(result):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from broker.errors import PluginError
 
@@ -52,7 +52,10 @@ class Driven(Awaitable[T]):
     def __await__(self) -> Generator[Any, Any, T]:
         inner: Any = self._awaitable.__await__()
         now_s, slow_s = self._isolation.clock.monotonic_s, self._isolation.limits.slow_s
-        step, value = inner.send, None
+        # A plain iterator will do for `await`, too; it cannot be told anything.
+        send = getattr(inner, "send", None) or (lambda _value: next(inner))
+        throw = getattr(inner, "throw", None) or _raise
+        step, value = send, None
         cancelled: _Cancelled | None = None
         while True:
             began_s = now_s()
@@ -73,12 +76,12 @@ class Driven(Awaitable[T]):
                 else:
                     yield from cancelled.waits_for(yielded)
                     value = None
-                step = inner.send
+                step = send
             except asyncio.CancelledError as exc:
                 cancelled = cancelled or _Cancelled(exc, self._grace_s)
-                step, value = inner.throw, exc
+                step, value = throw, exc
             except BaseException as exc:
-                step, value = inner.throw, exc
+                step, value = throw, exc
             if cancelled is not None and cancelled.over:
                 _end(inner)
                 text = f"did not end within {self._grace_s:g} s of its cancellation; left behind"
@@ -123,6 +126,10 @@ class _Cancelled:
         finally:
             timer.cancel()
             yielded.remove_done_callback(wake)
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _end(inner: Any) -> None:

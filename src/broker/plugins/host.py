@@ -7,6 +7,7 @@ before the plugins directory, and that before installed packages; `tryfirst` and
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -135,15 +136,17 @@ class PluginHost(HookCalls):
             implementation = next(i for i in self._of("register_settings") if i.plugin == name)
             try:
                 model = self._checked(implementation, self._call(implementation, {}))
-            except Exception as exc:
+            except (Exception, SystemExit) as exc:
                 raise self._wrapped(implementation, exc) from exc
         if model is not None:
             plugin.settings = read_settings(name, model)
             configure = getattr(plugin.found.plugin, "configure", None)
             if configure is not None:
                 try:
-                    configure(plugin.settings)
-                except Exception as exc:
+                    if inspect.iscoroutine(pending := configure(plugin.settings)):
+                        pending.close()
+                        raise PluginError("it is an async function, which nobody awaits: make it a plain one")
+                except (Exception, SystemExit) as exc:
                     raise PluginError(
                         f"plugin {name!r}: configure(settings) failed: {brief(exc)}", plugin=name
                     ) from exc

@@ -13,6 +13,7 @@ of the same plugin, and what other views show, goes on.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from collections.abc import Callable
@@ -24,10 +25,14 @@ from broker.clock import Clock
 from broker.copies import own
 from broker.errors import PluginError
 from broker.plugins.answers import check_made
-from broker.plugins.rules import OWN_ARGUMENTS_LATER, may_quarantine
+from broker.plugins.rules import FAIL_CLOSED, OWN_ARGUMENTS_LATER, may_quarantine
 from broker.timeline.handlers import LateEnvelope
 
 logger = logging.getLogger("broker.plugins")
+
+ENDINGS = (SystemExit, asyncio.CancelledError, GeneratorExit)
+"""What is no Exception and ends its caller. Out of a plain function it means nothing but that something of the plugin's own
+has ended: the result of a cancelled task, for example, raises CancelledError."""
 
 SCOPES_MAX = 64
 """Views of one hook in quarantine, beyond which all of it is."""
@@ -255,6 +260,7 @@ class Isolation:
         now_s = self.clock.monotonic_s
         slow_s = self.limits.slow_s
         copied = record.hook in OWN_ARGUMENTS_LATER
+        of_envelopes = record.hook in FAIL_CLOSED
         check = check_made(record.hook)
         streak = Streak(scope)
         quarantines = record.quarantines
@@ -263,7 +269,7 @@ class Isolation:
             # Once per envelope and view: everything that is not a plain call happens off this path.
             if quarantines and record.quarantine(scope) is not None:
                 record.refuse(scope)
-            handed = tuple([own(each) for each in args]) if copied else args
+            handed = (args[0].own(),) if of_envelopes else tuple([own(each) for each in args]) if copied else args
             began_s = now_s()
             failure: BaseException | None = None
             try:
@@ -272,10 +278,10 @@ class Isolation:
                     result.close()
                     raise PluginError("returned a coroutine, which nobody awaits here")
                 if check is not None:
-                    result = check(result, args, handed)
+                    result = check(result, args)
             except LateEnvelope:
                 raise
-            except (Exception, SystemExit) as exc:
+            except (Exception, *ENDINGS) as exc:
                 failure = exc
             elapsed_s = now_s() - began_s
             record.calls += 1
@@ -287,9 +293,8 @@ class Isolation:
                 self.blocked(record, streak, elapsed_s)
             if failure is not None:
                 self.failed(record, streak, failure)
-                if isinstance(failure, SystemExit):
-                    text = f"plugin {record.plugin!r}, hook {record.hook}: tried to end the process"
-                    raise PluginError(text) from failure
+                if not isinstance(failure, Exception):
+                    raise PluginError(f"plugin {record.plugin!r}, hook {record.hook}: {ended(failure)}") from failure
                 raise failure
             streak.failures = 0
             if streak.stalls == stalls:
@@ -307,6 +312,11 @@ def refusing(error: PluginError) -> Callable[..., Any]:
 
     refused.stands_in = True  # type: ignore[attr-defined]
     return refused
+
+
+def ended(error: BaseException) -> str:
+    """Return what it means that a plugin's plain function let out something that is meant to end whoever called it."""
+    return "tried to end the process" if isinstance(error, SystemExit) else f"let out a {type(error).__name__}"
 
 
 def brief(error: BaseException) -> str:

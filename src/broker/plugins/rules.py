@@ -55,8 +55,9 @@ OWN_ARGUMENTS: Mapping[str, frozenset[str]] = {
 }
 """Arguments of which each implementation gets a copy of its own, since others go on with what they hold."""
 
-OWN_ARGUMENTS_LATER = frozenset({"build_filter", "build_transform", "register_event_types"})
-"""Hooks whose callables are called with copies. Folds and tools are as well, by whoever calls them."""
+OWN_ARGUMENTS_LATER = frozenset({"register_event_types"})
+"""Hooks whose callables are called with copies of values; those of FAIL_CLOSED get an envelope of their own. Folds and tools
+get copies as well, from whoever calls them."""
 
 EMITTERS = "start_emitters"
 """The hook of which an `async def` implementation is itself the emitter."""

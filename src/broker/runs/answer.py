@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.copies import own
 from broker.envelope import MAX_ID_CHARS, Draft, encode_json
 from broker.errors import quoted
 from broker.exact_json import MAX_INTEGER, MIN_INTEGER
@@ -243,6 +244,8 @@ class StepAnswer:
             call.error = f"the input of {call.name} {why}"
         if call.error is not None:
             call.input, call.error = {}, clean_text(call.error)
+        else:
+            call.input = own(call.input)  # what is approved is what runs, whatever the engine does with its object
         return self._patch(call, {"input": call.input})
 
     def _begin(self, choice: Choice) -> list[Draft]:

@@ -12,7 +12,15 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
 from broker.envelope import check_conv_id
-from broker.errors import EngineError, InvalidOverrides, PluginError, UnknownEngineProfile, quoted
+from broker.errors import (
+    EngineError,
+    InvalidConversationId,
+    InvalidInput,
+    InvalidOverrides,
+    PluginError,
+    UnknownEngineProfile,
+    quoted,
+)
 from broker.runs.engine import EnginePlan, EngineProfile
 from broker.runs.foreign import MAX_NESTING, too_deep
 from broker.runs.ports import Plugins
@@ -219,12 +227,35 @@ class EngineProfiles:
                 "(replay_engine needs no key) and see `broker plugins list`",
                 kind="config",
             )
-        resolved: ResolvedRequest | None = await self._plugins.acall_first("resolve_request", request=request)
-        if resolved is None:
+        found: tuple[str, ResolvedRequest] | None = await self._plugins.acall_first_named(
+            "resolve_request", request=request
+        )
+        if found is None:
             name = request.engine_profile
             if name is None:
                 name = request.current_profile if request.current_profile in self._profiles else self.default.name
             resolved = ResolvedRequest(request.conv_id or fresh_conv_id, name or self.default.name, request.overrides)
+            self._check(resolved)
+            return resolved
+        plugin, resolved = found
+        try:
+            self._check(resolved)
+        except InvalidInput as exc:
+            # What the plugin took over from the request is the caller's fault, what it made up its own.
+            taken_over = {
+                InvalidConversationId: resolved.conv_id == request.conv_id,
+                UnknownEngineProfile: resolved.engine_profile == request.engine_profile,
+                InvalidOverrides: resolved.overrides == request.overrides,
+            }
+            if taken_over.get(type(exc), True):
+                raise
+            misfit = PluginError(
+                f"plugin {plugin!r}, hook resolve_request: its answer does not fit: {exc}", plugin=plugin
+            )
+            self._plugins.report(plugin, "resolve_request", misfit)
+            raise misfit from exc
+        return resolved
+
+    def _check(self, resolved: ResolvedRequest) -> None:
         check_conv_id(resolved.conv_id)
         check_overrides(self.get(resolved.engine_profile), resolved.overrides)
-        return resolved

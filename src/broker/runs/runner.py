@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeVar
 
+from broker.copies import own
 from broker.envelope import SEM, Draft
 from broker.errors import BrokerError, EngineError, LimitExceeded, RunEnded
 from broker.runs.answer import StepAnswer, add_usage
@@ -281,8 +282,9 @@ class RunTask:
     async def _answer(self) -> StepAnswer:
         """Return the complete answer of this step; tries again while nothing of it was published."""
         assert self._lease is not None
-        specs = self._runtime.tools.specs(list(self._profile.tools))
-        request = EngineRequest(self.run.conv_id, self.run.run_id, tuple(self._messages), tuple(specs), self.run.step)
+        # Copies: an engine that changes a schema or an input for its provider changes them for itself.
+        messages, specs = own(tuple(self._messages)), own(tuple(self._runtime.tools.specs(list(self._profile.tools))))
+        request = EngineRequest(self.run.conv_id, self.run.run_id, messages, specs, self.run.step)
         self._recorder.record(
             "request",
             {

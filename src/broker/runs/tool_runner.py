@@ -200,7 +200,11 @@ async def _in_thread(held: Held, fn: Any) -> Any:
             loop.call_soon_threadsafe(settle, value, error)
 
     context = contextvars.copy_context()
-    threading.Thread(target=lambda: context.run(work), name="tool", daemon=True).start()
+    try:
+        threading.Thread(target=lambda: context.run(work), name="tool", daemon=True).start()
+    except RuntimeError:  # the system gives no more threads
+        held.leave()
+        raise
     return await future
 
 

@@ -6,6 +6,7 @@ others from being shown and saved. The built-in handlers need no check: they ret
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from broker.timeline.text import Text
 
 _PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 _MAX_TIME_MS = 2**63 - 1
+_ENDINGS = (SystemExit, asyncio.CancelledError, GeneratorExit)
 
 
 def checked(handler: TimelineHandler) -> TimelineHandler:
@@ -31,7 +33,10 @@ def checked(handler: TimelineHandler) -> TimelineHandler:
     fold, keys, type = handler.fold, handler.keys, handler.event_type
 
     def checked_keys(envelope: Envelope) -> tuple[str, ...]:
-        named = keys(envelope.own())
+        try:
+            named = keys(envelope.own())
+        except _ENDINGS as exc:  # not what it means elsewhere: it would end whoever folds
+            raise PluginError(f"keys of {type} let out a {exc.__class__.__name__}") from exc
         if isinstance(named, str) or not isinstance(named, Iterable):
             raise PluginError(f"keys of {type} returned {quoted(named)}: a tuple of entity ids is required")
         ids = tuple(named)

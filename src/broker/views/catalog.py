@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, Draft, check_channel_name, check_event_type
+from broker.envelope import SEM, check_channel_name, check_event_type
 from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
@@ -35,6 +35,7 @@ class Catalog:
         self.profiles: dict[str, Profile] = {}
         self.handlers: dict[str, TimelineHandler] = {}
         self._channel_by_type: dict[str, str] = {}
+        self._owners: dict[str, dict[str, str]] = {}  # who declared what, by hook
         self._fill(
             self.channels, BUILTIN_CHANNELS, "register_channels", lambda channel: check_channel_name(channel.name)
         )
@@ -51,16 +52,16 @@ class Catalog:
             name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
         )
         """Event channels whose envelopes are folded into the timeline."""
-        self.drafts = DraftChecks(self.event_types)
-        plugins.check_further("classify", self._classified)
-        plugins.check_further("check_draft", self._changed_draft)
+        declared = {name: plugin for name, plugin in self._owners["register_event_types"].items() if plugin != BUILTIN}
+        self.drafts = DraftChecks(self.event_types, declared, plugins)
+        plugins.check_further("classify", self.check_published)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
             self.switch(name, on=True)
 
     def _fill(self, target: dict[str, T], builtin: Iterable[T], hook: str, name_of: Callable[[T], str]) -> None:
-        owners: dict[str, str] = {}
+        owners = self._owners.setdefault(hook, {})
         collected = [(BUILTIN, list(builtin)), *self._plugins.call_collect(hook)]
         for plugin, items in collected:
             for item in items:
@@ -138,18 +139,11 @@ class Catalog:
             self._channel_by_type[event_type] = found
         return found
 
-    def _classified(self, name: str) -> str:
-        """Check an answer of `classify`. Raises UnknownChannel, InvalidInput for a channel that nobody can publish to."""
+    def check_published(self, name: str) -> str:
+        """Return the name of a channel that can be published to. Raises UnknownChannel, InvalidInput for derived state."""
         if self.channel(name).kind == "state":
             raise InvalidInput(f"channel {name!r} is derived state: nobody can publish to it", channel=name)
         return name
-
-    def _changed_draft(self, draft: Draft) -> Draft:
-        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what nobody could publish."""
-        self.drafts.check(draft)
-        if draft.channel is not None:
-            self._classified(draft.channel)
-        return draft
 
     def is_on(self, channel: Channel) -> bool:
         """Say whether envelopes of this channel are published at present."""

@@ -9,9 +9,13 @@ import orjson
 from pydantic import ValidationError
 
 from broker.channels import EventType
+from broker.copies import own
 from broker.envelope import Draft, check_event_type, encode_json
-from broker.errors import InvalidDraft
+from broker.errors import InvalidDraft, PluginError
+from broker.plugins import PluginHost
+from broker.plugins.isolation import ENDINGS, brief
 
+HOOK = "register_event_types"
 RESERVED_PREFIXES = ("ws.", "timeline.")
 _TYPES_MAX = 4096
 
@@ -25,9 +29,12 @@ class DraftChecks(dict[str, Validate | None]):
     Looking up a type that is the broker's own raises InvalidDraft. A dict, since every draft of a producer passes here.
     """
 
-    def __init__(self, event_types: Mapping[str, EventType]) -> None:
+    def __init__(self, event_types: Mapping[str, EventType], owners: Mapping[str, str], plugins: PluginHost) -> None:
+        """owners: the plugins that declared types, by type; the others are built in."""
         super().__init__()
         self._event_types = event_types
+        self._owners = owners
+        self._plugins = plugins
 
     def __missing__(self, event_type: str) -> Validate | None:
         if event_type.startswith(RESERVED_PREFIXES):
@@ -35,12 +42,32 @@ class DraftChecks(dict[str, Validate | None]):
                 f"type {event_type!r} is the broker's own: publish the event that causes it", type=event_type
             )
         declared = self._event_types.get(event_type)
-        has_model = declared is not None and declared.model is not None
-        check = declared.model.__pydantic_validator__.validate_python if has_model else None  # type: ignore[union-attr]
+        check: Validate | None = None
+        if declared is not None and declared.model is not None:
+            check = declared.model.__pydantic_validator__.validate_python
+            if event_type in self._owners:
+                check = self._contained(event_type, check)
         if len(self) >= _TYPES_MAX:  # types come from outside too: bounded
             self.clear()
         self[event_type] = check
         return check
+
+    def _contained(self, event_type: str, validate: Validate) -> Validate:
+        """Wrap a plugin's model: its validators are code as well, which may change what they see, and may fail."""
+        plugin = self._owners[event_type]
+
+        def contained(data: Any) -> None:
+            try:
+                validate(own(data))
+            except ValidationError:
+                raise
+            except (Exception, *ENDINGS) as exc:
+                self._plugins.report(plugin, HOOK, exc)
+                raise PluginError(
+                    f"plugin {plugin!r}, hook {HOOK}: the model of {event_type} failed: {brief(exc)}", plugin=plugin
+                ) from exc
+
+        return contained
 
     def check(self, draft: Draft) -> None:
         """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from broker.channels import EventType
 from broker.envelope import Draft
-from broker.errors import InvalidDraft
+from broker.errors import InvalidDraft, PluginError
 from broker.hookspecs import hookimpl
 from broker.interfaces import Broker, OpenConversation
 from broker.publisher import Publisher
@@ -99,6 +100,55 @@ async def test_data_are_judged_as_others_will_see_them() -> None:
         for publish in (await doors_of(running, plugin)).values():
             await publish("user.message", {"text": "x", "attachments": ({"a": 1},)})
             await publish("note.free", {"anything": (1, 2)})
+
+
+class Rewriting(BaseModel):
+    """A model whose validators do more than look."""
+
+    how: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def rewrite(cls, data: Any) -> Any:
+        how = data.get("how")
+        if how == "raises":
+            raise RuntimeError("a validator that breaks")
+        if how == "cancels":
+            raise asyncio.CancelledError
+        data["secret"] = "changed"
+        data["nested"].clear()
+        return data
+
+
+class Rewritten:
+    name = "rewritten"
+
+    @hookimpl
+    def register_event_types(self) -> list[EventType]:
+        return [EventType("note.rewritten", "sem", Rewriting)]
+
+
+async def test_a_model_that_changes_what_it_checks_changes_nothing() -> None:
+    async with memory_broker(Rewritten()) as running:
+        client = await running.connect("c1")
+        data = {"how": "ok", "secret": "kept", "nested": {"a": 1}}
+        await running.publish("c1", "note.rewritten", data)
+        assert (await client.wait_for("note.rewritten"))["data"] == data
+        (stored,) = (await running.parts.log.read("c1", after=0)).envelopes
+        assert stored.data == data == {"how": "ok", "secret": "kept", "nested": {"a": 1}}
+
+
+@pytest.mark.parametrize("how", ["raises", "cancels"])
+async def test_a_model_that_breaks_is_its_plugins_failure(how: str) -> None:
+    async with memory_broker(Rewritten()) as running:
+        with pytest.raises(
+            PluginError, match="plugin 'rewritten', hook register_event_types: the model of note.rewritten"
+        ):
+            await running.publish("c1", "note.rewritten", {"how": how, "nested": {}})
+        assert running.parts.plugins.describe()[0]["errors"] == 1
+        with pytest.raises(InvalidDraft, match="how: Input should be a valid string"):
+            await running.publish("c1", "note.rewritten", {"how": 3, "nested": {}})
+        assert running.parts.plugins.describe()[0]["errors"] == 1
 
 
 async def test_a_check_that_refuses_is_still_asked_after_the_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, ca
 
 from broker.cli.verify import verify_conversation
 from broker.conversations.conversation import Conversation
-from broker.envelope import Draft
+from broker.envelope import Draft, Envelope
 from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied, StoreError
 from broker.hookspecs import hookimpl
 from broker.library.jsonl import BadLine
@@ -23,6 +24,7 @@ from broker.security import Principal
 from broker.sequence import EARLIEST_MS, PER_MS
 from broker.testing import parts_of
 from broker.timeline.entity import Entity
+from broker.timeline.handlers import TimelineHandler, new_entity
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster"])
@@ -179,6 +181,57 @@ async def test_every_builtin_entity_survives_a_fork(db: str) -> None:
         await assert_fold_law(core, "copy")
         await core.parts.library.import_(CALLER, await exported(core, "source"), new_id="again")
         assert await contents(core, "again") == source
+
+
+class Rating:
+    """A plugin whose entities stand alone, or are about a message, which they change as well."""
+
+    name = "rating"
+
+    @hookimpl
+    def register_timeline_handlers(self) -> list[TimelineHandler]:
+        return [
+            TimelineHandler("note.added", self.note),
+            TimelineHandler("rating.given", self.rate, keys=lambda envelope: (envelope.id, envelope.data["message"])),
+        ]
+
+    def note(self, entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
+        known = entities.get(envelope.id)
+        return [known.changed(**envelope.data) if known else new_entity(envelope, "note", **envelope.data)]
+
+    def rate(self, entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
+        stars, about = envelope.data["stars"], entities.get(envelope.data["message"])
+        known = entities.get(envelope.id)
+        rated = [known.changed(stars=stars) if known else new_entity(envelope, "rating", stars=stars)]
+        return rated + ([about.changed(stars=stars)] if about else [])
+
+
+async def test_entities_of_plugins_survive_a_fork(db: str) -> None:
+    """Also those that are about a message, and what they changed of it, in their order; not those of what is left out."""
+    drafts = [
+        Draft("user.message", {"text": "q"}, "u1"),
+        Draft("note.added", {"text": "a"}, "n1"),
+        Draft("llm.final", {"text": "x"}, "m1"),
+        Draft("rating.given", {"message": "m1", "stars": 3}, "r1"),
+        Draft("rating.given", {"message": "nobody", "stars": 1}, "r2"),
+        Draft("note.added", {"text": "b"}, "n1"),
+        Draft("rating.given", {"message": "n1", "stars": 4}, "r3"),
+        Draft("note.added", {"more": [1, {"x": 2}]}, "n1"),
+        Draft("rating.given", {"message": "m1", "stars": 5}, "r1"),
+        Draft("user.message", {"text": "last"}, "u2"),
+    ]
+    later = [
+        Draft("llm.final", {"text": "y"}, "m2"),
+        Draft("note.added", {"text": "later"}, "n2"),
+        Draft("rating.given", {"message": "m2", "stars": 1}, "r1"),
+    ]
+    async with Core(db, plugins=[Rating()]) as core:
+        await core.broker.publish("source", drafts)
+        source = await contents(core, "source")
+        await core.broker.publish("source", later)
+        await core.parts.library.fork(CALLER, "source", "u2", new_id="copy")
+        assert await contents(core, "copy") == source
+        await assert_fold_law(core, "copy")
 
 
 async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None:

@@ -15,7 +15,7 @@ from broker import hookspecs
 from broker.channels import Channel, EventType
 from broker.clock import ManualClock
 from broker.envelope import Draft, Envelope
-from broker.errors import AuthenticationFailed, PermissionDenied, PluginError
+from broker.errors import AuthenticationFailed, InvalidDraft, InvalidInput, PermissionDenied, PluginError
 from broker.hookspecs import hookimpl
 from broker.interfaces import OpenConversation
 from broker.plugins import IsolationLimits, PluginHost
@@ -236,6 +236,30 @@ def test_a_list_does_where_a_tuple_is_written() -> None:
     assert host.call_collect("register_profiles") == [("odd", profiles)]
 
 
+@pytest.mark.parametrize("hook", ["register_channels", "register_tools", "start_emitters"])
+async def test_a_list_without_an_end_is_no_answer(hook: str) -> None:
+    """What was made of it is dropped: no coroutine is left that nobody awaits."""
+
+    def endless() -> Any:
+        while True:
+            yield (
+                _nothing()
+                if hook == "start_emitters"
+                else Channel("a")
+                if "channels" in hook
+                else Tool("a", "b", {}, call)
+            )
+
+    host = host_with(plugin_with(hook, endless))
+    if hook == "start_emitters":
+        with pytest.raises(PluginError, match="more than 10000"):
+            await ask(host, hook)
+    else:
+        assert await ask(host, hook) == []
+        assert "more than 10000" in described(host)["last_error"]
+    gc.collect()
+
+
 class HalfAnEngine:
     async def stream(self, request: Any) -> Any:
         return "no generator"
@@ -412,6 +436,9 @@ async def test_an_authorizer_that_answers_nonsense_denies(answer: Any) -> None:
         {"check_draft": Draft("ws.reset", {})},
         {"check_draft": Draft("llm.delta", {"delta": 3})},
         {"check_draft": Draft("no type", {})},
+        {"check_draft": Draft("notes.added", {"x": object()})},
+        {"check_draft": Draft("notes.added", {"x": "y" * 2_000_000})},
+        {"check_draft": Draft("notes.added", {}, id="")},
         {"classify": True},
         {"classify": "nowhere"},
         {"classify": "timeline"},
@@ -434,6 +461,50 @@ async def test_publishing_names_the_plugin_whose_answer_does_not_fit(tmp_path: P
     ):
         answer = await client.post("/api/publish", json={"conv_id": "c1", "type": "notes.added", "data": {}})
         assert (answer.status_code, answer.json()["type"].rpartition(":")[2]) == (500, "plugin-error")
+
+
+async def test_a_producers_own_nonsense_is_not_blamed_on_the_plugin_that_lets_it_pass() -> None:
+    class Enriching:
+        name = "odd"
+
+        @hookimpl
+        def check_draft(self, draft: Draft) -> Draft:
+            return Draft(draft.type, {**draft.data, "more": 1}, draft.id, draft.channel)
+
+    async with memory_broker(Enriching()) as running:
+        for type, data in (("notes.added", {"x": object()}), ("llm.delta", {"delta": 3}), ("ws.bye", {})):
+            with pytest.raises(InvalidDraft):
+                await running.publish("c1", type, data)
+        assert described(running.parts.plugins)["errors"] == 0
+        assert await running.publish("c1", "notes.added", {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (ResolvedRequest("not usable!", "parrot"), "conversation id"),
+        (ResolvedRequest("c1", "nobody's"), "engine profile"),
+        (ResolvedRequest("c1", "parrot", {"made up": 1}), "override"),
+        (ResolvedRequest("c1", "parrot", {"mark": object()}), "override"),
+    ],
+    ids=["conv_id", "profile", "override", "value"],
+)
+async def test_what_a_policy_makes_up_is_its_own_fault_and_what_it_takes_over_the_callers(
+    answer: ResolvedRequest, told: str
+) -> None:
+    class Overridable(Answers):
+        @hookimpl
+        def register_engine_profiles(self) -> Any:
+            return [EngineProfile("parrot", engine="parrot", overridable={"mark": {"type": "string"}})]
+
+    async with memory_broker(Overridable(resolve_request=answer)) as running:
+        with pytest.raises(PluginError, match=f"plugin 'odd', hook resolve_request: .*{told}"):
+            await running.parts.runs.send(Principal("ann"), "c1", "hi")
+        assert described(running.parts.plugins)["errors"] == 1
+        same = {"engine_profile": answer.engine_profile, "overrides": answer.overrides}
+        with pytest.raises(InvalidInput):
+            await running.parts.runs.send(Principal("ann"), answer.conv_id, "hi", **same)
+        assert described(running.parts.plugins)["errors"] == 1
 
 
 @pytest.mark.parametrize("answer", [True, "x", 3, ("c1", "parrot")], ids=str)

@@ -54,6 +54,24 @@ def driven(host: PluginHost, awaitable: Any) -> Any:
 # -- it is as if nobody was there ---------------------------------------------------------------------------------
 
 
+class Plain:
+    """An awaitable whose iterator is no generator."""
+
+    def __init__(self) -> None:
+        self.turns = 2
+
+    def __await__(self) -> Any:
+        return self
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> None:
+        if not self.turns:
+            raise StopIteration(5)
+        self.turns -= 1
+
+
 async def test_what_comes_out_is_what_would_have_come_out_without(host: PluginHost) -> None:
     async def works() -> int:
         await asyncio.sleep(0)
@@ -75,6 +93,7 @@ async def test_what_comes_out_is_what_would_have_come_out_without(host: PluginHo
         await driven(host, fails())
     with pytest.raises(TimeoutError):
         await driven(host, times_out())
+    assert await driven(host, Plain()) == 5
     future = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(future.set_result, 7)
     assert await driven(host, future) == 7

@@ -385,7 +385,13 @@ class ToolCaller:
         return self
 
     async def stream(self, request: Any) -> Any:
-        self.told.append([call.input for message in request.messages for call in message.tool_calls])
+        self.told.append([orjson.loads(orjson.dumps(one.input)) for m in request.messages for one in m.tool_calls])
+        schemas = [spec.parameters for spec in request.tools]
+        assert schemas == [{"type": "object"}]
+        for message in request.messages:  # an engine that does with all of it what it likes
+            for each in message.tool_calls:
+                vandalise(each.input)
+        vandalise(schemas[0])
         if request.step == 0:
             yield ToolCallStart("k", "call-1", "ruin")
             yield ToolCallEnd("k", {"nested": {"list": [1]}})
@@ -395,10 +401,72 @@ class ToolCaller:
 
 
 async def test_a_tool_that_ruins_its_input_ruins_its_own() -> None:
-    """The engine is told the call as the model made it."""
+    """The engine is told the call as the model made it, in the next step and in the next run, whatever it did to it."""
     plugin = ToolCaller()
     async with memory_broker(plugin) as running:
         client = await running.connect("c1")
-        await running.parts.runs.send(Principal("ann"), "c1", "hi")
+        for count in (1, 2):
+            await running.parts.runs.send(Principal("ann"), "c1", "hi")
+            await client.wait_for("run.finished", count=count)
+    made = {"nested": {"list": [1]}}
+    assert plugin.told == [[], [made], [made], [made, made]]
+
+
+class Approving(ToolCaller):
+    """A plugin whose engine and whose own code go on changing what they handed over, while a person decides."""
+
+    name = "approving"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Any] = []
+        self.broker: Any = None
+        self.handed: dict[str, Any] = {"nested": {"list": [1]}}
+
+    @hookimpl
+    def on_startup(self, broker: Any) -> None:
+        self.broker = broker
+
+    @hookimpl
+    def register_engine_profiles(self) -> list[EngineProfile]:
+        return [EngineProfile("caller", engine="caller", tools=("ruin",), overridable={"mark": {}})]
+
+    @hookimpl
+    def register_tools(self) -> list[Tool]:
+        return [Tool("ruin", "ruins", {"type": "object"}, self.ruin, requires_approval=True)]
+
+    @hookimpl
+    def resolve_request(self, request: RunRequest) -> None:
+        return None
+
+    def ruin(self, input: Any, context: Any) -> str:
+        self.given.append(orjson.loads(orjson.dumps(input)))
+        return "done"
+
+    async def stream(self, request: Any) -> Any:
+        if request.step == 0:
+            yield ToolCallStart("k", "call-1", "ruin")
+            yield ToolCallEnd("k", self.handed)
+            vandalise(self.handed)
+        yield Finish("stop")
+
+
+async def test_what_a_person_approves_is_what_the_tool_gets() -> None:
+    """Whatever the engine does with the input afterwards, and a plugin with the state that it was shown."""
+    plugin = Approving()
+    async with memory_broker(plugin) as running:
+        client = await running.connect("c1")
+        overrides = {"mark": {"deep": [1]}}
+        await plugin.broker.send(SYSTEM, "c1", "hi", overrides=overrides)
+        vandalise(overrides)
+        await client.wait_for("tool.approval_requested")
+        shown = await plugin.broker.state(SYSTEM, "c1")
+        before = orjson.dumps(shown)
+        assert shown["pendingApprovals"][0]["input"] == {"nested": {"list": [1]}}
+        vandalise(shown)
+        assert orjson.dumps(await plugin.broker.state(SYSTEM, "c1")) == before
+        await running.parts.runs.approve_tools("c1", None, "ann")
         await client.wait_for("run.finished")
-    assert plugin.told == [[], [{"nested": {"list": [1]}}]]
+        (run,) = await running.parts.stores.runs.runs("c1", limit=None)
+    assert plugin.given == [{"nested": {"list": [1]}}]
+    assert run.overrides == {"mark": {"deep": [1]}}

@@ -362,6 +362,13 @@ def test_a_misspelled_variable_is_told(host, write, monkeypatch, caplog):
     assert "the closest one is 'BROKER_PLUGIN_HOOKER_RETRIES'" in told[0]
 
 
+def test_a_configure_that_nobody_awaits_is_a_start_up_error(host, write):
+    directory = write("a.py", SETTINGS_PLUGIN.replace("def configure", "async def configure"))
+    with pytest.raises(PluginError, match=r"plugin 'a': configure\(settings\) failed: .*async function"):
+        host.load_directory(directory)
+    gc.collect()
+
+
 def test_a_failing_configure_is_a_start_up_error(host, write):
     """A plugin that refuses its own settings stops the start, under its name."""
     source = SETTINGS_PLUGIN.replace("    given = settings", "    raise ValueError('url and tags exclude each other')")
@@ -874,6 +881,28 @@ def test_one_views_failing_predicate_is_not_excused_by_anothers(host):
         if not described(host, "gate")["quarantined"]:
             good(ENVELOPE)
     assert "3 failures in a row" in described(host, "gate")["quarantined"]["build_filter"]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, SystemExit])
+def test_what_ends_its_caller_is_a_failure_like_any_other(host, error):
+    """The result of a cancelled task raises CancelledError: out of a plain function it must not end whoever called it."""
+
+    def raises(*_args: Any, **_kwargs: Any) -> Any:
+        raise error
+
+    class Odd:
+        name = "odd"
+        on_conversation_opened = hookimpl(lambda self: raises())
+        classify = hookimpl(lambda self, event_type: raises())
+
+    host.add(Odd())
+    host.call_all("on_conversation_opened", conversation="c")
+    with pytest.raises(PluginError, match="plugin 'odd', hook classify"):
+        host.call_first("classify", event_type="a.b")
+    for hook in ("build_filter", "build_transform", "register_timeline_handlers", "register_event_types"):
+        with pytest.raises(PluginError, match=f"plugin 'odd', hook {hook}"):
+            host.guard("odd", hook, raises)(ENVELOPE)
+    assert described(host, "odd")["errors"] == 6
 
 
 def test_a_filter_that_fails_in_one_view_is_taken_out_of_that_view_alone(host):

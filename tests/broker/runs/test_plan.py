@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import EngineError, InvalidConversationId, InvalidOverrides, PluginError, UnknownEngineProfile
+from broker.errors import EngineError, InvalidOverrides, PluginError, UnknownEngineProfile
 from broker.hookspecs import hookimpl
 from broker.plugins import PluginHost
 from broker.runs.engine import EngineProfile
@@ -185,11 +185,13 @@ async def test_a_plugin_decides_and_is_checked() -> None:
     assert (await profiles.resolve(request(), "fresh")).conv_id == "elsewhere"
     assert policy.seen[0].prompt == "hi"
     policy.answer = ResolvedRequest("no spaces please", "small")
-    with pytest.raises(InvalidConversationId):
+    with pytest.raises(PluginError, match="plugin 'policy', hook resolve_request: .*'no spaces please'"):
         await profiles.resolve(request(), "fresh")
     policy.answer = ResolvedRequest("c", "small", {"x": 1})
-    with pytest.raises(InvalidOverrides):
+    with pytest.raises(PluginError, match="override 'x' is not allowed"):
         await profiles.resolve(request(), "fresh")
+    with pytest.raises(InvalidOverrides):  # it is the caller who asked for it
+        await profiles.resolve(request(overrides={"x": 1}), "fresh")
 
 
 def test_two_plugins_with_one_profile_name_are_an_error_naming_both() -> None:

@@ -103,6 +103,19 @@ async def test_a_thread_that_hangs_keeps_its_place_until_it_ends() -> None:
         await asyncio.sleep(0.001)
 
 
+async def test_a_call_that_gets_no_thread_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = runner(tool(lambda _given, _context: "done", max_concurrency=1))
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            assert "can't start new thread" in str((await made.run(ToolCall("a", "t", {}), CONTEXT)).error)
+    assert (await made.run(ToolCall("b", "t", {}), CONTEXT)).result == "done"
+
+
 async def test_waiting_for_a_turn_is_not_a_tools_own_time() -> None:
     """Six calls of one at a time, each within its limit: all of them answer, though the last waits for longer than that."""
     gates = [threading.Event() for _ in range(6)]
