@@ -719,7 +719,12 @@ def build_filter(profile: Profile) -> Callable[[Envelope], bool] | None:
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
     Returns: a predicate, False to withhold. All plugins are asked; one False is enough. None: no opinion, and
-        no cost per envelope.
+        no cost per envelope. It holds for whatever is made of events, too: an entity is shown where its
+        `timeline.upsert` passes and every event passes by which it can be told (a finished message as its
+        `user.message` or `llm.final`, a call as its `tool.…`; of a plugin's own types one event each, with the
+        entity's props as data). Titles and search are made of what the profile `default` shows, and the state of
+        runs is seen through it: a filter for another profile alone leaves these as they are.
+        `broker.testing.assert_hidden` proves that a filter holds.
     Raises: an exception of the predicate withholds that envelope from this view; one of the factory withholds
         all envelopes from it until it is compiled again. Both are reported under the plugin's name. A
         predicate that keeps failing or stalling is quarantined: it is not called any more and everything is
@@ -744,7 +749,10 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
         profile: name, channels, options and permission of the profile, frozen.
     Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the
         same object to change nothing, never another `seq`, and never change `envelope.data` in place. None:
-        no opinion, no cost.
+        no opinion, no cost. It holds for whatever is made of events, too: one that leaves a `timeline.upsert` as it
+        is, is applied to the events by which the entity can be told (see `build_filter`), and the entity is shown
+        as they then fold; of an upsert it may change the entity's `id`, `kind` and `props`, not its version and
+        position. `broker.testing.assert_hidden` proves that a mask holds.
     Raises: as for `build_filter`: the envelope is withheld, since the original may hold what was to be
         redacted.
     Example:

@@ -145,6 +145,8 @@ class ViewCompiler:
             filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
             transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
+            own_filters=tuple(fn for _, fn in filters),
+            own_transforms=tuple(fn for _, fn in transforms),
             readable=readable,
             state_look=_digest(look),
         )
