@@ -79,6 +79,7 @@ class Reading:
             conversation = await self._conversations.open(conv_id)
             conversation.holds += 1
             try:
+                view = self._admission.again(view)  # plugins may have been switched meanwhile
                 page = await self._page(conversation, view, since=since, epoch=epoch, limit=limit)
                 left_s = deadline_s - time.monotonic()
                 if page.more or not page.recovered or left_s <= 0 or self._shows_something(page):

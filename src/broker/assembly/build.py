@@ -131,8 +131,8 @@ class _Building:
             self.clock,
             self.phase,
         )
-        view_changes = ViewChanges(self.admission, starts, recovery, dispatcher, pool)
-        self.following = Following(self.admission, self.subscriptions, view_changes, self.registry)
+        self.view_changes = ViewChanges(self.admission, self.views, starts, recovery, dispatcher, pool, self.tasks)
+        self.following = Following(self.admission, self.subscriptions, self.view_changes, self.registry)
 
     def _runs(self) -> None:
         stores, database = self.stores, self.stores.database
@@ -262,6 +262,7 @@ class _Building:
             registry=self.registry,
             notices=self.notices,
             subscriptions=self.subscriptions,
+            view_changes=self.view_changes,
             runs=self.runs,
             emitters=self.emitters,
             observers=self.observers,

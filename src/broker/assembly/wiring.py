@@ -23,6 +23,7 @@ def wire(parts: Parts) -> None:
     parts.coordinator.on_lost = parts.conversations.on_lost = wiring.log_was_reset
     parts.subscriptions.on_opened = wiring.connection_opened
     parts.subscriptions.on_closed = wiring.connection_closed
+    parts.subscriptions.again = parts.views.again
     parts.ingest.still_working = lambda: bool(parts.runs.active)
     if isinstance(parts.log, SharedLog):
         parts.log.follow(LocalFollower(parts.conversations, wiring.log_was_reset))
@@ -42,12 +43,14 @@ def committed(parts: Parts) -> Callable[[list[Committed]], None]:
 
 
 def plugins_changed(parts: Parts) -> None:
-    """A plugin was loaded, or switched on or off: what was compiled with it is void."""
+    """A plugin was loaded, or switched on or off: what was compiled with it is void, live views as well."""
     parts.views.forget()
     parts.catalog.forget()
     parts.ingest.look_again()
     parts.observers.look_again()
     parts.runs.reload()
+    for subscription in parts.registry.all():
+        parts.view_changes.renew(subscription)
 
 
 class _Wiring:

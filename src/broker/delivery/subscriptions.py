@@ -19,6 +19,7 @@ from broker.delivery.subscription import Subscription
 from broker.errors import InvalidInput, Unavailable
 from broker.phase import Phase
 from broker.views.frames import Message, control_message, reset_message, through_message
+from broker.views.view import View
 
 
 class Subscriptions:
@@ -49,6 +50,8 @@ class Subscriptions:
         self._clock = clock
         self._phase = phase
         self.parked_total = 0
+        self.again: Callable[[View], View] = lambda view: view
+        """Returns a view as plugins make it now: they may be switched between admission and subscription."""
         self.on_opened: Callable[[Subscription], None] = lambda subscription: None
         self.on_closed: Callable[[Subscription, str], None] = lambda subscription, reason: None
         pool.bind(self)
@@ -66,7 +69,7 @@ class Subscriptions:
         request = admitted.request
         conversation = await self._conversations.open(admitted.conv_id)
         self._check_not_draining()  # again: who comes later than `close` would be told nothing
-        subscription = Subscription(connection_id, conversation, request, admitted.view, admitted.principal)
+        subscription = Subscription(connection_id, conversation, request, self.again(admitted.view), admitted.principal)
         self._registry.add(subscription)
         conversation.subscriptions += 1
         try:
