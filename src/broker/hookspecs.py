@@ -466,6 +466,7 @@ async def authorize(principal: Principal, action: Action, conv_id: str | None, c
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
     When: once per request; once per connection and again on each change of its view. Once more, one by one where that
         is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
+        For every connection again when a plugin is switched; who is refused then is closed with 4403.
     Blocking: wait with `await`; answer from memory where you can.
     Arguments:
         principal: who asks.

@@ -200,9 +200,13 @@ class Subscriptions:
     async def close_conversation(self, conv_id: str, code: int, reason: str) -> None:
         """End every subscription of a conversation, for good."""
         for subscription in self._registry.of_conversation(conv_id):
-            self._notices.bye(subscription, reason, reconnect=False)
-            self._pool.close(subscription.connection_id, code, reason)
-            await self.close_one(subscription, reason)
+            await self.dismiss(subscription, code, reason)
+
+    async def dismiss(self, subscription: Subscription, code: int, reason: str) -> None:
+        """End a subscription for good: its client is told not to come back."""
+        self._notices.bye(subscription, reason, reconnect=False)
+        self._pool.close(subscription.connection_id, code, reason)
+        await self.close_one(subscription, reason)
 
     def send_back(self, conv_id: str, reason: str) -> list[Subscription]:
         """Close a conversation's connections so that they come back and are told where they stand; return those closed."""

@@ -83,6 +83,24 @@ class ViewChanges:
             subscription.task.cancel()
         self._tasks.spawn(self._renew(subscription))
 
+    async def ask_again(self, subscription: Subscription) -> None:
+        """Ask whether a connection may still read what its view shows: who answers that may have been switched.
+
+        Raises PermissionDenied where it may not; what to do then is the caller's business. StoreError.
+        """
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        async with subscription.changing:
+            old = subscription.view
+            names = ",".join(old.channel_names)
+            if not names:
+                return
+            view = await self._admission.view(subscription.principal, subscription.conv_id, old.profile.name, names)
+            if view.key != subscription.view.key:
+                await self._recovery.end(subscription)
+                if subscription.status != "closed":
+                    self._change(subscription, self._views.again(view), None)
+
     async def _renew(self, subscription: Subscription) -> None:
         if subscription.changing is None:
             subscription.changing = asyncio.Lock()

@@ -50,6 +50,7 @@ class View:
     state_look: str = ""
     _types: dict[str, bool] = field(default_factory=dict)
     _sources: dict[Sources, bool] = field(default_factory=dict)
+    _not_asked: set[str] = field(default_factory=set)
     plain: bool = field(init=False)
     state_is_plain: bool = field(init=False)
 
@@ -139,6 +140,9 @@ class View:
             return False
 
     def _cannot_ask(self, entity: Entity, exc: Exception) -> None:
+        if entity.kind in self._not_asked or len(self._not_asked) >= 100:
+            return  # said once
+        self._not_asked.add(entity.kind)
         logger.warning(
             "view %s: a filter or transform cannot take the props of an entity of kind %s as an event of its types; withheld: %s",
             self.profile.name,

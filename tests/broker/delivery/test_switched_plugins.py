@@ -100,6 +100,36 @@ async def test_nothing_hidden_is_sent_any_more_to_who_catches_up(core: Core) -> 
     assert not peer.client.gaps
 
 
+class Guards:
+    """Lets nobody read `closed`, and nobody see what was said in the channel `extra`."""
+
+    name = "guards"
+
+    @hookimpl
+    def authorize(self, principal: Principal, action: str, conv_id: str | None, channels: list[str]) -> bool:
+        return action != "read" or (conv_id != "closed" and "extra" not in channels)
+
+
+async def test_who_may_read_is_asked_again(tmp_path: Path) -> None:
+    async with Core(":memory:", plugins=[Channels(), Guards()]) as core:
+        core.parts.plugins.disable("guards")
+        barred, _ = await core.connect("closed")
+        peer, _ = await core.connect("c1", hydrate=True)
+        await core.broker.publisher("c1").publish("user.message", {"text": "aside"}, id="u1", channel="extra")
+        await user(core, "open", "u2")
+        assert set(peer.client.entities) == {"u1", "u2"}
+        core.parts.plugins.enable("guards")
+        await until(lambda: barred.closed is not None)
+        assert barred.closed == (4403, "not permitted any more")
+        await until(lambda: set(peer.client.entities) == {"u2"})
+        await live(core)
+        await core.broker.publisher("c1").publish("user.message", {"text": "aside"}, id="u3", channel="extra")
+        await user(core, "open", "u4")
+        assert (set(peer.client.entities), texts(peer)) == ({"u2", "u4"}, ["open", "open"])
+        core.parts.plugins.disable("guards")
+        await until(lambda: set(peer.client.entities) == {"u1", "u2", "u3", "u4"})
+
+
 async def test_a_view_that_was_made_before_the_switch_is_not_used_after_it(core: Core) -> None:
     core.parts.plugins.disable("hides")
     following = core.broker.doors.following
