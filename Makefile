@@ -7,9 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest
-UNIT_TESTS := $(wildcard tests/broker tests/transports tests/plugins)
-PLUGIN_PACKAGES := $(notdir $(patsubst %/__init__.py,%,$(wildcard plugins/*/__init__.py)))
-PLUGIN_FILES := $(wildcard plugins/*.py)
+UNIT_TESTS := $(wildcard tests/broker tests/transports tests/plugins tests/test_*.py)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .PHONY: serve test check lint unit bench bench-nodes lock clean
@@ -27,9 +25,7 @@ check: lint unit
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/mypy src
-	$(if $(PLUGIN_PACKAGES),MYPYPATH=src:plugins $(BIN)/mypy $(addprefix -p ,$(PLUGIN_PACKAGES)))
-	$(if $(PLUGIN_FILES),MYPYPATH=src:plugins $(BIN)/mypy $(PLUGIN_FILES))
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)

@@ -42,6 +42,7 @@ class Sink:
     framing = RAW_WEBSOCKET
     writable = True
     buffered_bytes = 0
+    progress = 0
 
     def __init__(self) -> None:
         self.id = "sink"

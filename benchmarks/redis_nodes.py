@@ -109,7 +109,8 @@ def _take(name: str, step: Step, results: Results) -> None:
     try:
         step(results)
     except (RuntimeError, subprocess.TimeoutExpired) as exc:
-        results.fail(*name.split(": ", 1), str(exc))
+        workload, _, way = name.partition(": ")
+        results.fail(workload, way, str(exc))
 
 
 def _load() -> str:

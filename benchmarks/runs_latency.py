@@ -42,7 +42,7 @@ async def measure(args: argparse.Namespace, db: str) -> dict[str, list[float]]:
         taken["save"].append(time.perf_counter() - started)
         return result
 
-    store.update = timed_update  # type: ignore[method-assign]
+    store.update = timed_update  # type: ignore[method-assign, assignment]
     for number in range(args.conversations):
         await parts_of(broker).runs.send(SYSTEM, f"c{number}", "go")
     await parts_of(broker).runs.send(SYSTEM, "actions", "go")

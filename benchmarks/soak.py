@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVarTuple
 from urllib.parse import urlencode, urlsplit
 
 import httpx
@@ -35,6 +35,7 @@ import orjson
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
+Given = TypeVarTuple("Given")
 MIB = 1 << 20
 TEXT, NOTE, TRACE = "text", "note", "trace"
 PROFILES: tuple[tuple[dict[str, str], tuple[str, ...], bool], ...] = (
@@ -250,10 +251,10 @@ class Client:
         return sum(self._conversation.numbers[kind] - seen for kind, seen in self.seen.items())
 
 
-async def until_true(condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
-    """Wait until `condition()` holds; False when `timeout_s` passed before."""
+async def until_true(condition: Callable[[*Given], bool], *given: *Given, timeout_s: float | None = None) -> bool:
+    """Wait until `condition(*given)` holds; False when `timeout_s` passed before."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while not condition():
+    while not condition(*given):
         if deadline is not None and time.monotonic() > deadline:
             return False
         await asyncio.sleep(0.05)
@@ -328,7 +329,7 @@ class Soak:
         """Publish until enough was delivered, wait until everybody has everything, compare the states."""
         readers = [asyncio.create_task(client.run()) for client in self.clients]
         try:
-            if not await until_true(lambda: all(client.caught_up for client in self.clients), 120):
+            if not await until_true(lambda: all(client.caught_up for client in self.clients), timeout_s=120):
                 raise SystemExit("not every client could connect within 120 s")
             helpers = [asyncio.create_task(self._drop_some()), asyncio.create_task(self._measure())]
             try:
@@ -377,7 +378,7 @@ class Soak:
         for client in self.clients:
             client.finish()
         done = await until_true(
-            lambda: all(not client.missing and client.caught_up for client in self.clients), DRAIN_S
+            lambda: all(not client.missing and client.caught_up for client in self.clients), timeout_s=DRAIN_S
         )
         if not done:
             print(f"not drained within {DRAIN_S:.0f} s")
@@ -390,7 +391,9 @@ class Soak:
                 for client in conversation.clients:
                     if client.has_state:
                         # The last frames may still be on their way.
-                        await until_true(lambda client=client, expected=expected: client.state == expected, 10)
+                        await until_true(
+                            lambda client, expected: client.state == expected, client, expected, timeout_s=10
+                        )
                         self.counts.stale += sum(client.state.get(id) != state for id, state in expected.items())
 
     async def _timeline(self, http: httpx.AsyncClient, conv_id: str) -> dict[str, tuple[int, bytes]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.broker_process import BrokerProcess
+from tests.support.redis_pair import RedisPair
 from tests.support.redis_server import RedisCluster, RedisServer, redis_executable, valkey_executable
 
 
@@ -149,3 +150,15 @@ def redis_server(redis_installed: None, tmp_path: Path) -> Iterator[RedisServer]
         yield server.start()
     finally:
         server.stop()
+
+
+@pytest.fixture
+def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]:
+    """A Redis of this test alone and its replica, for failovers."""
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    pair = RedisPair(redis_server, folder)
+    try:
+        yield pair.start()
+    finally:
+        pair.stop()

@@ -45,6 +45,22 @@ async def test_the_readme_plugin_works(tmp_path: Path) -> None:
     host.close()
 
 
+RUN = {
+    "README.md": 2,  # embedding: tests/e2e/test_mounting.py; the plugin: here
+    "docs/how-to/approve-tools.md": 1,  # tests/e2e/test_how_to_pages.py
+    "docs/how-to/bring-your-own-engine.md": 1,
+    "docs/how-to/embed.md": 3,  # tests/e2e/test_mounting.py
+    "docs/reference/hooks.md": 32,  # tests/e2e/test_hook_examples.py, tests/broker/test_hookspecs.py
+}
+"""Python examples by page, and the tests that run them."""
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    """Who adds one adds a test that runs it, then its number here."""
+    found = {str(page.relative_to(ROOT)): len(python_blocks(page)) for page in PAGES}
+    assert {page: count for page, count in found.items() if count} == RUN
+
+
 def test_every_decision_says_what_and_why() -> None:
     """Decision records are numbered without holes."""
     numbers = sorted(int(page.name[:4]) for page in ROOT.glob("docs/decisions/*.md"))

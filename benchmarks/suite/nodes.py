@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +65,7 @@ def _wait_until_ready(node: Server) -> None:
 class Fleet:
     """`with Fleet(3) as fleet`: an empty Redis and that many nodes. settings: of the nodes."""
 
-    def __init__(self, nodes: int, *, cpus: str | None = None, settings: dict[str, object] | None = None) -> None:
+    def __init__(self, nodes: int, *, cpus: str | None = None, settings: Mapping[str, object] | None = None) -> None:
         self._count = nodes
         self._cpus = cpus or server_cpus()
         self._settings = settings or {}

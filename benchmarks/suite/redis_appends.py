@@ -63,5 +63,5 @@ async def append(
 
 
 if __name__ == "__main__":
-    *numbers, seconds_ = sys.argv[1:]
-    print(json.dumps(uvloop.run(append(*map(int, numbers), float(seconds_)))))
+    port_, pid_, conversations_, batch_, writers_ = map(int, sys.argv[1:6])
+    print(json.dumps(uvloop.run(append(port_, pid_, conversations_, batch_, writers_, float(sys.argv[6])))))

@@ -33,8 +33,10 @@ from broker.errors import BrokerError, InvalidInput, quoted
 
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 15.0
-_NEVER_AGAIN = frozenset({1008, 1009, 4401, 4403, 4404})
-"""Close codes after which a new connection would only meet the same refusal."""
+_DONE = 1000
+_NEVER_AGAIN = frozenset({1002, 1007, 1008, 4002, 4007, 4008, 4401, 4403, 4404})
+"""Close codes after which a new connection would only meet the same again: as docs/reference/protocol.md has them. 4002,
+4007, 4008: servers that send no 1002, 1007, 1008."""
 
 
 class RequestRefused(BrokerError):
@@ -59,9 +61,9 @@ class Unreachable(BrokerError):
 class Cursor:
     """Where a client stands, and the client's rule. Pure: no I/O in here.
 
-    last: seq of the last event taken (or told decided by `ws.through`), None before the first position is known.
-    versions: newest version taken per timeline entity. incomplete: the whole state was announced and is not all there
-    yet; a connection that breaks now has to ask for it again.
+    last: seq of the last event taken (or told decided by `ws.through`, or skipped by `ws.dropped`), None before the first
+    position is known. versions: newest version taken per timeline entity. incomplete: the whole state was announced and is
+    not all there yet; a connection that breaks now has to ask for it again.
     """
 
     last: int | None = None
@@ -86,7 +88,7 @@ class Cursor:
                 self.incomplete = True
         elif kind == "ws.caught_up":
             self.incomplete = False
-        elif kind == "ws.through" and "seq" in data:
+        elif kind in ("ws.through", "ws.dropped") and "seq" in data:
             self.last = max(self.last or 0, int(data["seq"]))
         elif kind == "timeline.upsert":
             return self._upsert(data)
@@ -240,14 +242,17 @@ class BrokerClient:
         profile: str = "default",
         channels: str | None = None,
         since: int | None = None,
+        epoch: str | None = None,
         hydrate: bool = False,
         control: bool = False,
         reconnect: bool = True,
     ) -> AsyncGenerator[dict[str, Any]]:
         """Yield the conversation's events, each once and in order, for as long as the caller listens.
 
-        since: seq after which to begin; None: live only, 0: everything retained. control: yield `ws.…` frames, too.
-        reconnect: False ends after the first connection that breaks. Raises RequestRefused when the server will not
+        since: seq after which to begin; None: live only, 0: everything retained. epoch: of the log that `since` belongs to,
+        from `ws.hello` or the timeline: one that has become another since then is recognised; None: it is not known.
+        control: yield `ws.…` frames, too. reconnect: False ends after the first connection that breaks. It ends as well
+        when the server says that it is done (1000). Raises RequestRefused when the server will not
         have this client, Unreachable when the first connection fails.
         """
         frames = self.frames(
@@ -255,6 +260,7 @@ class BrokerClient:
             profile=profile,
             channels=channels,
             since=since,
+            epoch=epoch,
             hydrate=hydrate,
             control=control,
             reconnect=reconnect,
@@ -271,12 +277,13 @@ class BrokerClient:
         profile: str = "default",
         channels: str | None = None,
         since: int | None = None,
+        epoch: str | None = None,
         hydrate: bool = False,
         control: bool = False,
         reconnect: bool = True,
     ) -> AsyncGenerator[str]:
         """As `follow`, but yield the frames as the server wrote them."""
-        cursor = Cursor(last=since, incomplete=hydrate)
+        cursor = Cursor(last=since, epoch=epoch, incomplete=hydrate)
         query = {"conv_id": conv_id, "profile": profile}
         if channels is not None:
             query["channels"] = channels
@@ -299,7 +306,7 @@ class BrokerClient:
             except (OSError, InvalidHandshake, TimeoutError) as exc:
                 if not connected_once:
                     raise Unreachable(f"{self._base} cannot be reached ({exc}): is the server running?") from exc
-            if not reconnect:
+            if not reconnect or delays.done:
                 return
             await asyncio.sleep(delays.next_s())
 
@@ -337,6 +344,7 @@ class BrokerClient:
                     yield event, text
         except ConnectionClosed:
             pass
+        delays.done = socket.close_code == _DONE and not delays.stop
         if delays.stop or socket.close_code in _NEVER_AGAIN:
             raise RequestRefused(socket.close_code or 0, {"detail": socket.close_reason or delays.reason})
 
@@ -348,6 +356,7 @@ class Backoff:
         self._failures = 0
         self._told_s: float | None = None
         self.stop = False
+        self.done = False
         self.reason = ""
 
     def note(self, event: Mapping[str, Any]) -> None:

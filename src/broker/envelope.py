@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from broker.errors import InvalidConversationId, InvalidDraft, quoted
+from broker.exact_json import unwritable_number
 
 SEM = "sem"
 TIMELINE = "timeline"
@@ -27,6 +28,8 @@ _CONV_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@~-]{0,127}\Z")
 _TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}(\.[a-z0-9_]{1,64}){0,7}\Z")
 _CHANNEL = re.compile(r"[a-z][a-z0-9_]{0,31}(\.[a-z0-9_]{1,32}){0,3}\Z")
 MAX_ID_CHARS = 256
+SEPARATOR = "\x1f"
+"""Not in dedupe keys of producers: it makes the ones of requests (eventlog/requests.py)."""
 _NESTING_MAX = 246
 """Levels of lists and objects in data: eight less than orjson writes (254)."""
 _KNOWN_TYPES: set[str] = set()  # names that were found legal: few, and each is published again and again
@@ -74,7 +77,7 @@ class Draft:
     type: dotted event type, `llm.delta`. data: a JSON object. id: stable id of the entity that the event is about; None
     gets a fresh one. channel: None leaves the choice to the event type's declaration and the `classify` hooks.
     dedupe_key: makes the append idempotent within the conversation's retained log: a second draft with the same key is
-    not appended, its publisher gets the first one's seq.
+    not appended, its publisher gets the first one's seq. Without U+001F.
     """
 
     type: str
@@ -87,7 +90,7 @@ class Draft:
 class Envelope:
     """One event of a conversation. `seq` is 0 until the event log has given it its place; then nothing changes any more.
 
-    Treat as immutable. A transform returns a changed copy (`with_data`).
+    Treat as immutable. A transform returns a changed copy (`with_data`). Plugins are handed one of their own (`own`).
     """
 
     __slots__ = ("_data", "channel", "conv_id", "data_json", "dedupe_key", "id", "seq", "stream_id", "time_ms", "type")
@@ -117,7 +120,7 @@ class Envelope:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The decoded `data`, shared by all readers: do not change it."""
+        """The decoded `data`, shared by all who hold this envelope: do not change it."""
         if self._data is None:
             self._data = orjson.loads(self.data_json)
         return self._data
@@ -128,22 +131,53 @@ class Envelope:
         return len(self.data_json) + len(self.type) + len(self.id) + len(self.channel)
 
     def with_data(self, data: Mapping[str, Any]) -> Envelope:
-        """Return a copy with other `data` and everything else, `seq` above all, the same."""
-        copy = Envelope(
-            self.conv_id, self.type, self.id, self.channel, encode_json(data), self.time_ms, self.seq, self.stream_id
-        )
+        """Return a copy with other `data` and everything else, `seq` above all, the same. Raises InvalidDraft."""
+        if not isinstance(data, Mapping):
+            raise InvalidDraft(f"data of {self.type} is {quoted(data)}: an object is required")
+        return self._with_json(encode_json(data))
+
+    def own(self) -> Envelope:
+        """Return a copy for somebody who may change it: nobody else sees what becomes of it or of its `data`."""
+        copy = self._with_json(self.data_json)
+        copy.dedupe_key = self.dedupe_key
         return copy
+
+    def settled(self) -> Envelope:
+        """Return the envelope whose JSON says what `data` says: another one, where `data` was changed in place.
+
+        Raises InvalidDraft for what cannot be written as JSON.
+        """
+        if self._data is None or (written := encode_json(self._data)) == self.data_json:
+            return self
+        if written == encode_json(orjson.loads(self.data_json)):  # the same, in other words
+            return self
+        return self.with_data(self._data)
+
+    def _with_json(self, data_json: bytes) -> Envelope:
+        return Envelope(
+            self.conv_id, self.type, self.id, self.channel, data_json, self.time_ms, self.seq, self.stream_id
+        )
 
     def __repr__(self) -> str:
         return f"<Envelope {self.conv_id} {self.type} {self.id} seq={self.seq} {len(self.data_json)} B>"
 
 
-def encode_json(value: object) -> bytes:
-    """Return `value` as compact JSON. Raises InvalidDraft for what JSON or UTF-8 cannot carry (NaN, lone surrogates…)."""
+def encode_json(value: object, *, sort_keys: bool = False) -> bytes:
+    """Return `value` as compact JSON.
+
+    Raises InvalidDraft for what cannot be carried as it is: NaN and infinities, integers beyond 64 bit, lone surrogates,
+    more than 254 levels, objects that are no JSON.
+    """
     try:
-        return orjson.dumps(value)
+        encoded = orjson.dumps(value, None, orjson.OPT_SORT_KEYS if sort_keys else None)
     except (orjson.JSONEncodeError, RecursionError) as exc:
         raise InvalidDraft(f"data cannot be written as JSON: {exc}; value {quoted(value)}") from exc
+    if b"null" in encoded and (number := unwritable_number(value)) is not None:  # orjson's word for it
+        raise InvalidDraft(
+            f"data cannot be written as JSON: it holds the number {number}; leave it out or write it as text; "
+            f"value {quoted(value)}"
+        )
+    return encoded
 
 
 def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_bytes: int) -> Envelope:
@@ -164,6 +198,8 @@ def seal(conv_id: str, draft: Draft, channel: str, id: str, time_ms: int, max_by
     size = len(data_json)
     if size > 2 * _NESTING_MAX and data_json.count(b"{") + data_json.count(b"[") > _NESTING_MAX:
         encode_json([[[[[[[[data]]]]]]]])  # with room for what stands around it in an upsert, a page, an export
+    if draft.dedupe_key is not None and SEPARATOR in draft.dedupe_key:
+        raise InvalidDraft(f"dedupe key {quoted(draft.dedupe_key)} is not usable: it contains U+001F")
     if size > max_bytes:
         raise InvalidDraft(
             f"data of {type} has {size} bytes, the limit is {max_bytes}: send it in parts or by reference",

@@ -11,6 +11,7 @@
     ├── DraftRefused                 a plugin's check_draft said no
     ├── NotFound                     a conversation, run, tool call that does not exist
     ├── Conflict
+    │   ├── ConversationShut         it is being filled or erased
     │   ├── IdempotencyMismatch      the key was used with another body
     │   └── IdempotencyPending       the first request with this key is still being decided
     ├── LimitExceeded                queue full, too many connections, polling too fast
@@ -163,6 +164,26 @@ class IdempotencyPending(Conflict):
             f"the first request with idempotency key {quoted(key)} is still being decided; repeat in a moment",
             key=key[:_SHOWN],
         )
+
+
+class ConversationShut(Conflict):
+    """A conversation is being filled (imported, forked) or erased, and admits nobody else."""
+
+    code = "conversation-shut"
+
+    @classmethod
+    def of(cls, conv_id: str, why: str) -> ConversationShut:
+        """Return the error. why: `filled`, `erased`; `lost` for who kept the others out and was not heard of for too long."""
+        doing = {
+            "filled": "is being filled by an import or a fork: choose another id, or wait until it is there",
+            "erased": "is being erased: try again in a moment",
+        }.get(why, "was let go by this process, which was not heard of for too long: try again")
+        return cls(f"conversation {conv_id!r} {doing}", conv_id=conv_id, why=why)
+
+    @property
+    def passing(self) -> bool:
+        """Whether it is over in a moment, so that waiting is worth while."""
+        return bool(self.fields["why"] == "erased")
 
 
 class LimitExceeded(BrokerError):

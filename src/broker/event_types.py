@@ -56,9 +56,12 @@ class TextDeltaData(EventData):
 
 
 class TextFinalData(EventData):
-    """The whole text. partial: the answer was cut, this is what came of it."""
+    """The whole text, left out where one envelope cannot carry it: then it is what the deltas said.
 
-    text: str
+    partial: the answer was cut, this is what came of it.
+    """
+
+    text: str = ""
     run_id: Name | None = None
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None

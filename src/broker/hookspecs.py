@@ -14,7 +14,9 @@ start), `build_` (a factory: returns an object or a callable), `resolve_`, `chec
 `classify` (they answer one request and may refuse it), `start_` and `on_` (a life; results of `on_` are ignored).
 
 Holds for all of them: a hook written `async def` here may be implemented with `def` or `async def`, any other one
-only with `def`. None is "not mine" or "no opinion". The plugin that was registered last is asked first;
+only with `def`. None is "not mine" or "no opinion". Answers are checked, fields included; one that does not fit is an
+error of the plugin, and nothing of it is taken. What you are handed is yours: envelopes, drafts and records are copies,
+and nobody else sees what you change in them. The plugin that was registered last is asked first;
 `tryfirst=True` and `trylast=True` change that. Each implementation is called on its own: one that raises does not
 keep the others from being called. Calls run on the event loop: what blocks it, blocks every client, so wait with
 `await` or in a thread.
@@ -105,12 +107,13 @@ def build_event_log(settings: Settings) -> EventLog | None:
         is taken. None: not mine; without any answer the server uses the store that its settings ask for.
     Raises: an error is a start-up error: a server that quietly used another store would lose data.
     Example:
+        from broker.clock import SystemClock
         from broker.eventlog.memory import MemoryEventLog
 
         @hookimpl
         def build_event_log(settings):
             if settings.db == "scratch":
-                return MemoryEventLog()
+                return MemoryEventLog(SystemClock())
     """
 
 
@@ -228,14 +231,16 @@ def register_timeline_handlers() -> Iterable[TimelineHandler] | None:
 
     Called by: ConversationWSBroker, when it builds its projector.
     When: once, at start. The folds run once per envelope of their type, and again whenever a conversation is
-        folded again: they must be pure, so no clock, no random, no I/O, nothing changed in place.
+        folded again: they must be pure, so no clock, no random, no I/O. Entities and envelope are copies, and what is
+        returned is copied.
     Blocking: no. A fold runs on the event loop; 1 ms is much.
     Arguments: none.
     Returns: handlers, at most one per event type; a second one for a type is a start-up error. None: no
         handlers.
-    Raises: an error is reported under the plugin's name. A fold that raises sends that one envelope to the
-        conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal. Folds are
-        never quarantined: the timeline has to equal the fold of the log.
+    Raises: an error is reported under the plugin's name. A fold that raises, or returns an entity that cannot be
+        written (props that are no plain JSON, half a surrogate pair, an id its `keys` do not name), sends that one
+        envelope to the conversation's dead letters and the rest goes on; `LateEnvelope` is no error but a refusal.
+        Folds are never quarantined: the timeline has to equal the fold of the log.
     Example:
         from broker.timeline.handlers import TimelineHandler, new_entity
 
@@ -274,8 +279,8 @@ def register_tools() -> Iterable[Tool] | None:
 
     Called by: RunService, when it starts.
     When: once, at start. A tool's `call` runs whenever a model asks for it.
-    Blocking: a plain `call` runs on a worker thread and may block up to its `timeout_s`; an `async def` one
-        may not.
+    Blocking: a plain `call` runs on a worker thread and may block up to its `timeout_s`, up to 32 of a plugin at once; an
+        `async def` one may not block.
     Arguments: none.
     Returns: tools; a name that is already declared is a start-up error. None: no tools.
     Raises: an error is reported under the plugin's name; its tools do not exist. A `call` that raises answers
@@ -438,8 +443,8 @@ async def authenticate(credentials: Credentials) -> Principal | None:
     Blocking: wait with `await`; look keys up from memory where you can, this is paid by every request.
     Arguments:
         credentials: what the caller presented: bearer token, ticket, headers, peer address.
-    Returns: the caller; the first answer is taken and later plugins are not asked. None: these credentials
-        are not mine.
+    Returns: the caller; the first answer is taken and later plugins are not asked. With `--auth NAME` that plugin alone is
+        asked, and while it is switched off nobody comes in. None: these credentials are not mine.
     Raises: `AuthenticationFailed` says "mine, but wrong" and refuses the caller (401, close code 4401). Any
         other error refuses too and is reported under the plugin's name. Never quarantined: a stranger who can
         make it fail must not be able to switch it off or to lock everybody out.
@@ -520,8 +525,8 @@ async def build_engine(plan: EnginePlan) -> Engine | None:
     Blocking: wait with `await`; open connections on first use rather than here.
     Arguments:
         plan: engine profile, engine, config with overrides applied, signature; frozen.
-    Returns: an engine; the first answer is taken. None: `plan.engine` is not mine; without any answer the run
-        fails.
+    Returns: an engine: `stream` (an async generator of events of `broker.runs.engine`) and `aclose`; the first answer is
+        taken. None: `plan.engine` is not mine; without any answer the run fails.
     Raises: an `EngineError` fails the run with its text; any other error fails it too and is reported under
         the plugin's name.
     Example:
@@ -672,11 +677,12 @@ def check_draft(draft: Draft) -> Draft | None:
     When: once per draft, whoever publishes it; each plugin gets what the one before it returned.
     Blocking: no. It runs on the event loop for every draft: answer within 0.1 ms.
     Arguments:
-        draft: type, data, id, channel, dedupe_key; the producer's own object, so return a new one to change
-            something.
-    Returns: the draft to go on with. None: leave it as it is.
+        draft: type, data, id, channel, dedupe_key; a copy of the producer's, whose data fit their type.
+    Returns: the draft to go on with, the one you were given or another; it is compared with its type once more. None:
+        leave the draft as it was, whatever you did to your copy.
     Raises: `DraftRefused` refuses the draft, and with it all that were published together; the publisher gets
-        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported.
+        the text. Any other error refuses too, as a `PluginError` that names the plugin, and is reported. The
+        end of a run cannot be refused: it is offered again without its details, and then told without asking.
         Never quarantined: a producer who can make it fail must not be able to switch it off.
     Example:
         from broker.errors import DraftRefused
@@ -697,8 +703,8 @@ def classify(event_type: str) -> str | None:
     Blocking: no. It runs on the event loop.
     Arguments:
         event_type: dotted name, `notes.added`.
-    Returns: the name of a channel that exists; the first answer is taken. None: not mine; without any answer
-        the channel is `sem`.
+    Returns: the name of an event channel that exists; the first answer is taken. None: not mine; without any
+        answer the channel is `sem`.
     Raises: an error refuses the draft and is reported under the plugin's name: on a guessed channel it could
         reach clients that must not see it.
     Example:
@@ -719,17 +725,18 @@ def build_filter(profile: Profile) -> Callable[[Envelope], bool] | None:
     Blocking: no. The predicate runs on the event loop: answer within 0.1 ms from memory.
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
-    Returns: a predicate, False to withhold. All plugins are asked; one False is enough. None: no opinion, and
-        no cost per envelope. It holds for whatever is made of events, too: an entity is shown where its
+    Returns: a predicate: True to show, False (or nothing) to withhold; anything else is an error. All plugins are asked;
+        one False is enough. None: no opinion, and no cost per envelope. It holds for whatever is made of events,
+        too: an entity is shown where its
         `timeline.upsert` passes and every event passes by which it can be told (a finished message as its
         `user.message` or `llm.final`, a call as its `tool.…`; of a plugin's own types one event each, with the
         entity's props as data). Titles and search are made of what the profile `default` shows, and the state of
         runs is seen through it: a filter for another profile alone leaves these as they are.
         `broker.testing.assert_hidden` proves that a filter holds.
     Raises: an exception of the predicate withholds that envelope from this view; one of the factory withholds
-        all envelopes from it until it is compiled again. Both are reported under the plugin's name. A
-        predicate that keeps failing or stalling is quarantined: it is not called any more and everything is
-        withheld until it is released.
+        all envelopes from it until it is compiled again. Both are reported under the plugin's name. A predicate that
+        keeps failing or stalling in a view is quarantined there: it is not called for that view any more, which withholds
+        everything until it is released; other views go on.
     Example:
         @hookimpl
         def build_filter(profile):
@@ -748,9 +755,9 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
     Blocking: no. The function runs on the event loop: 0.1 ms.
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
-    Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the
-        same object to change nothing, never another `seq`, and never change `envelope.data` in place. None:
-        no opinion, no cost. It holds for whatever is made of events, too: one that leaves a `timeline.upsert` as it
+    Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the same object to
+        change nothing, never another `seq`. What you change in `envelope.data` in place is changed for this view alone.
+        None: no opinion, no cost. It holds for whatever is made of events, too: one that leaves a `timeline.upsert` as it
         is, is applied to the events by which the entity can be told (see `build_filter`), and the entity is shown
         as they then fold; of an upsert it may change the entity's `id`, `kind` and `props`, not its version and
         position. `broker.testing.assert_hidden` proves that a mask holds.
@@ -780,7 +787,7 @@ async def on_published(envelopes: Sequence[Envelope]) -> None:
     Blocking: wait with `await`, up to the time limit; the next batch waits for this one, delivery to clients does not.
         An observer that falls 50,000 envelopes behind misses the oldest of them; the log still has them.
     Arguments:
-        envelopes: shared with everybody else: do not change them.
+        envelopes: a list of copies, yours alone.
     Returns: nothing.
     Raises: an error is reported under the plugin's name; delivery does not notice. Repeated failure or
         stalling leads to quarantine.

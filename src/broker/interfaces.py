@@ -1,4 +1,4 @@
-"""What plugins are handed of a running broker: narrow, and made at run time, so that nothing else is behind it (I7).
+"""The handles that plugins get of a running broker: narrow, and made at run time, so that nothing else is behind them (I7).
 
 A plugin has no way to the connection pool, the dispatcher, the stores or another plugin. What it may do with a broker
 is what `Broker` says; conversations and connections come as records of what they were when the hook was called.

@@ -15,7 +15,9 @@ from typing import IO, Any
 
 import orjson
 
+from broker.characters import is_shown
 from broker.errors import BrokerError
+from broker.token_bucket import TokenBucket
 
 _BURST_LINES = 20
 _INTERVAL_S = 10.0
@@ -43,29 +45,25 @@ class RateLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether `record` may be written; one that may carries the number left out before it."""
         key = (record.name, record.pathname, record.lineno)
-        now = self._now()
+        now_s = self._now()
         place = self._places.get(key)
         if place is None:
             if len(self._places) >= _MAX_PLACES:
                 self._places.clear()  # generated code can make new places without end
-            place = self._places[key] = _Place(float(self._burst), now)
-        place.allowance = min(self._burst, place.allowance + (now - place.seen_s) / self._interval_s)
-        place.seen_s = now
-        if place.allowance < 1.0:
+            place = self._places[key] = _Place(TokenBucket(self._burst, self._interval_s, now_s))
+        if not place.rate.take(now_s):
             place.left_out += 1
             return False
-        place.allowance -= 1.0
         record.left_out = place.left_out
         place.left_out = 0
         return True
 
 
 class _Place:
-    __slots__ = ("allowance", "left_out", "seen_s")
+    __slots__ = ("left_out", "rate")
 
-    def __init__(self, allowance: float, seen_s: float) -> None:
-        self.allowance = allowance
-        self.seen_s = seen_s
+    def __init__(self, rate: TokenBucket) -> None:
+        self.rate = rate
         self.left_out = 0
 
 
@@ -123,7 +121,7 @@ def escape_controls(text: str, *, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if is_shown(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def configure_logging(
@@ -146,6 +144,7 @@ def configure_logging(
         logger.propagate = True
     # Its info lines say on start and stop what `broker serve` says itself, and one line per WebSocket.
     logging.getLogger("uvicorn.error").setLevel("WARNING" if level != "debug" else "DEBUG")
-    for name in ("httpx", "httpcore", "websockets"):
+    # They tell at "debug" what is sent, or which parameters a statement has: whose ids and keys they are.
+    for name in ("httpx", "httpcore", "websockets", "aiosqlite"):
         logging.getLogger(name).setLevel("WARNING")
     return handler

@@ -1,4 +1,4 @@
-"""What a producer holds: a way to publish into one conversation, and nothing else."""
+"""A producer's handle: publishes into one conversation and can do nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is asking, and what they may do. The rules themselves are plugins (`authenticate`, `authorize`)."""
+"""Principals and permissions. The rules themselves are plugins (`authenticate`, `authorize`)."""
 
 from __future__ import annotations
 

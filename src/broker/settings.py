@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from broker.errors import InvalidInput, quoted
 
 PREFIX = "BROKER_"
+PLUGINS_DIR = "plugins"
 PLUGIN_PREFIX = "BROKER_PLUGIN_"
 """Variables of plugins: `BROKER_PLUGIN_<NAME>_…`, read by the plugin's own settings model."""
 COMMAND_PREFIXES = ("BROKER_URL", "BROKER_TOKEN", "BROKER_TAIL_", "BROKER_SEND_", "BROKER_PUBLISH_")
@@ -64,8 +65,9 @@ class Settings(BaseSettings):
     """Path under which everything is served, for example /broker."""
     workers: int = Field(1, ge=1, le=256)
     """Server processes; more than one needs Redis."""
-    plugins_dir: str = "plugins"
-    """Folder whose plugins are loaded; one that does not exist holds none."""
+    plugins_dir: str | None = None
+    """Folder whose plugins are loaded; one that does not exist holds none. Not named: `plugins` for `broker serve` and the
+    other commands, no folder for an app that embeds the broker."""
     debug_channels: CommaList = ()
     """Debug channels that are switched on from the start, as a comma list (debug.trace,…)."""
     ui_dir: str | None = None
@@ -82,7 +84,7 @@ class Settings(BaseSettings):
     """Seconds that open connections and runs get to end at shutdown."""
 
     auth: str | None = None
-    """Name of the plugin whose authenticate hook decides who may come in; none: loopback only."""
+    """Name of the plugin whose authenticate hook, and no other, decides who may come in; none: loopback only."""
     insecure: bool = False
     """Listen on other than loopback addresses without auth."""
     allowed_hosts: CommaList = ()
@@ -195,7 +197,7 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("redis_url", "auth", "ui_dir", mode="before")
+    @field_validator("redis_url", "auth", "ui_dir", "plugins_dir", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         # `BROKER_AUTH= broker serve` is how a shell takes a setting back.
@@ -229,6 +231,14 @@ def load_settings(**flags: Any) -> Settings:
         problems = [_problem(error, given) for error in exc.errors()]
     # Outside of the except block: pydantic's own error shows the values, also that of redis_url.
     raise InvalidInput("\n".join(problems))
+
+
+def of_commands(settings: Settings) -> Settings:
+    """Return the settings as the command line means them: with a plugins folder where none is named.
+
+    An app that embeds the broker may well have a package `plugins` of its own, which is none of ours.
+    """
+    return settings.model_copy(update={"plugins_dir": settings.plugins_dir or PLUGINS_DIR})
 
 
 def _problem(error: Mapping[str, Any], flags: Mapping[str, Any]) -> str:

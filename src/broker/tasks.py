@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -18,12 +20,21 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        """Iterate over the tasks that were not done when asked."""
+        return iter(list(self._tasks))
+
+    def spawn(self, work: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Run `work` beside what is going on. Its failure is logged by asyncio, unless somebody awaits the task."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the tasks of this moment are done, whatever they end with, or for `timeout_s` seconds."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=timeout_s)
 
     async def close(self) -> None:
         """Cancel what still runs and wait until it has ended, whatever it ends with."""

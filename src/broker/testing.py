@@ -91,6 +91,7 @@ class CapturingConnection:
         self.framing = _TEXTS
         self.writable = True
         self.buffered_bytes = 0
+        self.progress = 0
         self.texts: list[bytes] = []
         self.closed: tuple[int, str] | None = None
         self.subscription: Subscription | None = None

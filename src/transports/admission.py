@@ -14,7 +14,9 @@ from typing import Any, cast
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from transports.http.problems import MEDIA_TYPE, problem_document
-from transports.takeover import ABORT_EXTENSION
+from transports.progress import progress
+from transports.takeover import ABORT_EXTENSION, PROGRESS_EXTENSION
+from transports.write_timeout import WriteTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +75,23 @@ def _refusal(limit: int) -> bytes:
     return head.encode() + body
 
 
-def limited_http_protocol(limit: int) -> type[Any]:
+def limited_http_protocol(limit: int, write_timeout: WriteTimeout) -> type[Any]:
     """Return uvicorn's HTTP protocol class, made to refuse a connection when `limit` others are open.
 
-    It offers applications to drop a connection (`takeover.abort_of`).
+    It offers applications to drop a connection (`takeover.abort_of`), tells them how far its peer is (`progress_of`), and
+    has those ended whose peer takes nothing of an answer.
     """
     refusal = _refusal(limit)
 
     class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # chosen by uvicorn at run time
         _refused: Transport | None = None
+        stuck_since_s: float | None = None
+        stuck_at = 0
 
         def connection_made(self, transport: BaseTransport) -> None:
             if len(self.connections) < limit:
                 super().connection_made(transport)
+                write_timeout.add(self)
                 return
             logger.warning("connection refused: %d are open, which is the limit", limit)
             # Answered once the request is here: a client that is still writing would only see a reset.
@@ -97,7 +103,11 @@ def limited_http_protocol(limit: int) -> type[Any]:
                 super().data_received(data)
                 # The task that reads the scope has not run yet.
                 if self.scope is not None and "extensions" not in self.scope:
-                    self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}
+                    transport = self.transport
+                    self.scope["extensions"] = {
+                        ABORT_EXTENSION: transport.abort,
+                        PROGRESS_EXTENSION: lambda: progress(transport),
+                    }
             elif not self._refused.is_closing():
                 self._refused.write(refusal)
                 self._refused.close()
@@ -106,7 +116,12 @@ def limited_http_protocol(limit: int) -> type[Any]:
             if self._refused is None:
                 super().eof_received()
 
+        def handle_websocket_upgrade(self, *event: Any) -> None:  # httptools' has none, h11's has one
+            write_timeout.discard(self)
+            super().handle_websocket_upgrade(*event)
+
         def connection_lost(self, exc: Exception | None) -> None:
+            write_timeout.discard(self)
             if self._refused is None:
                 super().connection_lost(exc)
 

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from broker.broker import ConversationWSBroker
 from broker.plugins import PluginHost
 from broker.settings import Settings, load_settings
+from transports.closing import Closing
 from transports.http import problems
 from transports.http.actions import actions_router
 from transports.http.caller import Api
@@ -44,6 +45,7 @@ from transports.http.publish import publish_router
 from transports.http.recovery import recovery_router
 from transports.http.timeline import timeline_router
 from transports.pages import WebPages
+from transports.places import Places
 from transports.plugin_connections import PluginConnections
 from transports.pool import ConnectionPool
 from transports.sse import make_sse_endpoint
@@ -78,7 +80,8 @@ _ROUTERS: tuple[Callable[[Api], APIRouter], ...] = (
 def create_broker(settings: Settings | None = None, *, plugins: Sequence[object] = ()) -> ConversationWSBroker:
     """Return a broker with its connection pool, not started yet.
 
-    settings: None reads the environment. plugins: plugin objects beside those of entry points and `plugins_dir`.
+    settings: None reads the environment. plugins: plugin objects beside those of entry points and, where
+    the settings name one, of `plugins_dir`.
     Raises InvalidInput for unusable settings, PluginError for a broken plugin.
     """
     settings = settings or load_settings()
@@ -130,20 +133,22 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     app.state.broker = broker
     doors = broker.doors
     api = Api(doors)
+    places = Places(made.pool, doors.settings.max_connections)
     # First: routes are tried in order, and matching all others took as long as the rest of accepting a connection.
-    app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, made.pool)))
-    app.router.routes.append(Route("/sse", make_sse_endpoint(doors, made.pool), methods=["GET"]))
+    app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, made.pool, places)))
+    app.router.routes.append(Route("/sse", make_sse_endpoint(doors, made.pool, places), methods=["GET"]))
     for make_router in _ROUTERS:
         app.include_router(make_router(api))
     own_routes = APIRouter(tags=["plugins"])
     made.plugins.call_collect("register_routes", router=own_routes)
     app.include_router(own_routes)
     made.plugins.call_collect(
-        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool)
+        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool, places)
     )
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
+    app.add_middleware(Closing)
     if broker.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

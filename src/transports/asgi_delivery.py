@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic
 
+from broker.tasks import Tasks
 from transports.framing import Chunk, Chunks, Payload
 from transports.pool import ConnectionPool, Framing
 
@@ -20,6 +21,7 @@ class QueuedConnection(Generic[Payload]):
 
     framing: makes `Chunks` of the payload that `send` takes. send: awaits until the server has taken one chunk (this is
     where the peer's slowness is felt). close_with: called once with (code, reason) after the queue was written. The
+    progress: tells how far the server's peer is, None: only the chunks that `send` took are known. The
     buffer limit is soft by one write: what a broadcast hands over is taken whole, then the pool is told to hold back.
     """
 
@@ -32,6 +34,7 @@ class QueuedConnection(Generic[Payload]):
         buffer_bytes: int,
         send: Callable[[Payload], Awaitable[None]],
         close_with: Callable[[int, str], Awaitable[None]],
+        progress: Callable[[], int] | None = None,
     ) -> None:
         self.id = id
         self.framing = framing
@@ -39,6 +42,8 @@ class QueuedConnection(Generic[Payload]):
         self._limit = buffer_bytes
         self._send: Callable[[Payload], Awaitable[None]] = send
         self._close_with = close_with
+        self._progress = progress
+        self._sent_bytes = 0
         self._queue: deque[Chunk[Payload]] = deque()
         self._wake = asyncio.Event()
         self._closing: tuple[int, str] | None = None
@@ -70,6 +75,11 @@ class QueuedConnection(Generic[Payload]):
             if self.on_pause is not None:
                 self.on_pause()
 
+    @property
+    def progress(self) -> int:
+        """A number that changes when the server or its peer takes something."""
+        return self._sent_bytes + (self._progress() if self._progress is not None else 0)
+
     def close(self, code: int, reason: str) -> None:
         if self._closing is None:
             self._closing = (code, reason)
@@ -97,6 +107,7 @@ class QueuedConnection(Generic[Payload]):
                     chunk = self._queue.popleft()
                     await self._send(chunk.payload)
                     self.buffered_bytes -= chunk.size_bytes
+                    self._sent_bytes += chunk.size_bytes
                     if not self.writable and self.buffered_bytes <= self._limit // 2:
                         self.writable = True
                         self._pool.resume(self.id)
@@ -129,7 +140,7 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
             task.exception()
 
 
-_endings: set[asyncio.Task[None]] = set()
+_endings = Tasks()
 
 
 async def in_any_case(ending: Coroutine[Any, Any, None]) -> None:
@@ -138,7 +149,4 @@ async def in_any_case(ending: Coroutine[Any, Any, None]) -> None:
     A cancel scope of anyio cancels every await inside it again and again; what an endpoint has to give back (its place
     in the pool, its subscription) must not depend on that.
     """
-    task = asyncio.get_running_loop().create_task(ending)
-    _endings.add(task)
-    task.add_done_callback(_endings.discard)
-    await asyncio.shield(task)
+    await asyncio.shield(_endings.spawn(ending))

@@ -1,20 +1,20 @@
-"""What clients may say over a WebSocket: ping and change of view. Everything else is refused, and repetition closes."""
+"""Messages from clients over a WebSocket: ping and change of view. The rest is refused, and repetition closes."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
 from broker.api import Following, Subscription
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import WideInteger, loads_checked
 from broker.sequence import parse_seq
+from broker.tasks import Tasks
+from broker.token_bucket import TokenBucket
 
 MESSAGES_PER_S = 20.0
-BURST_MESSAGES = 60.0
+BURST_MESSAGES = 60
 STRIKES_MAX = 5
 """Refused messages before the connection is closed (1008)."""
 EARLY_MESSAGES_MAX = 16
@@ -25,16 +25,15 @@ PROFILE_KEYS = frozenset({"type", "profile", "channels", "since"})
 class ClientMessages:
     """Reads one client's messages. No state worth mentioning while the client is silent."""
 
-    __slots__ = ("_allowance", "_close", "_early", "_following", "_last_s", "_strikes", "_tasks", "subscription")
+    __slots__ = ("_close", "_early", "_following", "_rate", "_strikes", "_tasks", "subscription")
 
     def __init__(self, following: Following, close: Callable[[int, str], None]) -> None:
         self._following = following
         self._close = close
-        self._allowance = BURST_MESSAGES
-        self._last_s = 0.0
+        self._rate: TokenBucket | None = None  # made with the first message: most clients never say anything
         self._strikes = 0
         self._early: list[str | bytes] | None = []
-        self._tasks: set[asyncio.Task[None]] | None = None
+        self._tasks: Tasks | None = None
         self.subscription: Subscription | None = None
 
     def opened(self, subscription: Subscription) -> None:
@@ -65,8 +64,10 @@ class ClientMessages:
         if isinstance(message, bytes):
             raise InvalidInput("binary messages are not understood: send JSON text")
         try:
-            parsed = orjson.loads(message)
-        except orjson.JSONDecodeError as exc:
+            parsed = loads_checked(message)
+        except WideInteger as exc:
+            raise InvalidInput(f"message {quoted(message)} cannot be taken as it is: {exc}") from exc
+        except ValueError as exc:
             raise InvalidInput(f"message {quoted(message)} is not JSON: {exc}") from exc
         if not isinstance(parsed, dict):
             raise InvalidInput(f"message {quoted(message)} is not a JSON object with a type")
@@ -99,10 +100,8 @@ class ClientMessages:
         if since is not None and not isinstance(since, str):
             raise InvalidInput(f"ws.profile: since {quoted(since)} must be a decimal string")
         position = parse_seq(since) if since is not None else None
-        task = asyncio.get_running_loop().create_task(self._change(profile, channels, position))
-        self._tasks = self._tasks or set()
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks = self._tasks or Tasks()
+        self._tasks.spawn(self._change(profile, channels, position))
 
     async def _change(self, profile: str, channels: str | None, since: int | None) -> None:
         assert self.subscription is not None
@@ -113,12 +112,9 @@ class ClientMessages:
 
     def _within_rate(self) -> bool:
         now_s = time.monotonic()
-        self._allowance = min(BURST_MESSAGES, self._allowance + (now_s - self._last_s) * MESSAGES_PER_S)
-        self._last_s = now_s
-        if self._allowance < 1.0:
-            return False
-        self._allowance -= 1.0
-        return True
+        if self._rate is None:
+            self._rate = TokenBucket(BURST_MESSAGES, 1.0 / MESSAGES_PER_S, now_s)
+        return self._rate.take(now_s)
 
     def _refuse(self, code: str, message: str) -> None:
         assert self.subscription is not None

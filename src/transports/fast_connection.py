@@ -11,9 +11,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextvars import Context
+from dataclasses import dataclass
 from typing import Any
 
 from transports.keepalive import PingWheel
+from transports.progress import progress
 from transports.rate_limited_log import RateLimitedLog
 from transports.takeover import ConnectionHandler
 from transports.ws_frames import (
@@ -62,6 +64,17 @@ class FastServer:
         self.failures = RateLimitedLog(logger)
 
 
+@dataclass(slots=True)
+class _Closing:
+    """What is left to do of a closing that we began."""
+
+    write: Callable[[bytes], None]
+    frame: bytes
+    code: int
+    reason: str
+    written: bool = False
+
+
 def _ignore(_data: bytes) -> None:
     """Stand in for `write` when the connection is over."""
 
@@ -77,9 +90,11 @@ class FastConnection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_closing",
         "_handler",
         "_hold",
         "_owed_pong",
+        "_progress_at_ping",
         "_reader",
         "_server",
         "_state",
@@ -107,8 +122,10 @@ class FastConnection(asyncio.Protocol):
         self._reader = reader
         self._state = _OPEN
         self._hold = _STARTING
+        self._closing: _Closing | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._owed_pong: bytes | None = None
+        self._progress_at_ping = 0
         self.quiet_since = -1
         self.wheel_slot = -1
         self.transport = transport
@@ -121,6 +138,11 @@ class FastConnection(asyncio.Protocol):
     def buffered_bytes(self) -> int:
         """Bytes written and not yet taken by the kernel."""
         return 0 if self._state == _LOST else self.transport.get_write_buffer_size()
+
+    @property
+    def progress(self) -> int:
+        """A number that changes when the peer takes something."""
+        return progress(self.transport)
 
     @property
     def remote(self) -> tuple[str, int] | None:
@@ -139,12 +161,13 @@ class FastConnection(asyncio.Protocol):
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Start the closing handshake; the socket is cut if the peer has not answered within `close_timeout_s`.
 
-        What was written before still goes out. Messages that arrive from now on are dropped, `on_closed`
-        follows in the next turn of the loop. Nothing happens if the connection is closing already. A reason
+        What was written before still goes out, and what is written in this turn of the loop by a kept `write`. Messages that
+        arrive from now on are dropped, `on_closed` follows in the next turn, then the close frame: RFC 6455 5.5.1 lets
+        nothing follow that. Nothing happens if the connection is closing already. A reason
         over 123 bytes is cut. Raises ValueError for a code that may not be sent.
         """
         if self._begin_closing(code, reason, self._server.close_timeout_s):
-            self._server.loop.call_soon(self._notify_closed, code, reason, context=Context())
+            self._server.loop.call_soon(self._finish_closing, context=Context())
 
     def abort(self) -> None:
         """Cut the connection, dropping what is buffered. `on_closed` follows with 1006."""
@@ -186,11 +209,20 @@ class FastConnection(asyncio.Protocol):
         """Called by the wheel. A full transport gets no ping: that it drains is sign of life enough."""
         if self.writable:
             self.write(PING_FRAME)
+        self._progress_at_ping = self.progress
 
     def keepalive_expired(self) -> None:
-        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing."""
-        if not self._hold:
+        """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing.
+
+        Nor does it where the peer reads: the ping lies behind what it has to read first.
+        """
+        if self._hold:
+            return
+        before, self._progress_at_ping = self._progress_at_ping, self.progress
+        if self._progress_at_ping == before:
             self._fail(1011, "keepalive ping timeout")
+        else:
+            self._server.wheel.wait_on(self)
 
     # What the transport calls
 
@@ -204,6 +236,7 @@ class FastConnection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """End without a close frame. The transport flushes and closes itself; a peer that does not read is cut."""
+        self._write_close_frame()
         if self._leave_open(_ENDING):
             self._notify_closed(1006, "")
         self._cut_after(self._server.close_timeout_s)
@@ -312,6 +345,7 @@ class FastConnection(asyncio.Protocol):
 
     def _peer_closes(self, close: Close) -> None:
         write = self.write
+        self._write_close_frame()
         if self._leave_open(_ENDING):
             write(encode_close_frame(*close))
             self._notify_closed(*close)
@@ -321,7 +355,7 @@ class FastConnection(asyncio.Protocol):
     def _close_now(self, code: int, reason: str, timeout_s: float) -> bool:
         if not self._begin_closing(code, reason, timeout_s):
             return False
-        self._notify_closed(code, reason)
+        self._finish_closing()
         return True
 
     def _begin_closing(self, code: int, reason: str, timeout_s: float) -> bool:
@@ -329,14 +363,27 @@ class FastConnection(asyncio.Protocol):
         write = self.write
         if not self._leave_open(_CLOSING):
             return False
-        write(frame)
+        self._closing = _Closing(write, frame, code, reason)
         self._cut_after(timeout_s)
         self._release(_APP_PAUSED)
         return True
 
+    def _finish_closing(self) -> None:
+        """Tell the application, which lets go of every `write` that it kept; only then nothing follows the close frame."""
+        if self._closing is not None:
+            self._notify_closed(self._closing.code, self._closing.reason)
+            self._write_close_frame()
+
+    def _write_close_frame(self) -> None:
+        closing = self._closing
+        if closing is not None and not closing.written and self._state != _LOST:
+            closing.written = True
+            closing.write(closing.frame)
+
     def _fail(self, code: int, reason: str) -> None:
         """Send a close frame and end without waiting for the answer: RFC 6455 7.1.7."""
         write = self.write
+        self._write_close_frame()
         was_open = self._leave_open(_ENDING)
         self._state = _ENDING
         self._server.refusals.log(logging.DEBUG, "%s: WebSocket failed, %d %s", self.remote, code, reason)

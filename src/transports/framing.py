@@ -1,4 +1,4 @@
-"""How messages look on each kind of wire, built once for all connections of a group."""
+"""Frames messages for each kind of wire, once for all connections of a group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a serving process looks for reference cycles.
+"""Tunes how often a serving process looks for reference cycles.
 
 Python's default looks after every 700 new objects. A publish makes some tens of short-lived ones, and the connections
 and conversations that stay are looked at again and again: a quarter of the time of a busy broker, without finding

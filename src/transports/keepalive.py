@@ -25,7 +25,9 @@ class KeptAlive(Protocol):
     """Tick of the ping that no sign of life followed, -1 when there was one (the connection sets it back)."""
 
     def send_ping(self) -> None: ...
-    def keepalive_expired(self) -> None: ...
+    def keepalive_expired(self) -> None:
+        """Nothing was heard since the ping. The connection ends, or is left alone, or calls `wait_on`."""
+        ...
 
 
 class PingWheel:
@@ -78,6 +80,10 @@ class PingWheel:
         if self._count == 0 and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def wait_on(self, connection: KeptAlive) -> None:
+        """Give a connection whose time is over the same time again. Called from inside its `keepalive_expired`."""
+        connection.quiet_since = self._tick
 
     def _turn(self) -> None:
         self._timer = None

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
 from broker.api import Admitted, Doors, Following, SubscribeRequest
-from broker.errors import LimitExceeded, Unavailable
+from broker.errors import Unavailable
 from broker.interfaces import Framing as PluginFraming
 from broker.interfaces import OpenConnection
 from broker.security import Principal
 from broker.tasks import Tasks
 from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import Chunk, Chunks
+from transports.places import Places
 from transports.pool import ConnectionPool, Message
 
 _endings = Tasks()
@@ -34,11 +35,12 @@ class _Framing:
 class PluginConnections:
     """The `Connections` of interfaces.py for one application."""
 
-    __slots__ = ("_doors", "_framings", "_pool")
+    __slots__ = ("_doors", "_framings", "_places", "_pool")
 
-    def __init__(self, doors: Doors, pool: ConnectionPool) -> None:
+    def __init__(self, doors: Doors, pool: ConnectionPool, places: Places) -> None:
         self._doors = doors
         self._pool = pool
+        self._places = places
         self._framings: dict[PluginFraming, _Framing] = {}
 
     async def admit(
@@ -71,12 +73,7 @@ class PluginConnections:
     ) -> PluginConnection:
         """Add a connection. See `interfaces.Connections.add`."""
         settings = self._doors.settings
-        if len(self._pool) >= settings.max_connections:
-            raise LimitExceeded(
-                f"this process has {len(self._pool)} connections, which is its limit: try again later",
-                retry_after_ms=5000,
-                limit=settings.max_connections,
-            )
+        self._places.check()
         queued = QueuedConnection(
             secrets.token_hex(16),
             self._framings.setdefault(framing, _Framing(framing)),

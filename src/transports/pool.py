@@ -63,8 +63,8 @@ class PoolStats:
 class ConnectionPool:
     """Keeps connections and groups. Everything runs on one event loop; nothing here waits except `wait_writable`.
 
-    write_timeout_s: a connection that stays unwritable for longer is aborted by `sweep`. shard_connections,
-    writes_per_turn: see `pool_groups`.
+    write_timeout_s: a connection that is unwritable and whose peer takes nothing for longer is aborted by `sweep`.
+    shard_connections, writes_per_turn: see `pool_groups`.
     """
 
     def __init__(
@@ -318,18 +318,19 @@ class ConnectionPool:
     # -- told by the transports -----------------------------------------------------------------------------------
 
     def pause(self, connection_id: str, now_s: float) -> None:
-        """Take note that a connection's buffer is full (monotonic seconds `now_s`)."""
+        """Note that a connection's buffer is full (monotonic seconds `now_s`)."""
         member = self._members.get(connection_id)
         if member is None or connection_id in self._paused:
             return
         self._paused.add(connection_id)
         member.paused_at_s = now_s
+        member.progress = member.connection.progress
         if member.shard is not None:
             member.shard.detach(member.connection)
             member.shard.paused.add(connection_id)
 
     def resume(self, connection_id: str) -> None:
-        """Take note that a connection's buffer has drained."""
+        """Note that a connection's buffer has drained."""
         member = self._members.get(connection_id)
         if member is None or connection_id not in self._paused:
             return
@@ -360,13 +361,20 @@ class ConnectionPool:
             self.close(connection_id, code, reason)
 
     def sweep(self, now_s: float) -> int:
-        """Abort connections that have been unwritable for longer than `write_timeout_s`; return how many."""
-        stalled = [
+        """Abort connections whose peers took nothing for `write_timeout_s` while bytes wait for them; return how many."""
+        overdue = [
             member
             for connection_id in self._paused
             if (member := self._members[connection_id]).paused_at_s is not None
             and now_s - member.paused_at_s > self.write_timeout_s
         ]
+        stalled = []
+        for member in overdue:
+            before, member.progress = member.progress, member.connection.progress
+            if member.progress == before:
+                stalled.append(member)
+            else:  # slow is not dead: its time begins anew
+                member.paused_at_s = now_s
         for member in stalled:
             self._stalled += 1
             logger.info("connection %s: nothing read for %.0f s, dropped", member.connection.id, self.write_timeout_s)

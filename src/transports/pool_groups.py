@@ -36,8 +36,11 @@ class Framing(Protocol):
 class Connection(Protocol):
     """A peer, as the pool sees it. Implemented by the transports."""
 
-    id: str
-    framing: Framing
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def framing(self) -> Framing: ...
 
     @property
     def write(self) -> Write:
@@ -53,6 +56,11 @@ class Connection(Protocol):
     @property
     def buffered_bytes(self) -> int: ...
 
+    @property
+    def progress(self) -> int:
+        """A number that changes when the peer takes something (`transports.progress`)."""
+        ...
+
     def close(self, code: int, reason: str) -> None:
         """Start an orderly close."""
         ...
@@ -65,13 +73,14 @@ class Connection(Protocol):
 class Member:
     """A connection and where it stands."""
 
-    __slots__ = ("connection", "drained", "overflowed", "paused_at_s", "shard")
+    __slots__ = ("connection", "drained", "overflowed", "paused_at_s", "progress", "shard")
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.shard: Shard | None = None
         self.overflowed = False
         self.paused_at_s: float | None = None
+        self.progress = 0
         self.drained: asyncio.Future[None] | None = None
 
 

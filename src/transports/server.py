@@ -23,16 +23,19 @@ from fastapi import FastAPI
 from broker.errors import BrokerError, InvalidInput, quoted
 from broker.logs import configure_logging
 from broker.security import SYSTEM
-from broker.settings import Settings, misspelled_variables
+from broker.settings import Settings, misspelled_variables, of_commands
 from transports import garbage_collector
 from transports.admission import HTTP_HEADROOM, connection_limit, limited_http_protocol
 from transports.app import create_app
+from transports.hard_end import end_hard, end_the_rest
 from transports.workers import Workers
+from transports.write_timeout import WriteTimeout
 
 logger = logging.getLogger("broker.server")
 
 _FAST_PATH_MODULE = "transports.uvicorn_ws"
 _FAST_PATH = "transports.uvicorn_ws:FastWebSocketProtocol"
+_PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 _POLL_S = 0.05
 EXIT_OK = 0
 EXIT_CANNOT_START = 2
@@ -68,11 +71,12 @@ def serve(settings: Settings) -> int:
 def _serve_on(listener: socket.socket, settings: Settings, *, announce: bool = True) -> int:
     """Serve on a listening socket until a signal comes; return the exit code. announce: print the ready line."""
     try:
-        app = create_app(settings)
+        app = create_app(of_commands(settings))
         check_auth(settings, app.state.broker.doors.offers.plugins(SYSTEM))
         server = BrokerServer(_config(app, settings), app, settings, announce=announce)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.run_until_stopped(listener))
+            end_hard(runner.run(end_the_rest()), EXIT_OK)
     except (BrokerError, OSError) as exc:
         return _cannot_start(exc)
     return EXIT_OK
@@ -161,8 +165,10 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",  # entered by BrokerServer itself: its errors are shown as what they are
-        http=limited_http_protocol(connection_limit(settings.max_connections + HTTP_HEADROOM)),
-        ws=_FAST_PATH if fast else "websockets-sansio",
+        http=limited_http_protocol(
+            connection_limit(settings.max_connections + HTTP_HEADROOM), WriteTimeout(settings.write_timeout_s)
+        ),
+        ws=_FAST_PATH if fast else _PLAIN_PATH,
         ws_max_size=settings.max_client_message_bytes,
         ws_ping_interval=settings.ping_interval_s or None,
         ws_ping_timeout=settings.ping_timeout_s,

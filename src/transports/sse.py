@@ -18,13 +18,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from broker.api import Doors
-from broker.errors import BrokerError, LimitExceeded, Unavailable
+from broker.errors import BrokerError, Unavailable
 from broker.sequence import parse_seq
 from transports.asgi_delivery import QueuedConnection, in_any_case
 from transports.framing import EVENT_STREAM
 from transports.http.caller import credentials_of
+from transports.places import Place, Places
 from transports.pool import ConnectionPool
-from transports.takeover import abort_of
+from transports.takeover import abort_of, progress_of
 from transports.websocket import parse_subscribe_request
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,14 @@ class _Stream:
 class _EventStream(StreamingResponse):
     """A response that ends with its connection: also when that is aborted while the server waits for its peer to read."""
 
-    def __init__(self, connection: QueuedConnection[bytes], events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, connection: QueuedConnection[bytes], place: Place, events: AsyncGenerator[bytes]) -> None:
         super().__init__(
             events,
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
         self._connection = connection
+        self._place = place
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,6 +81,7 @@ class _EventStream(StreamingResponse):
                 self._connection.on_abort = lambda: self._abort(scope, life)
                 await super().__call__(scope, receive, send)
         finally:
+            self._place.give_back()  # of a stream that never began
             # Starlette leaves a generator that was cut short to the garbage collector.
             await in_any_case(self._events.aclose())
 
@@ -90,22 +93,20 @@ class _EventStream(StreamingResponse):
         life.cancel()
 
 
-def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request], Awaitable[Response]]:
+def make_sse_endpoint(doors: Doors, pool: ConnectionPool, places: Places) -> Callable[[Request], Awaitable[Response]]:
     """Return the endpoint for `GET /sse`. Raises BrokerError for the application's error handlers to answer."""
 
     async def endpoint(request: Request) -> Response:
         if not doors.phase.serves:
             raise Unavailable("this process is starting or shutting down: connect again")
-        if len(pool) >= doors.settings.max_connections:
-            raise LimitExceeded(
-                f"this process has {len(pool)} connections, which is its limit: try again later", retry_after_ms=5000
-            )
+        places.check()
         wanted = parse_subscribe_request(request.query_params)
         last_id = request.headers.get("last-event-id")
         if last_id:  # a reconnect: the browser repeats the first URL, so the header is newer than its query
             wanted = replace(wanted, since=parse_seq(last_id, "Last-Event-ID"), hydrate=False)
         principal = await doors.access.authenticate(credentials_of(request))
         admitted = await doors.following.admit(principal, wanted)
+        place = places.take()  # now: others came in while this one was asked about
         stream = _Stream(doors.settings.sse_heartbeat_s)
         connection = QueuedConnection(
             uuid.uuid4().hex,
@@ -114,6 +115,7 @@ def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request],
             buffer_bytes=doors.settings.connection_buffer_bytes,
             send=stream.send,
             close_with=stream.close,
+            progress=progress_of(request.scope),
         )
 
         async def leave() -> None:
@@ -122,6 +124,7 @@ def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request],
 
         async def body() -> AsyncGenerator[bytes]:
             pool.add(connection)
+            place.give_back()
             connection.start()
             try:
                 await doors.following.subscribe(connection.id, admitted)
@@ -135,6 +138,6 @@ def make_sse_endpoint(doors: Doors, pool: ConnectionPool) -> Callable[[Request],
                 pool.remove(connection.id)
                 await in_any_case(leave())
 
-        return _EventStream(connection, body())
+        return _EventStream(connection, place, body())
 
     return endpoint

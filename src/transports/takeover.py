@@ -1,4 +1,4 @@
-"""How an ASGI application takes a WebSocket over from its server, if the server offers it. Framework-free.
+"""Takes a WebSocket over from the ASGI server, if the server offers that. Framework-free.
 
     takeover = takeover_of(websocket.scope)      # None: this server cannot, use plain ASGI sends
     compressed = agree_on_deflate(websocket.scope)       # only if it wants to; False: send plain frames only
@@ -20,13 +20,14 @@ from typing import Any, Protocol, cast
 TAKEOVER_EXTENSION = "conversation.broker.takeover"
 DEFLATE_EXTENSION = "conversation.broker.deflate"
 ABORT_EXTENSION = "conversation.broker.abort"
+PROGRESS_EXTENSION = "conversation.broker.progress"
 
 
 class Taken(Protocol):
     """A WebSocket that was taken over, as its new owner sees it (`fast_connection.FastConnection`).
 
     write: takes built frames; may raise RuntimeError once the connection has ended. transport: the socket, for its buffer
-    limits. buffered_bytes: written, not taken by the peer yet.
+    limits. buffered_bytes: written, not taken by the peer yet. progress: changes when the peer takes something.
     """
 
     @property
@@ -37,6 +38,8 @@ class Taken(Protocol):
     def writable(self) -> bool: ...
     @property
     def buffered_bytes(self) -> int: ...
+    @property
+    def progress(self) -> int: ...
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Start an orderly close; `on_closed` follows."""
         ...
@@ -84,6 +87,11 @@ def takeover_of(scope: MutableMapping[str, Any]) -> Takeover | None:
 def abort_of(scope: MutableMapping[str, Any]) -> Callable[[], None] | None:
     """Return what drops the HTTP connection of a request at once, unread bytes included; None: this server cannot."""
     return cast("Callable[[], None] | None", (scope.get("extensions") or {}).get(ABORT_EXTENSION))
+
+
+def progress_of(scope: MutableMapping[str, Any]) -> Callable[[], int] | None:
+    """Return what tells how far the peer of a connection is (`transports.progress`); None: this server does not say."""
+    return cast("Callable[[], int] | None", (scope.get("extensions") or {}).get(PROGRESS_EXTENSION))
 
 
 def agree_on_deflate(scope: MutableMapping[str, Any]) -> bool:

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary, ref
 
 from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.config import Config
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.exceptions import InvalidHeader
 from websockets.extensions.permessage_deflate import PerMessageDeflate
@@ -27,7 +26,8 @@ from websockets.http11 import Request
 
 from transports.deflate import InflatingFrameReader, SharedDeflate
 from transports.fast_connection import SHUTDOWN_TIMEOUT_S, FastConnection, FastServer
-from transports.takeover import DEFLATE_EXTENSION, TAKEOVER_EXTENSION, ConnectionHandler
+from transports.takeover import DEFLATE_EXTENSION, PROGRESS_EXTENSION, TAKEOVER_EXTENSION, ConnectionHandler
+from transports.uvicorn_plain_ws import PlainWebSocketProtocol
 from transports.ws_frames import Close, FrameReader, UnfinishedFrame
 
 # Not an attribute of ServerState, which is uvicorn's; entries go with their server.
@@ -60,7 +60,7 @@ class _Detached(asyncio.Transport):
 _DETACHED = _Detached()
 
 
-class FastWebSocketProtocol(WebSocketsSansIOProtocol):
+class FastWebSocketProtocol(PlainWebSocketProtocol):
     """uvicorn's sans-I/O WebSocket protocol, offering the takeover and closing some of its gaps (named below)."""
 
     def __init__(
@@ -164,7 +164,7 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
     def _let_go(self) -> None:
         """Undo the reference cycles, so that all this goes now and not when the collector runs."""
         self.transport = _DETACHED
-        for offer in (TAKEOVER_EXTENSION, DEFLATE_EXTENSION):
+        for offer in (TAKEOVER_EXTENSION, DEFLATE_EXTENSION, PROGRESS_EXTENSION):
             self.scope["extensions"].pop(offer, None)
         self.conn.parser.close()
         http = self._http() if self._http is not None else None

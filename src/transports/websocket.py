@@ -34,8 +34,9 @@ from transports.client_messages import ClientMessages
 from transports.framing import ASGI_WEBSOCKET, RAW_WEBSOCKET, DeflatedWebSocketFraming
 from transports.http.caller import credentials_of
 from transports.http.problems import response_of
+from transports.places import Place, Places
 from transports.pool import ConnectionPool, Framing
-from transports.takeover import Taken, Takeover, agree_on_deflate, takeover_of
+from transports.takeover import Taken, Takeover, agree_on_deflate, progress_of, takeover_of
 
 SUBPROTOCOL = "conversation.v1"
 QUERY_KEYS = frozenset({"conv_id", "profile", "channels", "since", "epoch", "hydrate", "view", "ticket"})
@@ -84,7 +85,7 @@ def parse_subscribe_request(query: QueryParams) -> SubscribeRequest:
     )
 
 
-def make_websocket_endpoint(doors: Doors, pool: ConnectionPool) -> Endpoint:
+def make_websocket_endpoint(doors: Doors, pool: ConnectionPool, places: Places) -> Endpoint:
     """Return the endpoint for `GET /ws`."""
     settings = doors.settings
     deflated: Framing | None = None
@@ -93,10 +94,17 @@ def make_websocket_endpoint(doors: Doors, pool: ConnectionPool) -> Endpoint:
 
     async def endpoint(websocket: WebSocket) -> None:
         try:
-            admitted = await _admit(doors, pool, websocket)
+            admitted = await _admit(doors, places, websocket)
+            place = places.take()  # now: others came in while this one was asked about
         except BrokerError as exc:
             await _refuse(websocket, exc)
             return
+        try:
+            await serve(websocket, admitted, place)
+        finally:
+            place.give_back()
+
+    async def serve(websocket: WebSocket, admitted: Admitted, place: Place) -> None:
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else None
         takeover = takeover_of(websocket.scope) if settings.fast_path else None
         framing: Framing = RAW_WEBSOCKET
@@ -105,24 +113,19 @@ def make_websocket_endpoint(doors: Doors, pool: ConnectionPool) -> Endpoint:
         await websocket.accept(subprotocol=subprotocol)
         if takeover is not None:
             await _TakenOver(doors.following, pool, framing).serve(
-                takeover, admitted, buffer_bytes=settings.connection_buffer_bytes
+                takeover, admitted, place, buffer_bytes=settings.connection_buffer_bytes
             )
         else:
-            await _serve_asgi(doors, pool, websocket, admitted)
+            await _serve_asgi(doors, pool, websocket, admitted, place)
 
     return endpoint
 
 
-async def _admit(doors: Doors, pool: ConnectionPool, websocket: WebSocket) -> Admitted:
+async def _admit(doors: Doors, places: Places, websocket: WebSocket) -> Admitted:
     """Check everything that can be checked before the handshake is accepted."""
     if not doors.phase.serves:
         raise Unavailable("this process is starting or shutting down: connect again")
-    if len(pool) >= doors.settings.max_connections:
-        raise LimitExceeded(
-            f"this process has {len(pool)} connections, which is its limit: try again later",
-            retry_after_ms=5000,
-            limit=doors.settings.max_connections,
-        )
+    places.check()
     request = parse_subscribe_request(websocket.query_params)
     principal = await doors.access.authenticate(credentials_of(websocket))
     return await doors.following.admit(principal, request)
@@ -154,11 +157,12 @@ class _TakenOver:
         self._closed = False
         self.messages = ClientMessages(following, self.close)
 
-    async def serve(self, takeover: Takeover, admitted: Admitted, *, buffer_bytes: int) -> None:
+    async def serve(self, takeover: Takeover, admitted: Admitted, place: Place, *, buffer_bytes: int) -> None:
         """Take the connection over and subscribe it; returns when it stands, not when it ends."""
         self._fast = takeover(self)
         self._fast.transport.set_write_buffer_limits(high=buffer_bytes)
         self._pool.add(self)
+        place.give_back()
         try:
             subscription = await self._following.subscribe(self.id, admitted)
         except BrokerError as exc:
@@ -188,6 +192,10 @@ class _TakenOver:
     @property
     def buffered_bytes(self) -> int:
         return self._fast.buffered_bytes
+
+    @property
+    def progress(self) -> int:
+        return self._fast.progress
 
     def close(self, code: int, reason: str) -> None:
         self._fast.close(code, reason)
@@ -222,6 +230,7 @@ async def _serve_asgi(
     pool: ConnectionPool,
     websocket: WebSocket,
     admitted: Admitted,
+    place: Place,
 ) -> None:
     connection = QueuedConnection(
         secrets.token_hex(16),
@@ -230,9 +239,11 @@ async def _serve_asgi(
         buffer_bytes=doors.settings.connection_buffer_bytes,
         send=websocket.send_text,
         close_with=websocket.close,
+        progress=progress_of(websocket.scope),
     )
     messages = ClientMessages(doors.following, connection.close)
     pool.add(connection)
+    place.give_back()
     connection.start()
     loop = asyncio.get_running_loop()
     reader = loop.create_task(_read(websocket, messages, connection, doors.settings.max_client_message_bytes))

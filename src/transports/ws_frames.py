@@ -113,8 +113,12 @@ def encode_close_frame(code: int, reason: str = "") -> bytes:
         raise ValueError(
             f"close code {code} may not be sent: use 1000-1003, 1007-1014 or 3000-4999 (1005: a frame without a code)"
         )
-    text = reason.encode(errors="replace")[:_MAX_REASON_BYTES].decode(errors="ignore").encode()
-    return encode_frame(Opcode.CLOSE, code.to_bytes(2, "big") + text)
+    return encode_frame(Opcode.CLOSE, code.to_bytes(2, "big") + close_reason(reason).encode())
+
+
+def close_reason(reason: str) -> str:
+    """Return as much of a reason as a close frame holds: 123 bytes of UTF-8, cut between characters."""
+    return reason.encode(errors="replace")[:_MAX_REASON_BYTES].decode(errors="ignore")
 
 
 def is_close_code(code: int) -> bool:

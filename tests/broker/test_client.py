@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,6 +18,8 @@ from broker.errors import InvalidInput
 
 
 def frame(kind: str, seq: int | None = None, prev: int | None = None, **data: Any) -> str:
+    """Return a frame's text. data: `from_` stands for `from`."""
+    data = {name.rstrip("_"): value for name, value in data.items()}
     event: dict[str, Any] = {"type": kind, "id": "x", "data": data}
     if seq is not None:
         event["seq"] = str(seq)
@@ -26,7 +29,7 @@ def frame(kind: str, seq: int | None = None, prev: int | None = None, **data: An
 
 
 def hello(start: int, epoch: str = "e1") -> str:
-    return frame("ws.hello", epoch=epoch, **{"from": str(start)})
+    return frame("ws.hello", epoch=epoch, from_=str(start))
 
 
 def judged(cursor: Cursor, text: str) -> str:
@@ -63,7 +66,7 @@ def test_a_state_frame_is_taken_if_it_is_newer_than_the_entity() -> None:
 
 def test_a_reset_begins_anew_with_the_state() -> None:
     cursor = Cursor(last=10, epoch="e1", versions={"m": 99})
-    assert judged(cursor, frame("ws.reset", epoch="e2", **{"from": "50"})) == "take"
+    assert judged(cursor, frame("ws.reset", epoch="e2", from_="50")) == "take"
     assert (cursor.last, cursor.epoch, cursor.versions) == (50, "e2", {})
 
 
@@ -179,3 +182,83 @@ async def test_nobody_there_is_said_so() -> None:
 def test_an_unusable_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match=r"give one such as http://127\.0\.0\.1:8000/"):
         BrokerClient(url)
+
+
+def told(kind: str, seq: int) -> str:
+    return orjson.dumps(
+        {"sem": True, "event": {"type": kind, "id": "x", "data": {"count": 3, "seq": str(seq)}}}
+    ).decode()
+
+
+@pytest.mark.parametrize("kind", ["ws.through", "ws.dropped"])
+def test_what_was_decided_without_being_shown_raises_the_position(kind: str) -> None:
+    """After `ws.dropped` the next event's `prev` is what was dropped last: that is no gap."""
+    cursor = Cursor(last=10)
+    assert judged(cursor, told(kind, 40)) == "take"
+    assert cursor.last == 40
+    assert judged(cursor, frame("log", 50, 40)) == "take"
+    assert judged(cursor, told(kind, 20)) == "take"
+    assert cursor.last == 50
+
+
+def test_a_change_of_view_sets_the_position() -> None:
+    cursor = Cursor(last=50)
+    data: dict[str, Any] = {"from": "10"}
+    judged(cursor, frame("ws.profile", **data))
+    assert cursor.last == 10
+
+
+def close_codes() -> dict[int, str]:
+    """Return the table of close codes: what a client does after each."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "protocol.md").read_text(encoding="utf-8")
+    table = page.partition("| close code |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert rows[-1][0] == "4001 to 4015"
+    found = {int(code): back for codes, _, back in rows[:-1] for code in codes.split(",")}
+    return found | {code + 3000: back for code, back in found.items() if 1001 <= code <= 1015}
+
+
+def test_the_table_of_close_codes_is_read() -> None:
+    assert close_codes()[1012].startswith("yes")
+    assert len(close_codes()) >= 13
+
+
+@pytest.mark.parametrize("code", sorted(close_codes()))
+async def test_after_each_close_code_it_does_what_the_table_says(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comes back with its position where that can help; else ends, with an error unless all is well."""
+    monkeypatch.setattr("broker.client.FIRST_DELAY_S", 0.001)
+    back = close_codes()[code]
+
+    async def first(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(0))
+        await socket.send(frame("log", 5, 0, n=1))
+        await socket.close(code, "why")
+
+    async def second(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(5))
+        await socket.send(frame("log", 7, 5, n=2))
+        await socket.wait_closed()
+
+    async with scripted(first, second) as (url, queries), BrokerClient(url) as client:
+        async with asyncio.timeout(20), aclosing(client.follow("c1", since=0)) as stream:
+            assert (await anext(stream))["data"]["n"] == 1
+            if code == 1000:
+                assert [event async for event in stream] == []
+            elif (back.startswith("yes") and "fixing" not in back) or back == "later":
+                assert (await anext(stream))["data"]["n"] == 2
+                assert (queries[1]["since"], queries[1]["epoch"]) == ("5", "e1")
+            else:
+                with pytest.raises(RequestRefused, match="why"):
+                    await anext(stream)
+        assert len(queries) == (2 if (back.startswith("yes") and "fixing" not in back) or back == "later" else 1)
+
+
+async def test_an_epoch_that_is_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def only(socket: ServerConnection, query: dict[str, str]) -> None:
+        await socket.send(hello(5))
+        await socket.send(frame("log", 7, 5, n=1))
+        await socket.wait_closed()
+
+    async with scripted(only) as (url, queries):
+        await asyncio.wait_for(collect(url, 1, since=5, epoch="e0"), 20)
+    assert queries == [{"conv_id": "c1", "profile": "default", "since": "5", "epoch": "e0"}]

@@ -82,7 +82,25 @@ def test_data_must_be_an_object(data: Any) -> None:
         sealed(data)
 
 
-@pytest.mark.parametrize("data", [{"a": "\ud800"}, {"a": object()}, {1: "a"}, {"a": 2**70}, {"a": {1, 2}}])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"a": "\ud800"},
+        {"a": ...},
+        {1: "a"},
+        {"a": 2**70},
+        {"a": -(2**63) - 1},
+        {"a": {1, 2}},
+        {"a": NAN},
+        {"a": float("inf")},
+        {"a": [1, 2.5, None, {"b": (1.0, -float("inf"))}]},
+        {"a": [{}] * 50 + [{"b": NAN}]},
+    ],
+    ids=repr,
+)
 def test_what_json_cannot_carry_is_refused(data: Any) -> None:
     with pytest.raises(InvalidDraft, match="cannot be written as JSON"):
         sealed(data)
@@ -95,9 +113,11 @@ def test_nesting_without_end_is_refused() -> None:
         sealed(nested)
 
 
-def test_numbers_json_has_no_name_for_become_null() -> None:
-    """orjson's rule; a frame must never carry NaN."""
-    assert encode_json({"a": float("nan"), "b": float("inf")}) == b'{"a":null,"b":null}'
+def test_null_and_the_word_null_are_no_numbers() -> None:
+    assert encode_json({"a": None, "b": ["null", None, 0.5]}) == b'{"a":null,"b":["null",null,0.5]}'
+    assert encode_json([2**64 - 1, -(2**63)]) == b"[18446744073709551615,-9223372036854775808]"
+    with pytest.raises(InvalidDraft, match="the number nan"):
+        encode_json(NAN)
 
 
 def test_large_data_is_refused_with_the_numbers() -> None:

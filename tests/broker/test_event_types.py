@@ -39,6 +39,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("llm.thinking.start", {}),
     ("llm.delta", {"delta": "Hel", "runId": "r"}),
     ("llm.delta", {"delta": "Hel", "pluginField": [1]}),
+    ("llm.final", {"finishReason": "stop"}),  # too long for one envelope: the deltas are the text
     ("llm.final", {"text": "Hello", "finishReason": None, "usage": {"total_tokens": 3}, "partial": True}),
     ("tool.start", {"id": "c1", "name": "clock", "input": {}}),
     ("tool.delta", {"patch": {"inputTextDelta": "{"}}),

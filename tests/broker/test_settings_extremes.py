@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, until
+from tests.support.core import CALLER, Core, read_messages, until
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, text
+from tests.support.wire import Client
 
 from broker.errors import InvalidInput
 from broker.settings import Settings, load_settings
@@ -22,7 +23,7 @@ from broker.testing import parts_of
 IDLE_S = 0.2
 IDLE_TURNS_MAX = 1000
 """The quickest allowed timers are due some twenty times in IDLE_S, each for a few turns."""
-ELSEWHERE = frozenset({"port", "workers"})  # not of the broker: tests/transports/test_server_bind.py and the like
+ELSEWHERE = frozenset({"port", "workers"})  # not of the broker: tests/transports/test_server.py and the like
 
 
 def bounds(name: str) -> tuple[float, float] | None:
@@ -135,3 +136,63 @@ async def test_all_at_once(tmp_path: Path, db: str, end: int) -> None:
     changed = {name: getattr(checked, name) for name in values}
     async with asyncio.timeout(30), Core(where, plugins=[engine], **changed) as core:
         await serve_and_rest(core)
+
+
+LARGE_BYTES = 3 * 1024 * 1024
+"""Larger than a page, than what is kept of a conversation's recent end, and than a connection's buffer."""
+MOVING_BYTES = [
+    name
+    for name in Settings.model_fields
+    if bounds(name) and name not in ELSEWHERE and name not in {*NO_SERVICE, "max_envelope_bytes", "retention_bytes"}
+    if name.startswith(("connection_", "replay_", "poll_", "upsert_", "through_", "timeline_", "max_open_", "sweep_"))
+]
+
+
+@pytest.mark.parametrize("db", ["memory", "sqlite"])
+@pytest.mark.parametrize("end", [0, 1], ids=["smallest", "largest"])
+@pytest.mark.parametrize("name", MOVING_BYTES)
+async def test_what_is_larger_than_a_page_gets_through(tmp_path: Path, name: str, end: int, db: str) -> None:
+    """To who resumes, who asks for the state, who polls and who pages; and nothing is read over and over."""
+    both = bounds(name)
+    assert both is not None
+    checked = getattr(load_settings(**{name: both[end]}), name)
+    where = ":memory:" if db == "memory" else str(tmp_path / "broker.db")
+    settings: dict[str, Any] = {"max_envelope_bytes": 2 * LARGE_BYTES, name: checked}
+    async with asyncio.timeout(30), Core(where, **settings) as core:
+        publish = core.broker.publisher("c1").publish
+        texts = {"u0": "small", "u1": "x" * LARGE_BYTES, "u2": "small again", "u3": "y" * LARGE_BYTES}
+        seqs = [await publish("user.message", {"text": text}, id=id) for id, text in texts.items()]
+        read, reads = core.parts.log.read, 0
+
+        async def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            assert reads < 200, "it reads for ever"
+            return await read(*args, **kwargs)
+
+        core.parts.log.read = counted  # type: ignore[method-assign]
+        for _ in range(2):
+            resumed, _ = await core.connect("c1", since=seqs[0], epoch=(await core.broker.head("c1")).epoch)
+            await until(lambda peer: peer.client.controls("ws.caught_up"), resumed)
+            assert resumed.client.seqs() == seqs[1:]
+            hydrated, _ = await core.connect("c1", hydrate=True)
+            await until(lambda peer: peer.client.controls("ws.caught_up"), hydrated)
+            assert {id: entity["props"]["text"] for id, entity in hydrated.client.entities.items()} == texts
+        polled = Client(since=0)
+        more = True
+        while more:
+            page = await read_messages(
+                core.broker, CALLER, "c1", since=polled.last, epoch=None, profile="default", channels=None,
+                limit=min(200, core.settings.poll_max_frames), wait_s=0.0,
+            )  # fmt: skip
+            for frame in page.frames:
+                polled.take(frame)
+            more = page.more
+        assert polled.seqs() == seqs
+        assert polled.entities.keys() == texts.keys()
+        position, found, more = 0, [], True
+        while more:
+            part = await core.broker.doors.reading.timeline_page(CALLER, "c1", after_position=position)
+            found += part.entities
+            position, more = found[-1].position, part.more
+        assert [entity.id for entity in found] == list(texts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+import broker.testing
 from broker.envelope import Draft, Envelope
 from broker.errors import PluginError, UnknownProfile
 from broker.hookspecs import hookimpl
@@ -162,3 +164,11 @@ async def test_a_filter_that_holds_for_events_alone_is_refused() -> None:
         await assert_hidden(PrivateNotes(keeps_level=False), secret="swordfish", drafts=NOTE)
     with pytest.raises(AssertionError, match=r"'swordfish' is told by: title, search\."):
         await assert_hidden(OneProfile(), secret="swordfish", drafts=PROMPT, profile="support")
+
+
+async def test_the_example_of_the_module_runs() -> None:
+    """As it stands in the docstring of broker.testing."""
+    source = textwrap.dedent((broker.testing.__doc__ or "").partition("\n\n")[2].partition("\n\nNothing here")[0])
+    scope: dict[str, Any] = {"my_plugin": Quiet()}
+    exec(source, scope)
+    await scope["test_quiet_profile_hides_deltas"]()

@@ -32,7 +32,8 @@ class AskingEngine:
             yield Finish("stop")
         else:
             yield ToolCallStart(key="0", call_id="", name="delete_file")
-            yield ToolCallEnd(key="0", input={"path": "notes.txt"})
+            number = [int(word) for word in str(last.content).split() if word.isdecimal()]
+            yield ToolCallEnd(key="0", input={"path": "notes.txt", **({"size": number[0]} if number else {})})
             yield Finish("tool_calls")
 
     async def aclose(self) -> None:
@@ -52,7 +53,8 @@ def build_engine(plan: EnginePlan) -> Engine | None:
 @hookimpl
 def register_tools() -> Sequence[Tool]:
     def delete_file(tool_input: Mapping[str, Any], context: ToolContext) -> str:
-        return f"{tool_input['path']} is gone"
+        size = f", {tool_input['size']} bytes," if "size" in tool_input else ""
+        return f"{tool_input['path']}{size} is gone"
 
     parameters = {"type": "object", "properties": {"path": {"type": "string"}}}
     return [Tool("delete_file", "Delete a file", parameters, delete_file, requires_approval=True)]

@@ -9,13 +9,18 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from tests.browser.cut_proxy import CutProxy
+
+from broker.sequence import PER_MS
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER_ARGS = (
@@ -28,6 +33,7 @@ BROWSER_ARGS = (
     "--disable-sync",
 )
 START_DEADLINE_S = 30.0
+OVERLAP_MS = 4000  # more than `STATE_OVERLAP_S` and how long an upsert may be held back
 DEADLINE_MS = 15_000
 
 
@@ -169,6 +175,38 @@ def windows(chromium: Browser, running_broker: RunningBroker) -> Iterator[Window
     for context in opened.contexts:
         context.close()
     assert opened.faults == []
+
+
+@pytest.fixture
+def proxy(running_broker: RunningBroker) -> Iterator[CutProxy]:
+    """A proxy in front of the server, for `open_through`."""
+    made = CutProxy(urlsplit(running_broker.url).port or 80)
+    yield made
+    made.close()
+
+
+def open_through(windows: Windows, proxy: CutProxy, conv_id: str, profile: str = "default") -> Page:
+    """Open a chat page whose connections a test can cut."""
+    return windows.open(conv_id, profile, base=f"http://127.0.0.1:{proxy.port}/")
+
+
+def forgive_network_errors(windows: Windows) -> None:
+    """The browser itself reports requests that found no server; those are meant in tests that take it away."""
+    windows.faults[:] = [
+        fault for fault in windows.faults if "ERR_" not in fault and "WebSocket connection" not in fault
+    ]
+
+
+def let_it_be_past(running_broker: RunningBroker, conv_id: str) -> None:
+    """Wait until what was published is older than what each resume is sent again."""
+
+    def timeline() -> dict[str, Any]:
+        answer: dict[str, Any] = running_broker.http.get("api/timeline", params={"conv_id": conv_id, "limit": 1}).json()
+        return answer
+
+    past_ms = int(timeline()["version"]) // PER_MS + OVERLAP_MS
+    while timeline()["serverTimeMs"] < past_ms:
+        time.sleep(0.2)
 
 
 @pytest.fixture

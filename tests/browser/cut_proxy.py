@@ -13,6 +13,14 @@ class CutProxy:
         self._target_port = target_port
         self._down = False
         self._swallow_answers = 0
+        self._cut_path = b""
+        self._cut_after_bytes = 0
+        self.answers_cut = 0
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._released = asyncio.Event()
+        self._hold_path = b""
+        self.held = threading.Event()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -41,6 +49,26 @@ class CutProxy:
     def swallow_answers(self, count: int) -> None:
         """Pass the next `count` POST requests on, and cut them when their answer comes."""
         self._swallow_answers = count
+
+    def cut_next_answer(self, path: str, *, after_bytes: int) -> None:
+        """Reset the next connection that begins with a GET of `path`, when so much of its answer has been passed on."""
+        self._cut_after_bytes = after_bytes
+        self._cut_path = b"GET " + path.encode()
+
+    def hold(self) -> None:
+        """Pass no answers on, on any connection, until `release`."""
+        self._loop.call_soon_threadsafe(self._flowing.clear)
+
+    def hold_from(self, path: str) -> None:
+        """The same on one connection only, from the next GET of `path` on; `held` is set when it is there."""
+        self.held.clear()
+        self._loop.call_soon_threadsafe(self._released.clear)
+        self._hold_path = b"GET " + path.encode()
+
+    def release(self) -> None:
+        self._hold_path = b""
+        self._loop.call_soon_threadsafe(self._flowing.set)
+        self._loop.call_soon_threadsafe(self._released.set)
 
     def close(self) -> None:
         """Stop, with everything that is still open."""
@@ -74,19 +102,36 @@ class CutProxy:
         answers, upstream = await asyncio.open_connection("127.0.0.1", self._target_port)
         self._writers.add(upstream)
         posted = False
+        left_bytes: int | None = None
+        flowing = self._flowing
 
         async def requests() -> None:
-            nonlocal posted
+            nonlocal posted, left_bytes, flowing
             while piece := await reader.read(65_536):
                 posted = piece.startswith(b"POST ")
+                if self._hold_path and piece.startswith(self._hold_path):
+                    self._hold_path = b""
+                    flowing = self._released
+                    self.held.set()
+                if self._cut_path and piece.startswith(self._cut_path):
+                    left_bytes, self._cut_path = self._cut_after_bytes, b""
                 upstream.write(piece)
                 await upstream.drain()
 
         async def replies() -> None:
+            nonlocal left_bytes
             while piece := await answers.read(65_536):
+                await flowing.wait()
                 if posted and self._swallow_answers > 0:
                     self._swallow_answers -= 1
                     return
+                if left_bytes is not None and len(piece) >= left_bytes:
+                    writer.write(piece[:left_bytes])
+                    await writer.drain()
+                    self.answers_cut += 1
+                    return
+                if left_bytes is not None:
+                    left_bytes -= len(piece)
                 writer.write(piece)
                 await writer.drain()
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, Route, expect
-from tests.browser.conftest import RunningBroker, Windows
+from playwright.sync_api import Route, expect
+from tests.browser.conftest import RunningBroker, Windows, forgive_network_errors, let_it_be_past, open_through
 from tests.browser.cut_proxy import CutProxy
+from tests.browser.person import answers
 
 pytestmark = pytest.mark.needs_browser
-
-
-@pytest.fixture
-def proxy(running_broker: Any) -> Iterator[CutProxy]:
-    """A proxy in front of the server."""
-    made = CutProxy(urlsplit(running_broker.url).port or 80)
-    yield made
-    made.close()
-
-
-def open_through(windows: Any, proxy: CutProxy, conv_id: str, profile: str = "default") -> Page:
-    page: Page = windows.open(conv_id, profile, base=f"http://127.0.0.1:{proxy.port}/")
-    return page
-
-
-def forgive_network_errors(windows: Any) -> None:
-    """The browser itself reports requests that found no server; those are meant here."""
-    windows.faults[:] = [
-        fault for fault in windows.faults if "ERR_" not in fault and "WebSocket connection" not in fault
-    ]
 
 
 @pytest.mark.parametrize("profile", ["default", "timeline", "text", "debug"])
@@ -59,6 +39,31 @@ def test_a_cut_connection_leaves_no_gap_and_no_double(
     running_broker.publish(conv_id, ("llm.final", "m1", {"text": f"{whole} and the end"}))
     expect(page.locator(".prose")).to_have_text(f"{whole} and the end")
     expect(page.locator(".message")).to_have_count(1)
+    forgive_network_errors(windows)
+
+
+def test_a_state_that_is_cut_off_is_sent_again_whole(
+    windows: Any, running_broker: Any, proxy: CutProxy, conv_id: str
+) -> None:
+    """The conversation was made anew meanwhile, and the connection that brings it breaks on the way."""
+    running_broker.answer(conv_id, "of the former life")
+    page = open_through(windows, proxy, conv_id)
+    proxy.cut(stay_down=True)
+    expect(page.locator("#connection")).not_to_have_attribute("data-state", "live")
+    running_broker.http.delete(f"api/conversations/{conv_id}").raise_for_status()
+    texts = [f"answer {number} " + secrets.token_hex(1000) for number in range(300)]
+    for number, text in enumerate(texts):
+        running_broker.publish(conv_id, ("llm.final", f"m{number}", {"text": text}))
+    let_it_be_past(running_broker, conv_id)
+    texts.append("the newest")
+    running_broker.answer(conv_id, texts[-1])
+    proxy.cut_next_answer("/ws?", after_bytes=200_000)
+    proxy.restore()
+    page.evaluate("window.dispatchEvent(new Event('online'))")
+    expect(answers(page).first).to_have_text(texts[0])
+    expect(page.locator("#connection")).to_have_attribute("data-state", "live")
+    assert proxy.answers_cut == 1
+    expect(answers(page)).to_have_text(texts)
     forgive_network_errors(windows)
 
 
@@ -125,11 +130,16 @@ def test_a_refused_message_says_why_and_can_be_taken_back(windows: Any, conv_id:
 
 
 def test_a_profile_that_does_not_exist_is_explained(windows: Any, conv_id: str) -> None:
-    """The page stops trying and shows the server's words."""
+    """The page stops trying and shows the server's words; with another one it goes on."""
     page = windows.blank()
     page.goto(f"{windows.base}?conv_id={conv_id}&profile=nonsense")
     expect(page.locator("#banner-text")).to_contain_text("nonsense")
     expect(page.locator("#connection")).to_have_attribute("data-state", "stopped")
+    expect(page.get_by_text("Nothing said yet")).to_be_hidden()  # nobody knows
+    page.locator("#profile").select_option("default")
+    expect(page.locator("#connection")).to_have_attribute("data-state", "live")
+    expect(page.get_by_text("Nothing said yet")).to_be_visible()
+    expect(page.locator("#banner")).to_be_hidden()
     windows.faults[:] = [fault for fault in windows.faults if "400" not in fault]
 
 

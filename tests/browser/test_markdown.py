@@ -112,27 +112,36 @@ def test_every_cut_makes_the_same(module_page: Page) -> None:
 @pytest.mark.parametrize(
     ("text", "html"),
     [
-        ("plain", '<p dir="auto">plain</p>'),
-        ("a\nb", '<p dir="auto">a<br>b</p>'),
-        ("a\n\nb", '<p dir="auto">a</p><p dir="auto">b</p>'),
-        ("**a** *b* __c__ _d_", '<p dir="auto"><strong>a</strong> <em>b</em> <strong>c</strong> <em>d</em></p>'),
-        ("**a *b* c**", '<p dir="auto"><strong>a <em>b</em> c</strong></p>'),
-        ("``a ` b``", '<p dir="auto"><code>a ` b</code></p>'),
-        ("snake_case_name 2*3*4 \\*x\\*", '<p dir="auto">snake_case_name 2*3*4 *x*</p>'),
-        ("# One\n## Two", '<h3 dir="auto">One</h3><h4 dir="auto">Two</h4>'),
-        ("<b>x</b> &amp;", '<p dir="auto">&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>'),
-        ("- a\n- b", '<ul><li dir="auto"><p>a</p></li><li dir="auto"><p>b</p></li></ul>'),
-        ("3) c", '<ol start="3"><li dir="auto"><p>c</p></li></ol>'),
+        ("plain", '<p dir="ltr">plain</p>'),
+        ("a\nb", '<p dir="ltr">a<br>b</p>'),
+        ("a\n\nb", '<p dir="ltr">a</p><p dir="ltr">b</p>'),
+        ("**a** *b* __c__ _d_", '<p dir="ltr"><strong>a</strong> <em>b</em> <strong>c</strong> <em>d</em></p>'),
+        ("**a *b* c**", '<p dir="ltr"><strong>a <em>b</em> c</strong></p>'),
+        ("``a ` b``", '<p dir="ltr"><code>a ` b</code></p>'),
+        ("snake_case_name 2*3*4 \\*x\\*", '<p dir="ltr">snake_case_name 2*3*4 *x*</p>'),
+        ("# One\n## Two", '<h3 dir="ltr">One</h3><h4 dir="ltr">Two</h4>'),
+        ("<b>x</b> &amp;", '<p dir="ltr">&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>'),
+        ("- a\n- b", '<ul><li dir="ltr"><p>a</p></li><li dir="ltr"><p>b</p></li></ul>'),
+        ("- 1\n  - 2", "<ul><li><p>1</p><ul><li><p>2</p></li></ul></li></ul>"),
+        (
+            "1. a\n1. b\n7. c\n8. d",
+            '<ol><li dir="ltr"><p>a</p></li><li dir="ltr"><p>b</p></li></ol>'
+            '<ol start="7"><li dir="ltr"><p>c</p></li><li dir="ltr"><p>d</p></li></ol>',
+        ),
+        ("1, 2: שלום and `x`", '<p dir="rtl">1, 2: שלום and <code>x</code></p>'),
+        ("> 1\n> مرحبا", '<blockquote dir="rtl"><p>1<br>مرحبا</p></blockquote>'),
+        ("- 5 שלום", '<ul><li dir="rtl"><p>5 שלום</p></li></ul>'),
+        ("3) c", '<ol start="3"><li dir="ltr"><p>c</p></li></ol>'),
         ("---", "<hr>"),
-        ("> a\n> b", '<blockquote dir="auto"><p>a<br>b</p></blockquote>'),
-        ("-", '<p dir="auto">-</p>'),
+        ("> a\n> b", '<blockquote dir="ltr"><p>a<br>b</p></blockquote>'),
+        ("-", "<p>-</p>"),
         (
             "| a | b |\n|---|--:|\n| 1 | 2\\|3 |",
-            '<div class="table" tabindex="0" dir="auto"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
+            '<div class="table" tabindex="0" dir="ltr"><table><thead><tr><th>a</th><th class="end">b</th></tr></thead>'
             '<tbody><tr><td>1</td><td class="end">2|3</td></tr></tbody></table></div>',
         ),
-        ("| not a row", '<p dir="auto">| not a row</p>'),
-        ("#hashtag", '<p dir="auto">#hashtag</p>'),
+        ("| not a row", '<p dir="ltr">| not a row</p>'),
+        ("#hashtag", '<p dir="ltr">#hashtag</p>'),
     ],
 )
 def test_what_is_understood(module_page: Page, text: str, html: str) -> None:
@@ -155,7 +164,7 @@ def test_what_is_understood(module_page: Page, text: str, html: str) -> None:
 )
 def test_only_web_addresses_become_links(module_page: Page, address: str) -> None:
     """Anything else stays the text that it is."""
-    assert draw(module_page, f"[x]({address})") == f'<p dir="auto">[x]({address})</p>'
+    assert draw(module_page, f"[x]({address})") == f'<p dir="ltr">[x]({address})</p>'
 
 
 def test_pictures_become_links(module_page: Page) -> None:
@@ -183,6 +192,35 @@ def test_what_is_not_closed_yet_is_shown_as_it_will_look(module_page: Page) -> N
     assert "<strong>bo</strong>" in draw(module_page, "a **bo", finish=False)
     assert "**bo" in draw(module_page, "a **bo")
     assert "<code>x</code>" in draw(module_page, "a `x", finish=False)
+
+
+def test_the_direction_of_a_text_is_what_the_browser_would_find(module_page: Page) -> None:
+    """Of every letter: `dir="auto"` is the yardstick, and much slower where a long text grows."""
+    different = module_page.evaluate(
+        """async () => {
+          const { directionOf } = await import("/direction.js");
+          const element = document.body.appendChild(document.createElement("p"));
+          element.dir = "auto";
+          const wrong = [];
+          // Punctuation and digits of these scripts have a direction, too: that of the letters after them.
+          const unlettered = (code) => (code >= 0x590 && code < 0x900) || (code >= 0xfb1d && code < 0xff00)
+            || (code >= 0x10800 && code < 0x11000) || (code >= 0x1e800 && code < 0x1f000);
+          for (let code = 1; code < 0x110000; code += 1) {
+            if (code >= 0xd800 && code < 0xe000) continue;
+            const text = "12, " + String.fromCodePoint(code);
+            const said = directionOf(text);
+            const letter = /[\\p{L}\\u061c\\u200e\\u200f]/u.test(text);
+            if ((said !== null) !== letter) wrong.push(code.toString(16));
+            // Beyond, left to right is the rule; and for what is no letter, samples are enough.
+            if (said !== "rtl" && code > 0x3000 && code % 16 !== 0) continue;
+            if (said === null && (unlettered(code) || code % 16 !== 0)) continue;
+            element.textContent = text;
+            if ((said === "rtl") !== element.matches(":dir(rtl)")) wrong.push(code.toString(16));
+          }
+          return wrong;
+        }"""
+    )
+    assert different == []
 
 
 WORK = """async ([opening, unit, times]) => {

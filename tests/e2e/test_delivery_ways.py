@@ -7,7 +7,7 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,15 +25,19 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from broker.broker import ConversationWSBroker
 from broker.delivery.subscription import Subscription
 from broker.envelope import Draft
+from broker.hookspecs import hookimpl
+from broker.security import Credentials, Principal
 from broker.settings import Settings
 from broker.testing import parts_of
 from transports.admission import limited_http_protocol
 from transports.app import create_app, create_broker
 from transports.client_messages import STRIKES_MAX
+from transports.write_timeout import WriteTimeout
 
 T = TypeVar("T")
+PLAIN_PATH = "transports.uvicorn_plain_ws:PlainWebSocketProtocol"
 WAYS = ["fast path", "compressed", "plain ASGI", "hypercorn"]
-STALL_SETTINGS = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
+STALL_SETTINGS: dict[str, Any] = {"connection_buffer_bytes": 16 * 1024, "write_timeout_s": 0.5, "sweep_interval_s": 0.1}
 
 
 class Server(Protocol):
@@ -72,7 +76,7 @@ class HypercornServer:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._running.set()
-        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)  # type: ignore[arg-type]
+        await hypercorn.asyncio.serve(self._app, config, shutdown_trigger=self._stop.wait)
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
@@ -83,7 +87,16 @@ class HypercornServer:
 class Running:
     """A served broker, and what a test asks of it from its own thread."""
 
-    def __init__(self, way: str, db: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        way: str,
+        db: str,
+        *,
+        uvicorn: dict[str, Any] | None = None,
+        plugins: Sequence[object] = (),
+        **settings: Any,
+    ) -> None:
+        """uvicorn: options for it."""
         fast = way in ("fast path", "compressed")
         self.compressed = way == "compressed"
         if self.compressed:
@@ -91,7 +104,8 @@ class Running:
         self.broker: ConversationWSBroker = create_broker(
             Settings(db=db, plugins_dir="no-such-folder", fast_path=fast, debug_channels=("debug.trace",)).model_copy(
                 update=settings
-            )
+            ),
+            plugins=plugins,
         )
         self.parts = parts_of(self.broker)
         app = create_app(broker=self.broker)
@@ -99,12 +113,12 @@ class Running:
         if way == "hypercorn":
             self.server = HypercornServer(app)
         else:
-            options: dict[str, Any] = {} if fast else {"ws": "websockets-sansio"}
+            options: dict[str, Any] = ({} if fast else {"ws": PLAIN_PATH}) | (uvicorn or {})
             limit = self.broker.settings.max_client_message_bytes
             uvicorn_server = LiveServer(
                 app,
                 asyncio.new_event_loop,
-                http=limited_http_protocol(1000),
+                http=limited_http_protocol(1000, WriteTimeout(self.broker.settings.write_timeout_s)),
                 lifespan="on",
                 ws_max_size=limit,
                 ws_per_message_deflate=False,
@@ -455,6 +469,55 @@ async def test_a_handshake_is_refused_with_its_reason(
     assert problem["status"] == status
     assert words in problem["detail"]
     assert len(running.parts.registry) == 0
+
+
+class SlowToKnow:
+    """A plugin that takes its time to say who somebody is: until `count` have asked."""
+
+    name = "slow_to_know"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.asked = 0
+
+    @hookimpl
+    async def authenticate(self, credentials: Credentials) -> Principal | None:
+        self.asked += 1
+        while self.asked < self.count:
+            await asyncio.sleep(0.01)
+        return Principal("somebody")
+
+
+async def test_those_who_come_at_once_are_counted_when_they_are_let_in(serve: Callable[..., Running]) -> None:
+    """Not only when they are asked who they are: 60 were live at a limit of 10."""
+    count, limit = 40, 10
+    running = serve(max_connections=limit, plugins=[SlowToKnow(count)], auth="slow_to_know")
+
+    async def ask(n: int) -> tuple[bytes, socket.socket]:
+        raw = socket.socket()
+        raw.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(raw, ("127.0.0.1", running.server.port))
+        upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        upgrade += "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        path, headers = ("/sse", "") if n % 2 else ("/ws", upgrade)
+        await loop.sock_sendall(raw, f"GET {path}?conv_id=c{n} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n".encode())
+        answer = await loop.sock_recv(raw, 65536)
+        return answer.split(b" ", 2)[1], raw
+
+    async with asyncio.timeout(DEADLINE_S):
+        answers = await asyncio.gather(*map(ask, range(count)))
+    try:
+        statuses = [status for status, _ in answers]
+        assert statuses.count(b"101") + statuses.count(b"200") == limit
+        assert statuses.count(b"429") == count - limit
+        await until(lambda: len(running.parts.registry) == limit)
+    finally:
+        for _, raw in answers:
+            raw.close()
+    await until(lambda: len(running.parts.registry) == 0)
+    async with running.connect() as later:  # every place was given back
+        await later.live()
 
 
 async def test_connections_beyond_the_limit_are_refused_until_one_goes(serve: Callable[..., Running]) -> None:

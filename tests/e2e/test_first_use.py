@@ -283,7 +283,7 @@ async def test_reloading_in_the_middle_of_an_answer_leaves_no_gap(shared_dir: Pa
             hello = client.controls("ws.hello")[0]
             assert (hello["recovered"], hello["from"]) == (True, page["version"])
             shown = "".join(props["text"] for props in entities(page, "thinking") + answers(page))
-            await until(lambda client=client: first.client.last >= client.last)
+            await until(lambda client: first.client.last >= client.last, client)
             seen = [event for event in first.client.events if int(event["seq"]) <= client.last]
             assert shown + said_in(client.events) == said_in(seen)
             reloaded += 1

@@ -329,7 +329,7 @@ async def test_binary_messages_are_told_off(server: Server) -> None:
     async with connect(f"{server.process.ws_url}ws?conv_id=c1", proxy=None) as opened:
         await opened.send(b"\x00\x01")
         await opened.send("ping")
-        events = []
+        events: list[dict[str, Any]] = []
         while not events or events[-1]["type"] != "ws.pong":
             events.append(orjson.loads(await opened.recv())["event"])
     (error,) = [event["data"] for event in events if event["type"] == "ws.error"]

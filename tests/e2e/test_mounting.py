@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +17,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.types import Message
+from tests.support.asgi import scope_of
+from tests.support.live_server import LiveServer
+from websockets.sync.client import connect
 
-from broker.settings import Settings
+from broker.errors import PluginError
+from broker.settings import Settings, of_commands
 from transports.app import create_api, create_app, create_broker, create_ui, lifespan_of
+from transports.on_demand import StartedOnDemand
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE / "embedding_example.py"
@@ -45,6 +51,27 @@ async def test_everything_at_the_root(settings: Settings) -> None:
         assert (await client.get("/readyz")).json() == {"status": "ready"}
         assert (await client.get("/")).headers["content-type"] == "text/html; charset=utf-8"
         assert (await client.get("/api/nothing")).json()["type"].endswith(":no-such-path")
+
+
+async def test_an_apps_own_package_called_plugins_is_none_of_the_brokers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is neither imported nor found wanting; a folder that the settings name is read, as before."""
+    for name, code in (
+        ("__init__", ""),
+        ("billing", "raise RuntimeError('imported by a stranger')"),
+        ("models", "X = 1"),
+    ):
+        (tmp_path / "plugins").mkdir(exist_ok=True)
+        (tmp_path / "plugins" / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    async with client_of(create_app(Settings(db=":memory:"))) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+    create_broker(Settings(db=":memory:"))
+    create_broker(Settings(db=":memory:", plugins_dir=""))
+    for named in (Settings(db=":memory:", plugins_dir="plugins"), of_commands(Settings(db=":memory:"))):
+        with pytest.raises(PluginError, match="imported by a stranger"):
+            create_broker(named)
 
 
 @pytest.mark.parametrize("prefix", ["/assistant", "/a/b"])
@@ -105,14 +132,7 @@ async def test_a_socket_works_below_a_prefix(settings: Settings) -> None:
     async with client_of(app), asyncio.timeout(10):
         inbox: asyncio.Queue[Message] = asyncio.Queue()
         outbox: asyncio.Queue[Message] = asyncio.Queue()
-        scope = {
-            "type": "websocket",
-            "path": "/assistant/ws",
-            "root_path": "",
-            "query_string": b"conv_id=c1",
-            "headers": [(b"host", b"127.0.0.1:8000")],
-            "subprotocols": [],
-        }
+        scope = scope_of("websocket", "/assistant/ws", "conv_id=c1")
         serving = asyncio.create_task(app(scope, inbox.get, outbox.put))
         inbox.put_nowait({"type": "websocket.connect"})
         assert (await outbox.get())["type"] == "websocket.accept"
@@ -131,6 +151,68 @@ async def test_an_app_that_does_not_start_the_broker_is_told(settings: Settings)
         sent = await client.post("/assistant/chat", json={"prompt": "hi"})
         assert sent.status_code == 503
         assert "lifespan_of" in sent.json()["detail"]
+
+
+def test_a_server_without_lifespan_events_starts_the_broker_by_its_first_request(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Under a real server, on requests that come all at once; what was stored is there the next time."""
+    body = {"conv_id": "c1", "type": "log", "data": {"message": "hi", "level": "info"}}
+    for time in (1, 2):
+        chat = create_app(settings.model_copy(update={"db": str(tmp_path / "chat.db")}))
+        app = FastAPI(lifespan=lifespan_of(chat))
+        app.mount("/assistant", chat)
+        with (
+            LiveServer(StartedOnDemand(app), asyncio.new_event_loop, lifespan="off") as server,
+            ThreadPoolExecutor(8) as many,
+        ):
+            url = f"http://127.0.0.1:{server.port}/assistant"
+            asked = [many.submit(httpx.post, f"{url}/api/publish", json=body, timeout=30) for _ in range(8)]
+            answers = [one.result() for one in asked]
+            assert [answer.status_code for answer in answers] == [200] * 8
+            assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
+            with connect(f"ws://127.0.0.1:{server.port}/assistant/ws?conv_id=c1&since=0") as client:
+                types: list[str] = []
+                while "ws.caught_up" not in types:
+                    types.append(json.loads(client.recv(timeout=10))["event"]["type"])
+            assert types.count("log") == 8 * time
+            asyncio.run_coroutine_threadsafe(chat.state.broker.stop(drain_s=0), server.loop).result(10)
+
+
+async def test_a_start_on_demand_that_fails_says_why_and_is_tried_again(settings: Settings) -> None:
+    failures = [OSError("the disk is not there yet")]
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if failures:
+            raise failures.pop()
+        async with lifespan_of(chat)(app):
+            yield
+
+    chat = create_app(settings)
+    app = FastAPI(lifespan=lifespan)
+    app.mount("/assistant", chat)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(StartedOnDemand(app)), base_url=BASE) as client:
+        with pytest.raises(Exception, match="the disk is not there yet"):
+            await client.get("/assistant/readyz")
+        assert (await client.get("/assistant/readyz")).json() == {"status": "ready"}
+        await chat.state.broker.stop(drain_s=0)
+
+
+async def test_a_server_that_sends_lifespan_events_is_left_to_itself(settings: Settings) -> None:
+    chat = create_app(settings)
+    app = StartedOnDemand(chat)
+    inbox: asyncio.Queue[Message] = asyncio.Queue()
+    outbox: asyncio.Queue[Message] = asyncio.Queue()
+    life = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
+    inbox.put_nowait({"type": "lifespan.startup"})
+    assert (await outbox.get())["type"] == "lifespan.startup.complete"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE) as client:
+        assert (await client.get("/readyz")).json() == {"status": "ready"}
+    inbox.put_nowait({"type": "lifespan.shutdown"})
+    assert (await outbox.get())["type"] == "lifespan.shutdown.complete"
+    await life
+    assert chat.state.broker.doors.phase.draining
 
 
 async def test_own_pages_replace_the_bundled_ones(settings: Settings, tmp_path: Path) -> None:
@@ -154,7 +236,7 @@ def example_parts() -> dict[str, str]:
     return {name: re.sub(r"  # noqa.*", "", code).strip() for name, code in found}
 
 
-@pytest.mark.parametrize("part", ["whole", "parts"])
+@pytest.mark.parametrize("part", ["whole", "parts", "daphne"])
 def test_the_page_shows_the_code_that_is_tested(part: str) -> None:
     assert f"```python\n{example_parts()[part]}\n```" in PAGE.read_text()
 
@@ -175,6 +257,14 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setenv("BROKER_DB", ":memory:")
     spec.loader.exec_module(module)
     return module
+
+
+async def test_the_example_for_a_server_without_lifespan_events_serves(example: Any) -> None:
+    transport = httpx.ASGITransport(example.application)  # sends none
+    async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
+        assert (await client.get("/orders/8")).json() == {"number": 8}
+        assert (await client.get("/assistant/readyz")).json() == {"status": "ready"}
+    await example.chat.state.broker.stop(drain_s=0)
 
 
 async def test_the_example_serves_its_own_routes_and_ours(example: Any) -> None:

@@ -123,7 +123,9 @@ async def test_a_drop_during_recovery(broker: BrokerProcess, http: httpx.AsyncCl
     while len(follower.client.events) < len(seqs):
         wanted = len(follower.client.events) + 400
         async with follower:
-            await eventually(lambda wanted=wanted: len(follower.client.events) >= min(wanted, len(seqs)))
+            await eventually(
+                lambda wanted: len(follower.client.events) >= min(wanted, len(seqs)), "events are missing", wanted
+            )
             await drop(follower)
         drops += 1
     assert drops >= 5
@@ -146,7 +148,7 @@ async def test_a_drop_during_hydration(broker: BrokerProcess, http: httpx.AsyncC
     follower = Follower(broker, conv_id, since=None, hydrate="1", receive_bytes=4096)
     for wanted in (100, 900):
         async with follower:
-            await eventually(lambda wanted=wanted: len(follower.client.entities) >= wanted)
+            await eventually(lambda wanted: len(follower.client.entities) >= wanted, "entities are missing", wanted)
             await drop(follower)
         assert not follower.client.controls("ws.caught_up")
     seq = await note(http, broker, conv_id, "meanwhile")
@@ -212,7 +214,7 @@ async def test_a_position_exactly_at_the_oldest_retained_event(
         follower = Follower(broker, conv_id)
         follower.client.last, follower.client.epoch = since, page["epoch"]
         async with follower:
-            await eventually(lambda follower=follower: follower.live)
+            await eventually(lambda follower: follower.live, "the follower is not live", follower)
         assert follower.client.controls("ws.hello")[0]["recovered"] is recovered
         assert [reset["reason"] for reset in follower.client.controls("ws.reset")] == ([] if recovered else ["expired"])
         assert follower.client.seqs() == expected
@@ -220,7 +222,7 @@ async def test_a_position_exactly_at_the_oldest_retained_event(
 
         stream = Stream(broker, conv_id, since=since)
         async with stream.connected(http):
-            await eventually(lambda stream=stream: stream.client.controls("ws.caught_up"))
+            await eventually(lambda stream: stream.client.controls("ws.caught_up"), "it did not catch up", stream)
         assert stream.client.seqs() == expected
         assert unbroken(stream.client)
 
@@ -300,7 +302,7 @@ async def test_same_millisecond_events(broker: BrokerProcess, http: httpx.AsyncC
         follower = Follower(broker, conv_id)
         follower.client.last, follower.client.epoch = seqs[index], epoch
         async with follower:
-            await eventually(lambda follower=follower: follower.live)
+            await eventually(lambda follower: follower.live, "the follower is not live", follower)
         assert follower.client.seqs() == seqs[index + 1 :]
         assert unbroken(follower.client)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import orjson
@@ -45,8 +45,10 @@ async def test_a_server_at_the_ends_of_its_settings(end: int, start_broker: Call
             async with aclosing(frames):
                 types = [orjson.loads(text)["event"]["type"] async for text in until_finished(frames)]
             assert types.count("log") == (6 if since == 0 else 5)
-        async with http.stream("GET", "sse?conv_id=c1&since=0") as stream, aclosing(stream.aiter_lines()) as lines:
-            assert [line async for line in until_finished(lines)]
+        async with http.stream("GET", "sse?conv_id=c1&since=0") as stream:
+            lines = cast("AsyncGenerator[str]", stream.aiter_lines())  # httpx calls it an iterator
+            async with aclosing(lines):
+                assert [line async for line in until_finished(lines)]
         page = (await http.get("api/messages?conv_id=c1&since=0")).json()
         assert page["frames"]
     await asyncio.to_thread(broker.stop)

@@ -55,10 +55,9 @@ class TestStateAndEventsJoined:
         events = await read_log(http, broker.url, conv_id)
         for follower, position in zip(followers, after, strict=True):
             await eventually(
-                lambda follower=follower: (
-                    follower.client.entities == entities and follower.client.last >= int(events[-1]["seq"])
-                ),
+                lambda client: client.entities == entities and client.last >= int(events[-1]["seq"]),
                 "a client did not get the whole state",
+                follower.client,
             )
             assert told(follower.client.events) == told(event for event in events if int(event["seq"]) > position)
             assert unbroken(follower.client)
@@ -67,7 +66,7 @@ class TestStateAndEventsJoined:
         async with self.publishing(http, broker, conv_id) as seqs:
             followers = []
             for wanted in range(20, 420, 20):
-                await eventually(lambda wanted=wanted: len(seqs) >= wanted)
+                await eventually(lambda wanted: len(seqs) >= wanted, "publishing did not go on", wanted)
                 follower = Follower(broker, conv_id, since=None, hydrate="1")
                 followers.append(follower)
                 await follower.__aenter__()
@@ -85,7 +84,7 @@ class TestStateAndEventsJoined:
         async with self.publishing(http, broker, conv_id) as seqs:
             followers, starts = [], []
             for wanted in range(20, 420, 20):
-                await eventually(lambda wanted=wanted: len(seqs) >= wanted)
+                await eventually(lambda wanted: len(seqs) >= wanted, "publishing did not go on", wanted)
                 page = (
                     await http.get(f"{broker.url}api/timeline", params={"conv_id": conv_id, "limit": "10000"})
                 ).json()
@@ -109,10 +108,15 @@ class TestStateAndEventsJoined:
         for since, missed in ((0, 3), (first[0], 3), (first[2], 2)):
             follower = Follower(broker, conv_id, since=since, hydrate="1")
             async with follower:
-                await eventually(lambda follower=follower: follower.live)
+                await eventually(lambda follower: follower.live, "the follower is not live", follower)
                 seq = await note(http, broker, conv_id)
                 first.append(seq)
-                await eventually(lambda follower=follower, seq=seq: follower.client.last >= seq or follower.client.gaps)
+                await eventually(
+                    lambda follower, seq: follower.client.last >= seq or follower.client.gaps,
+                    "the note did not come",
+                    follower,
+                    seq,
+                )
             assert unbroken(follower.client)
             assert len(follower.client.entities) == 3
             assert follower.client.seqs() == first[-missed - 1 :]

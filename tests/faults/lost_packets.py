@@ -60,7 +60,8 @@ async def has_no_run(http: httpx.AsyncClient, asked: BrokerProcess, node: Broker
 
 async def test_a_node_whose_packets_are_lost(open_redis: RedisServer, start_broker: Start) -> None:
     """Publishers there are told in time, clients stay and are told, a run goes to others; then all goes on as if nothing."""
-    link: Link = {"namespace": NamespaceLink, "proxy": ProxyLink}[os.environ["LOST_PACKETS"]](open_redis)
+    links: dict[str, Callable[[RedisServer], Link]] = {"namespace": NamespaceLink, "proxy": ProxyLink}
+    link = links[os.environ["LOST_PACKETS"]](open_redis)
     async with link, httpx.AsyncClient(trust_env=False, timeout=30) as http:
         starts = [
             asyncio.to_thread(start_broker, *link.flags, wrapper=link.wrapper, **SETTINGS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
@@ -49,7 +50,11 @@ async def core(
     if request.param == "settled":
         interval_s = 0
         monkeypatch.setattr(start, "STATE_OVERLAP_S", 0.0)
-    settings = {"upsert_interval_s": interval_s, "timeline_flush_interval_s": 3600, "replay_page_events": 3}
+    settings: dict[str, Any] = {
+        "upsert_interval_s": interval_s,
+        "timeline_flush_interval_s": 3600,
+        "replay_page_events": 3,
+    }
     async with Core(store, **settings) as core:
         yield core
 
@@ -121,7 +126,7 @@ async def test_cut_while_catching_up(core: Core) -> None:
         assert subscription.status == "behind"
         for turn in range(2, 4):
             await talk(core, conv_id, turn)
-        await until(lambda peer=peer, subscription=subscription: peer.cut or subscription.status == "live")
+        await until(lambda peer, subscription: peer.cut or subscription.status == "live", peer, subscription)
         done = not peer.cut
         await core.disconnect(peer)
         await whole(core, conv_id, client)

@@ -13,8 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -25,7 +24,6 @@ from tests.support.core import Core
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log, timeline, told
 from tests.support.redis_pair import RedisPair
-from tests.support.redis_server import RedisServer
 from tests.support.wire import Client
 
 from broker.cli.verify import ConversationReport, verify_conversation
@@ -297,17 +295,6 @@ def faults(fleet: Fleet, redis: RedisPair, rng: random.Random) -> dict[str, Faul
     return {fault.__name__: fault for fault in (*nodes, *store, *network)}
 
 
-@pytest.fixture
-def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]:
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    pair = RedisPair(redis_server, folder)
-    try:
-        yield pair.start()
-    finally:
-        pair.stop()
-
-
 async def test_faults_in_random_order(
     redis_pair: RedisPair, start_broker: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,8 +312,7 @@ async def test_faults_in_random_order(
     ):  # fmt: skip
         # On each node one that always comes back to it, and one that goes wherever it is sent.
         followers = {
-            conv_id: [Follower(server, conv_id) for server in (*fleet.nodes, fleet.balancer)]
-            for conv_id in (*CONVERSATIONS, RUNS)
+            conv_id: [Follower(server, conv_id) for server in fleet.servers] for conv_id in (*CONVERSATIONS, RUNS)
         }
         everybody = [follower for group in followers.values() for follower in group]
         try:

@@ -46,8 +46,9 @@ async def converged(http: httpx.AsyncClient, broker: BrokerProcess, followers: I
         client = follower.client
         # Waits for the slowest frame; what is compared is complete then.
         await eventually(
-            lambda client=client: client.last >= int(events[-1]["seq"]) and client.entities == entities,
+            lambda client: client.last >= int(events[-1]["seq"]) and client.entities == entities,
             f"{conv_id}: a client did not converge",
+            client,
         )
         assert told(client.events) == told(events)
         assert not client.gaps
@@ -77,7 +78,7 @@ async def test_kill_9_at_any_moment_loses_nothing(
         highest = 0
         for _ in range(rounds):
             wanted = ledger.count() + rng.choice(ACKNOWLEDGED_BEFORE_KILL)
-            await eventually(lambda wanted=wanted: ledger.count() >= wanted, "publishing did not go on")
+            await eventually(lambda wanted: ledger.count() >= wanted, "publishing did not go on", wanted)
             broker.kill()
             before = max(seq for seqs in ledger.acknowledged.values() for seq in seqs.values())
             assert before >= highest

@@ -160,7 +160,7 @@ async def test_a_node_that_is_behind_tells_by_how_much(start_node: Start, redis_
             proxy.drop_replies_with(b"message\r\n")
             proxy.delay_replies_with(b"held up", 1.0)
             async with asyncio.timeout(30):
-                lag = {"ms": 0}
+                lag: dict[str, Any] = {"ms": 0}
                 while lag["ms"] < 300:  # looking at the positions brings it up to date every other second
                     seqs += [int(await publish(first, "c1", data={"text": "held up"})) for _ in range(3)]
                     answer = await asked(first, "nodes")

@@ -77,7 +77,7 @@ class Node:
     async def fill(self) -> None:
         """Begin a conversation with one run at work, two that wait, a title, a timeline."""
         await self.log.open(lambda committed: None)
-        await self.nodes.open(Myself())  # type: ignore[arg-type]
+        await self.nodes.open(Myself())
         await self.log.append("c", [envelope()])
         await self.runs.prepare(run("r1"), record=record("k1"), max_queued=9)
         await self.runs.admit("r1", 2)

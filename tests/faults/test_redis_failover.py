@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ from tests.support.core import Core
 from tests.support.fleet import Fleet
 from tests.support.follower import Follower, eventually, read_log, timeline, told
 from tests.support.redis_pair import RedisPair
-from tests.support.redis_server import RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
 from broker.cli.verify import verify_conversation
@@ -24,17 +22,6 @@ pytestmark = pytest.mark.needs_redis
 
 Start = Callable[..., BrokerProcess]
 TERMINAL = {"run.finished", "run.failed", "run.cancelled", "run.interrupted"}
-
-
-@pytest.fixture
-def redis_pair(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisPair]:
-    folder = tmp_path / "replica"
-    folder.mkdir()
-    pair = RedisPair(redis_server, folder)
-    try:
-        yield pair.start()
-    finally:
-        pair.stop()
 
 
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
@@ -93,10 +80,7 @@ async def test_a_failover_that_loses_acknowledged_events(redis_pair: RedisPair, 
     ):  # fmt: skip
         await asyncio.to_thread(redis_pair.replica.follow, link.port)
         conversations = ("tail-lost", "untouched", "run-cut", "run-lost")
-        followers = {
-            conv_id: [Follower(server, conv_id) for server in (*fleet.nodes, fleet.balancer)]
-            for conv_id in conversations
-        }
+        followers = {conv_id: [Follower(server, conv_id) for server in fleet.servers] for conv_id in conversations}
         everybody = [follower for group in followers.values() for follower in group]
         try:
             for follower in everybody:

@@ -274,7 +274,7 @@ async def test_a_conversation_is_on_the_list_before_it_begins(redis_server: Redi
         monitor = client.monitor()
         with monitor:
             await log.append("c1", [envelope()])
-            commands = []
+            commands: list[str] = []
             while not commands or not commands[-1].startswith("XADD"):
                 commands.append(monitor.next_command()["command"])
         assert [command for command in commands if command.startswith("ZADD broker:conversations")]

@@ -18,6 +18,7 @@ from tests.support.wire import Client, Peer
 
 from broker.broker import ConversationWSBroker
 from broker.cli.verify import verify_conversation
+from broker.conversations.conversation import Conversation
 from broker.envelope import Draft
 from broker.eventlog.redis import RedisEventLog
 from broker.testing import parts_of
@@ -37,6 +38,12 @@ async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[list[Core]]:
 def log_of(core: Core) -> RedisEventLog:
     assert isinstance(core.parts.log, RedisEventLog)
     return core.parts.log
+
+
+def opened(core: Core) -> Conversation:
+    conversation = core.parts.conversations.get("c1")
+    assert conversation is not None
+    return conversation
 
 
 async def timeline(broker: ConversationWSBroker, conv_id: str = "c1") -> list[dict[str, object]]:
@@ -84,7 +91,7 @@ async def test_every_node_shows_the_same_timeline_and_it_is_the_fold_of_the_log(
     for n in range(3):
         await nodes[n].broker.publish("c1", [Draft("llm.final", {"text": f"done {n}", "runId": "r"}, f"m{n}")])
     head = (await nodes[0].broker.head("c1")).head_seq
-    await until(lambda: all(core.parts.conversations.get("c1").position == head for core in nodes))
+    await until(lambda: all(opened(core).position == head for core in nodes))
     shown = [await timeline(core.broker) for core in nodes]
     assert shown[0] == shown[1] == shown[2]
     for core in nodes:
@@ -124,7 +131,7 @@ async def test_an_evicted_conversation_is_not_followed_any_more(redis_url: str) 
     async with Core(redis_url, idle_conversation_s=0.01) as one, Core(redis_url) as other:
         peer, _ = await one.connect("c1")
         await one.disconnect(peer)
-        await until(lambda: one.parts.conversations.get("c1").in_use is False)
+        await until(lambda: opened(one).in_use is False)
         await asyncio.sleep(0.02)
         await one.parts.conversations.sweep()
         assert log_of(one).stats()["followed"] == 0
@@ -213,7 +220,7 @@ async def test_a_flush_is_told_to_every_client_as_a_new_epoch(redis_server: Redi
             assert peer.client.controls("ws.bye")[-1]["reconnect"] is True
             client_ = peer.client
             await core.connect("c1", client=client_, since=client_.last, epoch=client_.epoch)
-            await until(lambda who=client_: "u2" in who.entities)
+            await until(lambda who: "u2" in who.entities, client_)
             assert client_.controls("ws.reset")[-1]["reason"] == "epoch"
             assert list(client_.entities) == ["u2"]
             assert client_.last >= seq

@@ -243,7 +243,7 @@ async def test_a_prompt_that_was_never_accepted_waits_by_no_clock_but_the_looker
     await dead.prepare(run, record=None, max_queued=9)
     runs: Any = one.parts.runs
     limits = runs._runtime.limits
-    await until(lambda: "r1" in runs._runtime.unaccepted_since_s)  # looked at after a lease, and left alone
+    await until(lambda: ("conv", "r1") in runs._runtime.unaccepted_since_s)  # looked at after a lease, and left alone
     assert await dead.get("r1") is not None
     object.__setattr__(limits, "accept_within_s", 0.2)
 

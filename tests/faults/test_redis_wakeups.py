@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import redis
 from redis.crc import key_slot
-from tests.support.core import Core, until
+from tests.support.core import Core, deafen, until
 from tests.support.redis_server import RedisCluster, RedisServer
 from tests.support.tcp_proxy import TcpProxy
 
+from broker.eventlog import redis_following
 from broker.eventlog.redis import RedisEventLog
+from broker.eventlog.redis_following import CHECK_AT_ONCE
 from broker.eventlog.redis_keys import live_channel
 from broker.nodes.redis_scripts import HINTS
 from broker.redis.connection import RedisConnection
@@ -63,18 +65,60 @@ async def test_in_a_cluster_an_announcement_goes_to_the_server_of_the_slot_only(
         peers = {conv_id: (await other.connect(conv_id))[0] for conv_id in conv_ids}
         for conv_id, server in at.items():
             channel = live_channel(conv_id)
-            await until(lambda server=server, channel=channel: listeners(server, channel) == 1)
+            await until(lambda server, channel: listeners(server, channel) == 1, server, channel)
             assert sum(listeners(each, channel) for each in shared_cluster.servers) == 1
         before = {server: calls(server, "spublish") for server in shared_cluster.servers}
         plain = sum(calls(server, "publish") for server in shared_cluster.servers)
         for conv_id in conv_ids:
             seqs = [await one.say(conv_id, str(n)) for n in range(5)]
-            await until(lambda conv_id=conv_id, seqs=seqs: peers[conv_id].client.seqs() == seqs, timeout_s=SOON_S)
+            await until(lambda peer, seqs: peer.client.seqs() == seqs, peers[conv_id], seqs, timeout_s=SOON_S)
         for server in shared_cluster.servers:
             expected = 5 * sum(place is server for place in at.values())
             assert calls(server, "spublish") - before[server] == expected
         assert sum(calls(server, "publish") for server in shared_cluster.servers) == plain
         assert log_of(other).stats()["found_by_check"] == 0
+
+
+async def test_a_lost_wakeup_is_found_in_one_round_of_few_commands_however_many_are_open(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_following, "CHECK_S", 3600.0)
+    count = 2500
+    async with Core(redis_server.url) as one, Core(redis_server.url) as other:
+        deafen(other)
+        names = [f"c{n}" for n in range(count)]
+        for start in range(0, count, 250):
+            await asyncio.gather(*(other.parts.conversations.open(name) for name in names[start : start + 250]))
+        written = [names[0], names[1234], names[-1]]
+        peers = {name: (await other.connect(name))[0] for name in written}
+        seqs = {name: [await one.say(name, "not heard")] for name in written}
+        following = log_of(other).following
+        for followed in following._followed.values():
+            followed.hot_until_s = 0.0
+        assert all(peers[name].client.seqs() == [] for name in written)
+        before = calls(redis_server, "evalsha"), calls(redis_server, "hmget")
+        await following._check(following._due(), by_clock=True)
+        asked = calls(redis_server, "evalsha") - before[0]
+        assert calls(redis_server, "hmget") - before[1] >= count  # within the scripts
+        assert asked <= count / CHECK_AT_ONCE + 25  # with the reads, and what nodes say to each other now and then
+        await until(lambda: all(peers[name].client.seqs() == seqs[name] for name in written), timeout_s=SOON_S)
+        assert log_of(other).stats()["found_by_check"] == len(written)
+
+
+async def test_in_a_cluster_a_round_looks_at_every_conversation_too(
+    redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_following, "CHECK_S", 3600.0)
+    async with Core(redis_cluster_url) as one, Core(redis_cluster_url) as other:
+        deafen(other)
+        names = [f"c{n}" for n in range(1200)]
+        await asyncio.gather(*(other.parts.conversations.open(name) for name in names))
+        peer, _ = await other.connect(names[-1])
+        seqs = [await one.say(names[-1], "not heard")]
+        following = log_of(other).following
+        following._followed[names[-1]].hot_until_s = 0.0
+        await following._check(following._due(), by_clock=True)
+        await until(lambda: peer.client.seqs() == seqs, timeout_s=SOON_S)
 
 
 async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_cluster_url: str) -> None:
@@ -87,7 +131,9 @@ async def test_a_poke_goes_to_one_server(shared_cluster: RedisCluster, redis_clu
         async with Core(redis_cluster_url) as other:
             place = owner(shared_cluster, POKES)
             await until(lambda: listeners(place, POKES) == 2)
-            await parts_of(other.broker).stores.runs.poke("c1")
+            theirs = parts_of(other.broker).stores.runs
+            assert isinstance(theirs, RedisRunStore)
+            await theirs.poke("c1")
             await until(lambda: heard == ["c1"], timeout_s=SOON_S)
     finally:
         await runs.close()
@@ -260,7 +306,7 @@ async def test_a_killed_subscriber_connection_comes_back(request: pytest.Fixture
         await until(listening)
         for conv_id, peer in peers.items():
             seq = await one.say(conv_id, "heard")
-            await until(lambda peer=peer, seq=seq: peer.client.seqs() == [seq], timeout_s=SOON_S)
+            await until(lambda peer, seq: peer.client.seqs() == [seq], peer, seq, timeout_s=SOON_S)
         assert log_of(other).stats()["found_by_check"] == 0
 
 

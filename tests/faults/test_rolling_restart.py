@@ -135,7 +135,7 @@ async def test_three_nodes_are_restarted_one_after_the_other(redis_server: Redis
             await eventually(lambda: all(tab.live for tab in tabs), "not everybody came back")
             check_spread(left, for_clients.accepted_s[accepted_before:])
             wanted = ledger.count() + 20
-            await eventually(lambda wanted=wanted: ledger.count() >= wanted, "publishing did not go on")
+            await eventually(lambda wanted: ledger.count() >= wanted, "publishing did not go on", wanted)
         for publisher in publishers:
             await publisher.finish()
         assert not ledger.refused.keys() - {503}, ledger.problems
@@ -144,7 +144,9 @@ async def test_three_nodes_are_restarted_one_after_the_other(redis_server: Redis
             ledger.check(conv_id, events)
             last = events[-1]["seq"]
             for tab in (tab for tab in tabs if tab.conv_id == conv_id):
-                await eventually(lambda tab=tab, last=last: tab.events and tab.events[-1]["seq"] == last)
+                await eventually(
+                    lambda tab, last: tab.events and tab.events[-1]["seq"] == last, "a tab is behind", tab, last
+                )
                 assert told(tab.events) == told(events)
         await check_runs(http, nodes)
         for tab in tabs:

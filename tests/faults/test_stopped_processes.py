@@ -87,7 +87,7 @@ async def test_a_stopped_server_goes_on_where_it_was(start_broker: Start, fast_p
             publisher.start()
         for _ in range(4):
             wanted = ledger.count() + 50
-            await eventually(lambda wanted=wanted: ledger.count() >= wanted)
+            await eventually(lambda wanted: ledger.count() >= wanted, "publishing did not go on", wanted)
             await stop(broker.process.pid)
             await asyncio.sleep(0.3)  # the length of the standstill, not a wait for something
             os.kill(broker.process.pid, signal.SIGCONT)

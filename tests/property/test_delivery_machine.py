@@ -136,7 +136,12 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.published: list[Published] = []
         self.followers: list[Follower] = []
         self.count = 0
-        self.core: Core | None = None
+        self.started: Core | None = None
+
+    @property
+    def core(self) -> Core:
+        assert self.started is not None
+        return self.started
 
     def run(self, coroutine: Any) -> Any:
         return self.loop.run_until_complete(coroutine)
@@ -144,7 +149,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         # Timers never fire by themselves: the machine ticks.
-        self.core = Core(
+        self.started = Core(
             self.database(),
             plugins=[Looks()],
             clock=self.clock,
@@ -196,8 +201,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         follower.whole_state = how != "live"
         follower.look = LOOKS.get(profile)
         self.followers.append(follower)
-        asked = {"live": {}, "everything": {"since": 0}, "hydrate": {"hydrate": True}}[how]
-        self._attach(follower, asked)
+        asked: dict[str, dict[str, Any]] = {"live": {}, "everything": {"since": 0}, "hydrate": {"hydrate": True}}
+        self._attach(follower, asked[how])
 
     def _attach(self, follower: Follower, asked: dict[str, Any]) -> None:
         follower.history.clear()  # the server remembers what a connection was shown, not what a client was
@@ -322,12 +327,15 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     async def _settle(self) -> None:
         await until(
-            lambda: all(one.subscription.status == "live" for one in self.followers if one.reading), timeout_s=5
+            lambda: all(
+                one.subscription and one.subscription.status == "live" for one in self.followers if one.reading
+            ),
+            timeout_s=5,
         )
 
     @invariant()
     def everyone_who_reads_has_everything(self) -> None:
-        if self.core is None:
+        if self.started is None:
             return
         self.run(self._settle())
         for follower in self.followers:
@@ -351,7 +359,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if self.core is not None:
+            if self.started is not None:
                 self.run(self._finish())
                 self.run(self.core.broker.stop(drain_s=0))
         finally:
@@ -364,7 +372,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             if follower.peer and follower.peer.stalled:
                 follower.peer.read()
         await self._settle()
-        ids = {one.id for one in self.published if one.type == "llm.delta"}
+        ids = {str(one.id) for one in self.published if one.type == "llm.delta"}
         for id in sorted(ids):
             await self.core.broker.publisher(CONV).publish("llm.final", {"runId": "r", "text": f"done {id}"}, id=id)
         self.clock.advance(10)

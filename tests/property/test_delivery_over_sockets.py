@@ -323,14 +323,16 @@ class SocketMachine(RuleBasedStateMachine):
     @rule(number=picked, kinds=meanwhile, pad=padding)
     def sip(self, number: int, kinds: list[str], pad: int) -> None:
         """Take a few bytes and stop again."""
-        follower = self.some(number, self.stalled)
-        self.during(kinds, pad, self._call(lambda: follower.peer.sip()))
+        peer = self.some(number, self.stalled).peer
+        assert peer is not None
+        self.during(kinds, pad, self._call(peer.sip))
 
     @precondition(lambda self: self.stalled)
     @rule(number=picked, kinds=meanwhile, pad=padding)
     def read_on(self, number: int, kinds: list[str], pad: int) -> None:
-        follower = self.some(number, self.stalled)
-        self.during(kinds, pad, self._call(lambda: follower.peer.read()))
+        peer = self.some(number, self.stalled).peer
+        assert peer is not None
+        self.during(kinds, pad, self._call(peer.read))
 
     async def _call(self, action: Any) -> None:
         action()
@@ -525,7 +527,7 @@ class SocketMachine(RuleBasedStateMachine):
         for follower in self.followers:
             follower.check(self.published, reading=follower.reading)
             if follower.reading and follower.whole_state and follower.profile not in WITHOUT_STATE:
-                await until(lambda one=follower: all(one.client.entities.get(id) == state[id] for id in finished))
+                await until(lambda one: all(one.client.entities.get(id) == state[id] for id in finished), follower)
         report = await verify_conversation(
             parts_of(broker).log, parts_of(broker).stores.timeline, parts_of(broker).catalog.handlers, CONV
         )

@@ -180,9 +180,11 @@ class RunMachine(RuleBasedStateMachine):
             case "cancel":
                 await runs.cancel(*args)
             case "approve":
-                await runs.approve_tools(*args, None, "alice")
+                (conv_id,) = args
+                await runs.approve_tools(conv_id, None, "alice")
             case "deny":
-                await runs.deny_tools(*args, None, "bob")
+                (conv_id,) = args
+                await runs.deny_tools(conv_id, None, "bob")
             case "go":
                 self.traffic.go()
             case _:
@@ -239,7 +241,7 @@ class RunMachine(RuleBasedStateMachine):
             working: str | None = None
             announced: set[str] = set()
             for event in bench.events(conv_id):
-                run_id = event.data.get("runId")
+                run_id = str(event.data.get("runId"))
                 if event.type == "user.message":
                     assert run_id not in announced, "a prompt was published twice"
                     announced.add(run_id)

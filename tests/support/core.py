@@ -6,24 +6,26 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import pytest
 from tests.support.wire import Client, Peer
 
 from broker.api import SubscribeRequest, Subscription
-from broker.api.reading import MessagesPage
+from broker.api.polling import MessagesPage
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock
+from broker.conversations.conversation import Conversation
 from broker.security import Principal
 from broker.settings import Settings
 from broker.testing import parts_of
 from transports.pool import ConnectionPool
 
+Given = TypeVarTuple("Given")
 CALLER = Principal("tester", frozenset({"debug"}))
 
 
-def where_to_keep(db: str) -> dict[str, str]:
+def where_to_keep(db: str) -> dict[str, Any]:
     """Return the settings for `db`: a SQLite file, `:memory:`, or the URL of a Redis."""
     return {"db": ":memory:", "redis_url": db} if db.startswith("redis") else {"db": db}
 
@@ -50,7 +52,11 @@ async def read_messages(
 ) -> MessagesPage:
     """Return a page of messages, as `GET /api/messages` does."""
     request = SubscribeRequest(conv_id, profile=profile, channels=channels, since=since, epoch=epoch)
-    return await broker.doors.reading.messages(principal, request, limit=limit, wait_s=wait_s)
+    page = await broker.doors.reading.messages(principal, request, limit=limit, wait_s=wait_s)
+    if page.rest is not None:
+        page.frames += [frame async for frame in page.rest]
+        page.rest = None
+    return page
 
 
 class Core:
@@ -102,10 +108,13 @@ def deafen(core: Core) -> None:
     log.following.wakeups.listen = lambda channel, on: None
 
 
-async def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> None:
-    """Wait until `condition()` holds. Fails after `timeout_s` seconds."""
+async def until(condition: Callable[[*Given], object], *given: *Given, timeout_s: float = 10.0) -> None:
+    """Wait until `condition(*given)` holds. Fails after `timeout_s` seconds.
+
+    given: what a condition in a loop looks at, so that it keeps the values of its own turn.
+    """
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not condition(*given):
         assert time.monotonic() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.002)
 
@@ -115,6 +124,17 @@ async def until_async(condition: Callable[[], Awaitable[object]], *, timeout_s: 
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.005)
+
+
+async def evict(core: Core, conversation: Conversation) -> None:
+    """Drop a conversation from memory. Whoever holds it is waited for: the library may note it right after the start."""
+    conversations = core.parts.conversations
+
+    async def gone() -> bool:
+        await conversations.evict(conversation, "test")
+        return conversations.get(conversation.conv_id) is not conversation
+
+    await until_async(gone)
 
 
 def database(tmp_path: Path, store: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.support.broker_process import BrokerProcess
-from tests.support.follower import eventually
+from tests.support.follower import Server, eventually
 from tests.support.load_balancer import LoadBalancer
 from tests.support.push_faults import PushFaults
 from tests.support.redis_pair import RedisPair
@@ -34,6 +34,11 @@ class Fleet:
         self._start_broker = start_broker
         self._settings = settings
         self._stack = AsyncExitStack()
+
+    @property
+    def servers(self) -> list[Server]:
+        """What clients can connect to: each node, then what stands in front of all."""
+        return [*self.nodes, self.balancer]
 
     @property
     def redis(self) -> RedisServer:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVarTuple
 from urllib.parse import urlencode, urlsplit
 
 import httpx
@@ -15,16 +15,23 @@ from tests.support.wire import Client
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage
 
+Given = TypeVarTuple("Given")
 RETRY_S = 0.02
 GONE = (OSError, InvalidHandshake, InvalidMessage, ConnectionClosed, TimeoutError, EOFError)
 
 
 async def eventually(
-    condition: Callable[[], object], what: str = "the condition did not come true", *, timeout_s: float = 30.0
+    condition: Callable[[*Given], object],
+    what: str = "the condition did not come true",
+    *given: *Given,
+    timeout_s: float = 30.0,
 ) -> None:
-    """Wait until `condition()` holds. Fails the test with `what` after `timeout_s` seconds."""
+    """Wait until `condition(*given)` holds. Fails the test with `what` after `timeout_s` seconds.
+
+    given: what a condition in a loop looks at, so that it keeps the values of its own turn.
+    """
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not condition(*given):
         assert time.monotonic() < deadline, f"{what} within {timeout_s:.0f} s"
         await asyncio.sleep(0.005)
 

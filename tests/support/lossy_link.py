@@ -43,7 +43,8 @@ def own_network() -> list[str] | None:
 class Link(Protocol):
     """What a node is started with, and what is done to its way to Redis. wrapper: the command in front of the node's."""
 
-    wrapper: Sequence[str]
+    @property
+    def wrapper(self) -> Sequence[str]: ...
 
     @property
     def flags(self) -> list[str]:

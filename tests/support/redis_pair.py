@@ -77,7 +77,7 @@ def wait_in_step(primary: RedisServer, replica: RedisServer) -> None:
 
     def in_step() -> bool:
         theirs, ours = replication(primary), replication(replica)
-        return ours["master_link_status"] == "up" and ours["slave_repl_offset"] == theirs["master_repl_offset"]
+        return bool(ours["master_link_status"] == "up" and ours["slave_repl_offset"] == theirs["master_repl_offset"])
 
     _until(in_step, "the replica did not catch up")
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVarTuple
 
 from tests.support.run_stores import OneStore, Process, RunPlace
 
@@ -24,6 +24,7 @@ from broker.settings import Settings
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
 
+Given = TypeVarTuple("Given")
 ALICE = Principal("alice")
 TERMINAL = {"run.finished", "run.failed", "run.cancelled", "run.interrupted"}
 
@@ -198,11 +199,11 @@ class Bench:
             assert time.monotonic() < deadline, f"run {run_id} did not end: {run}"
             await asyncio.sleep(0.002)
 
-    async def until(self, condition: Callable[[], Any], *, within_s: float = 10.0) -> Any:
-        """Wait until `condition()` is true; return what it gave. Its result may be awaitable."""
+    async def until(self, condition: Callable[[*Given], Any], *given: *Given, within_s: float = 10.0) -> Any:
+        """Wait until `condition(*given)` is true; return what it gave. Its result may be awaitable."""
         deadline = time.monotonic() + within_s
         while True:
-            value = condition()
+            value = condition(*given)
             if asyncio.iscoroutine(value):
                 value = await value
             if value:
@@ -225,7 +226,7 @@ class Bench:
         for conv_id, envelopes in self.journal.envelopes.items():
             over: set[str] = set()
             for envelope in envelopes:
-                run_id = envelope.data.get("runId")
+                run_id = str(envelope.data.get("runId"))
                 assert run_id not in over, f"{conv_id}: {envelope.type} after the end of {run_id}"
                 if envelope.type in TERMINAL:
                     over.add(run_id)

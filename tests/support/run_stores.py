@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.memory import MemoryRunStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore
@@ -186,7 +187,7 @@ class _MortalConnection(RedisConnection):
     ) -> list[Any]:
         if lane != "append":
             return await super().execute(commands, lane=lane, patience_s=patience_s)
-        what = f"{commands[0][0]} {commands[0][-1]!r:.60}"
+        what = f"{commands[0][0]!s} {commands[0][-1]!r:.60}"
         await self._process.step(f"before {what}")
         replies = await super().execute(commands, lane=lane, patience_s=patience_s)
         await self._process.step(f"after {what}")

@@ -34,6 +34,7 @@ from broker.settings import Settings
 from transports.http import problems
 from transports.http.caller import Api
 from transports.http.recovery import recovery_router
+from transports.places import Places
 from transports.plugin_connections import PluginConnections
 from transports.pool import ConnectionPool
 from transports.sse import make_sse_endpoint
@@ -73,11 +74,12 @@ class SocketServer:
 
     def _app(self) -> FastAPI:
         app, doors = FastAPI(openapi_url=None), self.broker.doors
+        places = Places(self.pool, self.settings.max_connections)
         app.include_router(recovery_router(Api(doors)))
-        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, self.pool)))
-        app.router.routes.append(Route("/sse", make_sse_endpoint(doors, self.pool), methods=["GET"]))
+        app.router.routes.append(WebSocketRoute("/ws", make_websocket_endpoint(doors, self.pool, places)))
+        app.router.routes.append(Route("/sse", make_sse_endpoint(doors, self.pool, places), methods=["GET"]))
         lines = LinesTransport()
-        lines.serve(self.broker.handle, PluginConnections(doors, self.pool))
+        lines.serve(self.broker.handle, PluginConnections(doors, self.pool, places))
         app.router.routes.append(lines.route)
         problems.install(app)
         return app
@@ -166,6 +168,9 @@ class _SocketPeer(asyncio.Protocol):
         self.over = False
         self.refused: str | None = None
         self._sips = False
+
+    async def connect(self, server: SocketServer, query: dict[str, str]) -> None:
+        raise NotImplementedError
 
     async def open(self, server: SocketServer) -> None:
         loop = asyncio.get_running_loop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.support.core import Core
 
 from broker.clock import ManualClock
@@ -16,7 +18,11 @@ class StillCore(Core):
     clock: ManualClock
 
     def __init__(self, db: str, **settings: object) -> None:
-        timers = {"upsert_interval_s": NEVER_S, "timeline_flush_interval_s": NEVER_S, "sweep_interval_s": NEVER_S}
+        timers: dict[str, Any] = {
+            "upsert_interval_s": NEVER_S,
+            "timeline_flush_interval_s": NEVER_S,
+            "sweep_interval_s": NEVER_S,
+        }
         self.clock = ManualClock()
         super().__init__(db, clock=self.clock, **{**timers, **settings})
 

@@ -100,6 +100,8 @@ class Peer:
         self.closed: tuple[int, str] | None = None
         self.buffered: list[Message] = []
         self.max_buffered_bytes = 0
+        self.max_write_bytes = 0
+        self.progress = 0
         self._pool = pool
         self._limit = buffer_bytes
         pool.add(self)
@@ -111,6 +113,7 @@ class Peer:
     def _write(self, messages: list[Message]) -> None:
         if self.closed is not None:
             return
+        self.max_write_bytes = max(self.max_write_bytes, sum(len(message.text) for message in messages))
         if not self.stalled:
             for message in messages:
                 self.client.take(message.text)

@@ -94,6 +94,7 @@ REFUSED = [
     (b"\xff\xfe", "binary"),
     ('{"type": "ws.ping", "data": "\\ud800"}', "not JSON"),
     ('{"type": "ws.ping", "data": NaN}', "not JSON"),
+    ('{"type": "ws.ping", "data": 123456789012345678901}', "the integer 123456789012345678901 is beyond 64 bit"),
     ('{"type": "ws.ping", "data": ' + "[" * 5000 + "]" * 5000 + "}", "not JSON"),
     ('{"type": "ws.profile", "profile": 5}', "5"),
     ('{"type": "ws.profile", "profile": null}', "None"),

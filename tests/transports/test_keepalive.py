@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +142,23 @@ def test_a_stalled_loop_is_not_the_peers_silence() -> None:
     loop.due = [(when + 3600, callback, timer) for when, callback, timer in loop.due]
     loop.run_until(loop.now + 3600.2)
     assert peer.expired_at is None
+
+
+def test_who_is_waited_on_gets_its_time_again() -> None:
+    """And no other ping meanwhile: it has one that it did not come to yet."""
+    loop, wheel, (peer,) = make(10, 10, 1, answers=False)
+    waited: list[float] = []
+
+    def wait_on() -> None:
+        waited.append(loop.now)
+        if len(waited) < 4:
+            wheel.wait_on(peer)
+        else:
+            peer.expired_at = loop.now
+            wheel.discard(peer)
+
+    peer.keepalive_expired = wait_on  # type: ignore[method-assign]
+    run(loop, [peer], 100)
+    assert peer.expired_at is not None
+    assert len(peer.pings) == 1
+    assert all(9.5 <= later - earlier <= 20.5 for earlier, later in itertools.pairwise(waited))

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def client(folder: Path | None, **options: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_ui(directory=folder, **options)),  # type: ignore[arg-type]
+        transport=httpx.ASGITransport(create_ui(directory=folder, **options)),
         base_url="http://127.0.0.1",
     )
 

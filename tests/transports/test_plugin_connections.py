@@ -21,7 +21,13 @@ from broker.security import Principal
 from broker.settings import Settings
 from broker.testing import parts_of
 from transports.app import create_api, create_broker
+from transports.places import Places
 from transports.plugin_connections import PluginConnections
+
+
+def connections_of(served: Any) -> PluginConnections:
+    places = Places(served.pool, served.broker.settings.max_connections)
+    return PluginConnections(served.broker.doors, served.pool, places)
 
 
 class LinesStream(Stream):
@@ -172,7 +178,9 @@ async def test_an_erased_conversation_and_a_drain_end_it_with_their_codes() -> N
 
 async def test_the_limits_of_the_process_hold_for_it() -> None:
     async with serving(max_connections=1) as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def send(chunk: bytes) -> None: ...
 
@@ -189,7 +197,9 @@ async def test_the_limits_of_the_process_hold_for_it() -> None:
 
 async def test_a_connection_subscribes_once_and_only_with_what_admit_returned() -> None:
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
         sent: list[bytes] = []
 
         async def send(chunk: bytes) -> None:
@@ -211,7 +221,9 @@ async def test_a_connection_subscribes_once_and_only_with_what_admit_returned() 
 
 async def test_a_send_that_raises_ends_it_and_harms_nobody() -> None:
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def broken(chunk: bytes) -> None:
             raise ConnectionResetError("the peer is gone")
@@ -237,7 +249,9 @@ async def test_connections_with_one_framing_share_what_it_builds() -> None:
         return lines(messages)
 
     async with serving() as served:
-        connections = PluginConnections(served.broker.doors, served.pool)
+        connections = PluginConnections(
+            served.broker.doors, served.pool, Places(served.pool, served.broker.settings.max_connections)
+        )
 
         async def send(chunk: bytes) -> None: ...
 

@@ -45,7 +45,7 @@ class Peer:
         self.breaks = breaks
         self.full_after = full_after
         self.got: list[bytes] = []
-        self.buffered_bytes = 0
+        self.buffered_bytes = self.progress = 0
         self.writable = True
         self.closed: tuple[int, str] | None = None
         self._pool = pool
@@ -282,6 +282,21 @@ def test_the_sweep_drops_who_has_taken_nothing_for_too_long() -> None:
     assert pool.sweep(1000.0) == 0
     assert told.overflows == []
     assert pool.stats().stalled_closed == 1
+
+
+def test_the_sweep_spares_who_takes_something_again_and_again() -> None:
+    """However long its buffer stays full; its time begins anew with each look that finds it further on."""
+    pool = ConnectionPool(write_timeout_s=10)
+    slow, stalled = grouped(pool, 2)
+    pool.pause(slow.id, 100.0)
+    pool.pause(stalled.id, 100.0)
+    for now_s in (111.0, 122.0, 133.0):
+        slow.progress += 1
+        pool.sweep(now_s)
+    assert (slow.closed, stalled.closed) == (None, (1006, "aborted"))
+    assert pool.sweep(143.0) == 0
+    assert pool.sweep(144.0) == 1
+    assert slow.closed == (1006, "aborted")
 
 
 def test_closing_all_closes_each() -> None:

@@ -31,6 +31,7 @@ class Peer:
     """A connection that keeps the numbers it was given. writes: how many calls that took."""
 
     buffered_bytes = 0
+    progress = 0
     writable = True
 
     def __init__(self, pool: ConnectionPool, id: str, framing: Numbers) -> None:

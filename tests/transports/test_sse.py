@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
+from tests.support.asgi import scope_of
 from tests.support.core import until
 from tests.support.wire import Client
 
@@ -35,21 +36,7 @@ class Stream:
         self._room = asyncio.Event()
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": spec_version},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "path": self.path,
-            "raw_path": self.path.encode(),
-            "root_path": "",
-            "query_string": query.encode(),
-            "headers": [(b"host", b"127.0.0.1"), *((k.encode(), v.encode()) for k, v in headers.items())],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 2),
-            "extensions": {},
-        }
+        scope = scope_of("http", self.path, query, headers.items(), spec_version=spec_version)
         self.task = asyncio.create_task(app(scope, self._incoming.get, self._send))
 
     async def _send(self, message: dict[str, Any]) -> None:
@@ -238,6 +225,25 @@ async def test_over_the_limit_it_says_when_to_come_back() -> None:
         assert second.status == 429
         assert int(second.headers["retry-after"]) > 0
         await hung_up(first, served)
+
+
+async def test_after_a_reset_the_first_id_comes_when_the_state_is_complete() -> None:
+    """A browser that is cut off before asks again as it did, and one cut off after lacks nothing."""
+    async with serving() as served:
+        for n in range(201):
+            await served.say("x" * 2000, type="user.message", id=f"u{n}")
+        stream = await served.stream("conv_id=c1&since=5&epoch=another").until("ws.caught_up")
+        seen: set[str] = set()
+        for block in stream.blocks:
+            data = next(line.removeprefix("data: ") for line in block if line.startswith("data: "))
+            event = orjson.loads(data)["event"]
+            if event["type"] == "timeline.upsert":
+                seen.add(event["id"])
+            assert len(seen) == 201 or not any(line.startswith("id: ") for line in block)
+        ids = [line for block in stream.blocks for line in block if line.startswith("id: ")]
+        assert ids == [f"id: {(await served.broker.head('c1')).head_seq}"]
+        stream.hang_up()
+        await stream.ended()
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from websockets.sync.client import connect
 
 from transports import fast_connection
 from transports.fast_connection import FastConnection
-from transports.takeover import TAKEOVER_EXTENSION, takeover_of
+from transports.takeover import TAKEOVER_EXTENSION, Taken, takeover_of
 from transports.uvicorn_ws import _SERVERS
 from transports.ws_frames import Opcode, encode_binary_frame, encode_text_frame
 
@@ -80,6 +80,11 @@ class Recorder:
         return [call[1:] for call in self.calls if call[0] == "closed"]
 
 
+def fast(taken: Taken) -> FastConnection:
+    assert isinstance(taken, FastConnection)
+    return taken
+
+
 class App:
     """A raw ASGI application: the path says how it treats the next connection."""
 
@@ -126,7 +131,7 @@ class App:
         assert takeover is not None
         self.protocol = weakref.ref(takeover.__self__)  # type: ignore[attr-defined]
         self.handlers.append(recorder)
-        recorder.connection = takeover(recorder)
+        recorder.connection = fast(takeover(recorder))
         with pytest.raises(RuntimeError, match="taken over already"):
             takeover(recorder)
         assert takeover_of(scope) is None
@@ -659,7 +664,7 @@ class TestServer:
             takeover = takeover_of(websocket.scope)
             assert takeover is not None
             await websocket.accept(subprotocol="conversation.v1")
-            recorder.connection = takeover(recorder)
+            recorder.connection = fast(takeover(recorder))
             recorder.connection.write(encode_text_frame(name.encode()))
 
         with LiveServer(api, LOOPS[kind]) as server:

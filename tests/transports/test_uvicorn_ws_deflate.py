@@ -77,7 +77,9 @@ class App:
         takeover = takeover_of(scope)
         assert takeover is not None
         echo = Echo(compressed)
-        echo.connection = takeover(echo)
+        taken = takeover(echo)
+        assert isinstance(taken, FastConnection)
+        echo.connection = taken
         self.readers.append(echo.connection._reader)
         assert DEFLATE_EXTENSION not in scope["extensions"]
         self.handlers.append(echo)

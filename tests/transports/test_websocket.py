@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import pytest
 from starlette.datastructures import QueryParams
+from tests.support.asgi import scope_of
 from tests.support.core import until
 from tests.support.wire import Client
 
@@ -51,26 +53,15 @@ class Peer:
 
     def __init__(self, app: Any, query: str, *, denial: bool = True, **headers: str) -> None:
         protocols = headers.pop("sec_websocket_protocol", "")
-        self.scope: dict[str, Any] = {
-            "type": "websocket",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "scheme": "ws",
-            "path": "/ws",
-            "raw_path": b"/ws",
-            "root_path": "",
-            "query_string": query.encode(),
-            "headers": [(b"host", b"127.0.0.1"), *((name.encode(), value.encode()) for name, value in headers.items())],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 2),
-            "subprotocols": [entry.strip() for entry in protocols.split(",") if entry.strip()],
-            "extensions": {"websocket.http.response": {}} if denial else {},
-        }
+        self.scope = scope_of("websocket", "/ws", query, headers.items())
+        self.scope["subprotocols"] = [entry.strip() for entry in protocols.split(",") if entry.strip()]
+        self.scope["extensions"] = {"websocket.http.response": {}} if denial else {}
         if protocols:
             self.scope["headers"].append((b"sec-websocket-protocol", protocols.encode()))
         self.sent: list[dict[str, Any]] = []
         self.client = Client(since=0)
         self.broken = False
+        self.few_codes = False
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "websocket.connect"})
         self.task = asyncio.create_task(app(self.scope, self._incoming.get, self._send))
@@ -78,6 +69,10 @@ class Peer:
     async def _send(self, message: dict[str, Any]) -> None:
         if self.broken:
             raise ConnectionResetError("the peer is gone")
+        if message["type"] == "websocket.close":
+            if self.few_codes and message["code"] != 1000 and not 3000 <= message["code"] <= 4999:
+                raise Exception(f"invalid close code {message['code']} (must be 1000 or from [3000, 4999])")
+            assert len(message["reason"].encode()) <= 123, "no close frame holds that"
         await asyncio.sleep(0)
         self.sent.append(message)
         if message["type"] == "websocket.send":
@@ -121,7 +116,7 @@ class Served:
     async def nothing_left(self) -> None:
         await until(lambda: not len(self.pool) and not len(parts_of(self.broker).registry))
         for conversation in parts_of(self.broker).conversations.all():
-            await until(lambda conversation=conversation: not conversation.in_use)
+            await until(lambda conversation: not conversation.in_use, conversation)
             assert (conversation.subscriptions, conversation.audiences) == (0, {})
 
 
@@ -318,3 +313,32 @@ async def test_the_size_limit_counts_bytes(message: str | bytes) -> None:
         await peer.ended()
         assert peer.close_code == 1009
         await served.nothing_left()
+
+
+# -- servers that do not send every close frame ------------------------------------------------------------------------
+
+
+async def test_a_server_that_refuses_a_close_code_sends_a_stand_in() -> None:
+    """As Daphne does (autobahn's rule): the connection must not stay open because its end cannot be said."""
+    async with serving() as served:
+        peer = served.connect()
+        peer.few_codes = True
+        await peer.live()
+        for _ in range(5):
+            peer.say("nonsense")
+        await peer.ended()
+        assert peer.close_code == 4008
+        refused = served.connect("conv_id=c1&profile=nope", denial=False)
+        refused.few_codes = True
+        await refused.ended()
+        assert refused.close_code == 4008
+        await served.nothing_left()
+
+
+@pytest.mark.parametrize("sign", ["😀", "ü", "長"])
+async def test_a_reason_fits_its_close_frame(sign: str) -> None:
+    async with serving() as served:
+        peer = served.connect(f"conv_id=c1&profile={quote(sign * 100)}", denial=False)
+        await peer.ended()
+        assert peer.close_code == 1008
+        assert sign in peer.sent[-1]["reason"]

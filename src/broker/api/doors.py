@@ -62,7 +62,7 @@ class Doors:
     """Everything that callers from outside the process may ask.
 
     access: who is calling, and may they; for what is not about any of the doors. readiness: what is wrong by check name,
-    {} when the broker can serve.
+    {} when the broker can serve. remarks: what an operator should see to all the same.
     """
 
     settings: Settings
@@ -76,3 +76,4 @@ class Doors:
     offers: Offers
     library: Library
     readiness: Callable[[], Awaitable[dict[str, str]]]
+    remarks: Callable[[], dict[str, str]]

@@ -1,4 +1,4 @@
-"""What a server offers its callers: profiles, channels, engine profiles, plugins."""
+"""The server's offers to its callers: profiles, channels, engine profiles, plugins."""
 
 from __future__ import annotations
 

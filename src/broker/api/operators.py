@@ -1,4 +1,4 @@
-"""What operators may ask and switch (`/api/debug`): only with the permission `debug`, asked for once per request."""
+"""Operators' questions and switches (`/api/debug`). Each needs the permission `debug`, asked for once per request."""
 
 from __future__ import annotations
 

@@ -78,13 +78,16 @@ class Prompts:
         runs: RunService,
         run_state: RunState,
         erase: Callable[[str], Awaitable[None]],
+        check_open: Callable[[str], None],
     ) -> None:
+        """check_open: raises ConversationShut for a conversation that is being filled."""
         self._access = access
         self._availability = availability
         self._log = log
         self._runs = runs
         self._run_state = run_state
         self._erase = erase
+        self._check_open = check_open
 
     async def send(
         self,
@@ -98,12 +101,14 @@ class Prompts:
     ) -> SendResult:
         """Accept a prompt of a caller, who may also begin the conversation if it does not exist yet.
 
-        Raises PermissionDenied and what `RunService.send` raises; then nothing was accepted.
+        Raises PermissionDenied, ConversationShut and what `RunService.send` raises; then nothing was accepted.
         """
         if conv_id is not None:
             check_conv_id(conv_id)
         await self._access.authorize(principal, "send", conv_id)
         self._availability.admit()
+        if conv_id is not None:
+            self._check_open(conv_id)
         if conv_id is None or not (await self._log.state(conv_id)).exists:
             await self._access.authorize(principal, "create", conv_id)
         return await self._runs.send(

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-
-import orjson
-from pydantic import ValidationError
+import hashlib
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Protocol
 
 from broker.envelope import Draft, check_conv_id, encode_json
-from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidDraft, PermissionDenied
+from broker.errors import IdempotencyMismatch, IdempotencyPending, PermissionDenied
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
+from broker.eventlog.requests import AlreadyAppended, Request, answer_of
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.views.catalog import Catalog
 
-RESERVED_PREFIXES = ("ws.", "timeline.")
+_HASH_CHARS = 40
 
-PublishDrafts = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
+
+class PublishDrafts(Protocol):
+    """`Ingest.publish`, as far as it is needed here."""
+
+    def __call__(
+        self, conv_id: str, drafts: Sequence[Draft], *, request: Request | None = None
+    ) -> Awaitable[list[int]]: ...
 
 
 class Publishing:
-    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission."""
+    """Takes drafts of callers. In-process producers publish through a Publisher and need no permission.
+
+    publish: takes drafts that were checked here.
+    """
 
     def __init__(
         self, access: Access, availability: Availability, catalog: Catalog, log: EventLog, publish: PublishDrafts
@@ -31,7 +40,8 @@ class Publishing:
         self._catalog = catalog
         self._log = log
         self._publish = publish
-        self._publishing: set[tuple[str, str]] = set()
+        self._publishing: dict[tuple[str, str], str] = {}
+        """Requests that are being published, by conversation and name: the hash of each one's body."""
 
     async def publish(
         self, principal: Principal, conv_id: str, drafts: Sequence[Draft], *, idempotency_key: str | None
@@ -48,27 +58,27 @@ class Publishing:
             self.check_channel(principal, name)
         self._availability.admit()
         for draft in drafts:
-            self.check(draft)
+            self._catalog.drafts.check(draft)
         state = await self._log.state(conv_id)
         if not state.exists:
             await self._access.authorize(principal, "create", conv_id)
-        epoch = state.epoch
         if idempotency_key is None:
-            return await self._publish(conv_id, drafts), epoch
-        pending = (conv_id, idempotency_key)
+            return await self._publish(conv_id, drafts), state.epoch
+        request = _request(principal, idempotency_key, drafts)
+        pending = (conv_id, request.name)
         if pending in self._publishing:
+            if self._publishing[pending] != request.body:
+                raise IdempotencyMismatch(idempotency_key)
             raise IdempotencyPending(idempotency_key)
-        self._publishing.add(pending)
+        self._publishing[pending] = request.body
         try:
-            prefix = _dedupe_prefix(idempotency_key)
-            keyed = [
-                Draft(draft.type, draft.data, draft.id, draft.channel, f"{prefix}{index}/{len(drafts)}")
-                for index, draft in enumerate(drafts)
-            ]
-            before = await self._answered(conv_id, idempotency_key, keyed)
-            return before if before is not None else await self._publish(conv_id, keyed), epoch
+            epoch = (await self._log.state(conv_id)).epoch
+            seqs = await self._answered(conv_id, idempotency_key, request, len(drafts))
+            if seqs is None:
+                seqs = await self._publish_once(conv_id, idempotency_key, request, drafts)
+            return seqs, epoch
         finally:
-            self._publishing.discard(pending)
+            del self._publishing[pending]
 
     def check_channel(self, principal: Principal, name: str) -> None:
         """Raise PermissionDenied where a caller may not see a channel: then it may not write to it either.
@@ -82,45 +92,35 @@ class Publishing:
                 permission=permission,
             )
 
-    def check(self, draft: Draft) -> None:
-        """Raise InvalidDraft for a type that is the broker's own, and for data that do not fit their declared type."""
-        if draft.type.startswith(RESERVED_PREFIXES):
-            raise InvalidDraft(
-                f"type {draft.type!r} is the broker's own: publish the event that causes it", type=draft.type
-            )
-        declared = self._catalog.event_types.get(draft.type)
-        if declared is None or declared.model is None:
-            return
+    async def _publish_once(self, conv_id: str, key: str, request: Request, drafts: Sequence[Draft]) -> list[int]:
         try:
-            declared.model.model_validate(draft.data)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"]) or "data"
-            raise InvalidDraft(
-                f"data of {draft.type} does not fit its type: {place}: {first['msg']}", type=draft.type, field=place
-            ) from exc
+            return await self._publish(conv_id, drafts, request=request)
+        except AlreadyAppended:  # through another node, meanwhile
+            seqs = await self._answered(conv_id, key, request, len(drafts))
+            if seqs is None:  # and erased
+                raise IdempotencyPending(key) from None
+            return seqs
 
-    async def _answered(self, conv_id: str, key: str, drafts: Sequence[Draft]) -> list[int] | None:
+    async def _answered(self, conv_id: str, key: str, request: Request, count: int) -> list[int] | None:
         """Return the seqs that this key's first request got, None if it is new. Raises IdempotencyMismatch."""
-        log, catalog = self._log, self._catalog
-        seqs: list[int] = []
-        for draft in drafts:
-            assert draft.dedupe_key is not None
-            seq = await log.find(conv_id, draft.dedupe_key) or 0
-            found = (await log.read(conv_id, after=seq - 1, upto=seq, limit=1)).envelopes if seq else []
-            for known in found:
-                if known.type != draft.type or known.data != orjson.loads(encode_json(dict(draft.data))):
-                    raise IdempotencyMismatch(key)
-            seqs.append(seq if found else 0)
-        if not any(seqs) and not await log.find_prefix(conv_id, _dedupe_prefix(key)):
+        last = await self._log.find_request(conv_id, request.name)
+        if last is None:
             return None
-        for draft, seq in zip(drafts, seqs, strict=True):
-            # What is not there was dropped at that time, for its debug channel was off; or this is another request.
-            if not seq and not catalog.channel(draft.channel or catalog.channel_of(draft.type)).switchable:
-                raise IdempotencyMismatch(key)
+        body, seqs = answer_of(*last, count)
+        if body != request.body:
+            raise IdempotencyMismatch(key)
         return seqs
 
 
-def _dedupe_prefix(idempotency_key: str) -> str:
-    """Return what the dedupe keys of a request begin with. With its length: no key begins like another one."""
-    return f"publish:{len(idempotency_key)}:{idempotency_key}:"
+def _request(principal: Principal, key: str, drafts: Sequence[Draft]) -> Request:
+    """Return what is asked for. Keys belong to one caller: others can neither learn of them nor run into them."""
+    asked = [
+        [draft.type, draft.id, draft.channel, dict(draft.data) if isinstance(draft.data, Mapping) else draft.data]
+        for draft in drafts
+    ]
+    return Request(f"publish:{_hash([principal.subject, key])}", _hash(asked))
+
+
+def _hash(value: object) -> str:
+    # As it was sent, but for the order of names: 1, 1.0 and true are stored differently, so they are different requests.
+    return hashlib.sha256(encode_json(value, sort_keys=True)).hexdigest()[:_HASH_CHARS]

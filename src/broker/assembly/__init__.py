@@ -1,1 +1,1 @@
-"""How a broker is put together, started, kept tidy and stopped."""
+"""Assembly: puts a broker together, starts it, keeps it tidy and stops it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from broker.api.doors import Doors
 from broker.api.following import Following
 from broker.api.offers import Offers
 from broker.api.operators import Operators
+from broker.api.polling import Polls
 from broker.api.prompts import Prompts
 from broker.api.publishing import Publishing
 from broker.api.reading import Reading
@@ -16,6 +19,7 @@ from broker.assembly.readiness import Readiness
 from broker.assembly.stores import Stores
 from broker.assembly.wiring import wire
 from broker.clock import Clock
+from broker.conversations.gates import Gates
 from broker.conversations.ingest import Ingest
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
@@ -32,9 +36,12 @@ from broker.delivery.start import Starts
 from broker.delivery.subscriptions import Subscriptions
 from broker.delivery.view_change import ViewChanges
 from broker.eventlog.availability import Availability
-from broker.library.copying import Copier, CopySources
+from broker.library.exporting import Exporter
+from broker.library.filling import Filling
+from broker.library.forking import Forker
+from broker.library.importing import Importer
 from broker.library.indexing import SeenByAll
-from broker.library.library import Library
+from broker.library.library import Copies, Library
 from broker.nodes.overview import Overview
 from broker.nodes.this_node import ThisNode
 from broker.phase import Phase
@@ -92,6 +99,7 @@ class _Building:
             page_events=settings.replay_page_events,
         )
         self.reader = TimelineReader(self.conversations, timeline)
+        self.gates = Gates(self.log)
 
     def _delivery(self) -> None:
         settings = self.settings
@@ -110,6 +118,7 @@ class _Building:
             self.availability,
             self.clock,
             self.phase,
+            self.gates,
             max_envelope_bytes=settings.max_envelope_bytes,
         )
 
@@ -143,12 +152,13 @@ class _Building:
             clock=self.clock,
             settings=self.settings,
             conversations=ConversationPorts(
-                publish=self.ingest.publish,
+                publish=partial(self.ingest.publish, checked=True),
                 timeline=self.reader,
                 hold=self.conversations.hold,
                 release=self.conversations.release,
                 head=self.conversations.head_seq,
                 publish_fenced=self.ingest.publish_fenced,
+                publish_unasked=self.ingest.publish_unasked,
             ),
         )
         self.erasure = Erasure(
@@ -158,32 +168,21 @@ class _Building:
             self.subscriptions,
             self.log,
             stores.timeline,
-            stores.runs,
-            stores.turns,
+            self.gates,
             database.erase_traces if database is not None else None,
         )
         state = RunState(self.access, self.admission, self.views, self.catalog, self.reader, self.runs)
-        self.prompts = Prompts(self.access, self.availability, self.log, self.runs, state, self.erasure.erase)
+        self.prompts = Prompts(
+            self.access, self.availability, self.log, self.runs, state, self.erasure.erase, self.gates.check
+        )
 
     def _library(self) -> None:
-        stores, ingest, erase = self.stores, self.ingest, self.erasure.erase
-        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, self.notices, self.phase)
-        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, ingest.publish)
-        sources = CopySources(
-            access=self.access,
-            admission=self.admission,
-            conversations=self.conversations,
-            reader=self.reader,
-            log=self.log,
-            catalog=self.catalog,
-            run_store=stores.runs,
-            clock=self.clock,
-            check=self.publishing.check,
-            check_channel=self.publishing.check_channel,
-            publish=ingest.publish,
-            erase=erase,
-            max_envelope_bytes=self.settings.max_envelope_bytes,
-        )
+        erase = self.erasure.erase
+        publish = partial(self.ingest.publish, checked=True)
+        polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock, self.views.again)
+        self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
+        self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, publish)
+        stores, copies = self.stores, self._copies()
         self.library = Library(
             stores.library,
             self.access,
@@ -191,9 +190,29 @@ class _Building:
             self.log,
             stores.timeline,
             self.reader,
-            Copier(sources, stores.library),
+            copies,
             self.seen_by_all,
+            self.gates,
             erase,
+        )
+
+    def _copies(self) -> Copies:
+        limit, store = self.settings.max_envelope_bytes, self.stores.library
+        filling = Filling(self.log, store, self.conversations, self.gates, self.ingest.publish, self.erasure.erase)
+        return Copies(
+            Exporter(self.admission, self.conversations, self.reader, self.log, self.catalog, self.clock, store, limit),
+            Importer(self.access, self.catalog, self.clock, self.publishing, filling, limit),
+            Forker(
+                self.access,
+                self.admission,
+                self.conversations,
+                self.reader,
+                self.catalog,
+                self.stores.runs,
+                self.clock,
+                filling,
+                limit,
+            ),
         )
 
     def _operators(self) -> None:
@@ -226,6 +245,7 @@ class _Building:
         )
 
     def _doors(self) -> Doors:
+        readiness = Readiness(self.phase, self.log, self.housekeeping, self.stores.database)
         return Doors(
             settings=self.settings,
             phase=self.phase,
@@ -237,7 +257,8 @@ class _Building:
             operators=self.operators,
             offers=Offers(self.catalog, self.views, self.runs, self.plugins),
             library=self.library,
-            readiness=Readiness(self.phase, self.log, self.housekeeping).check,
+            readiness=readiness.check,
+            remarks=readiness.remarks,
         )
 
     def parts(self) -> Parts:
@@ -255,6 +276,7 @@ class _Building:
             availability=self.availability,
             conversations=self.conversations,
             timeline=self.reader,
+            gates=self.gates,
             ingest=self.ingest,
             dispatcher=self.dispatcher,
             coordinator=self.coordinator,

@@ -55,6 +55,7 @@ class Housekeeping:
         self._dispatcher = dispatcher
         self._pool = pool
         self._tasks: list[asyncio.Task[None]] = []
+        self._waiting: dict[Conversation, float] = {}  # until when (monotonic) nothing has to be looked at
         self._quiet_before: int | None = None
         self._save_lock = asyncio.Lock()
         self.save_error: str | None = None
@@ -86,21 +87,40 @@ class Housekeeping:
 
     async def tick(self) -> None:
         """Show what was held back and may be shown now, then save what changed."""
-        busy = self._conversations.take_touched()
+        now_s = self._clock.monotonic_s()
+        busy = list(dict.fromkeys([*self._conversations.take_touched(), *self._take_due(now_s)]))
         try:
             for conversation in busy:
                 if conversation.timeline.pending and not conversation.busy:
                     before = self._dispatcher.mark(conversation)
-                    if show := conversation.timeline.due():
+                    if show := conversation.timeline.due(now_s):
                         self._dispatcher.dispatch_state(conversation, show, before)
             await self.save(busy)
         finally:
             for conversation in busy:
-                if conversation.timeline.pending or conversation.timeline.dirty:
-                    self._conversations.touch(conversation)
+                self._come_back(conversation, now_s)
+
+    def _take_due(self, now_s: float) -> list[Conversation]:
+        """Return the open conversations of which something has waited until now."""
+        due = [conversation for conversation, due_s in self._waiting.items() if due_s <= now_s]
+        for conversation in due:
+            del self._waiting[conversation]
+        return [one for one in due if self._conversations.get(one.conv_id) is one]
+
+    def _come_back(self, conversation: Conversation, now_s: float) -> None:
+        """Remember when to look at a conversation again: one that stands still in the middle of a text waits for free."""
+        self._waiting.pop(conversation, None)
+        due_s = conversation.timeline.next_due_s(now_s)
+        if due_s is None:
+            return
+        if due_s <= now_s:
+            self._conversations.touch(conversation)
+        elif self._conversations.get(conversation.conv_id) is conversation:
+            self._waiting[conversation] = due_s
 
     async def save(self, conversations: list[Conversation], *, everything: bool = False) -> None:
         """Save the changed entities of `conversations`. A store that is away is tried again at the next tick."""
+        now_s = self._clock.monotonic_s()
         async with self._save_lock:
             saves = [
                 (conversation, save)
@@ -108,7 +128,7 @@ class Housekeeping:
                 if not conversation.busy
                 # One that was erased meanwhile must not be brought back.
                 and self._conversations.get(conversation.conv_id) is conversation
-                and (save := conversation.timeline.take_save(everything=everything)) is not None
+                and (save := conversation.timeline.take_save(now_s, everything=everything)) is not None
             ]
             if not saves:
                 return
@@ -117,26 +137,40 @@ class Housekeeping:
             except BrokerError as exc:
                 self._not_saved(exc)
             except Exception:  # one of them cannot be written, and must not keep the others from it
-                await self._save_each(saves)
+                await self._save_each(saves, everything)
             else:
                 self.save_error = None
                 for conversation, save in saves:
                     conversation.timeline.saved(save)
 
-    async def _save_each(self, saves: list[tuple[Conversation, TimelineSave]]) -> None:
+    async def _save_each(self, saves: list[tuple[Conversation, TimelineSave]], everything: bool) -> None:
         error: Exception | None = None
         for conversation, save in saves:
             try:
-                await self._store.save([save])
+                await self._save_one(conversation, save, everything)
             except Exception as exc:
                 error = StoreError(f"the timeline of conversation {conversation.conv_id!r} cannot be saved: {exc!r}")
                 error.__cause__ = exc
-            else:
-                conversation.timeline.saved(save)
         if error is None:
             self.save_error = None
         else:
             self._not_saved(error)
+
+    async def _save_one(self, conversation: Conversation, save: TimelineSave, everything: bool) -> None:
+        timeline = conversation.timeline
+        try:
+            await self._store.save([save])
+        except BrokerError:
+            raise
+        except Exception:
+            if not timeline.discard_unwritable(save.entities):
+                raise
+            rest = timeline.take_save(self._clock.monotonic_s(), everything=everything)
+            if rest is None:
+                return
+            save = rest
+            await self._store.save([save])
+        timeline.saved(save)
 
     def _not_saved(self, error: Exception) -> None:
         if self.save_error is None:

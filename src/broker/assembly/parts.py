@@ -8,6 +8,7 @@ from broker.api.doors import Doors
 from broker.assembly.housekeeping import Housekeeping
 from broker.assembly.stores import Stores
 from broker.clock import Clock
+from broker.conversations.gates import Gates
 from broker.conversations.ingest import Ingest
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
@@ -52,6 +53,7 @@ class Parts:
     availability: Availability
     conversations: ConversationManager
     timeline: TimelineReader
+    gates: Gates
     ingest: Ingest
     dispatcher: Dispatcher
     coordinator: StreamCoordinator

@@ -5,12 +5,15 @@ from __future__ import annotations
 from broker.assembly.housekeeping import Housekeeping
 from broker.eventlog.base import EventLog
 from broker.phase import Phase
+from broker.sqlite.database import Database
 
 
 class Readiness:
     """Checks whether new clients can be served."""
 
-    def __init__(self, phase: Phase, log: EventLog, housekeeping: Housekeeping) -> None:
+    def __init__(self, phase: Phase, log: EventLog, housekeeping: Housekeeping, database: Database | None) -> None:
+        """database: the file of the stores, if they have one."""
+        self._database = database
         self._phase = phase
         self._log = log
         self._housekeeping = housekeeping
@@ -30,3 +33,8 @@ class Readiness:
         if self._housekeeping.save_error is not None:
             wrong["timeline"] = self._housekeeping.save_error
         return wrong
+
+    def remarks(self) -> dict[str, str]:
+        """Return what an operator should see to although the broker can serve, by name."""
+        problem = self._database.problem if self._database is not None else None
+        return {"wal": problem} if problem is not None else {}

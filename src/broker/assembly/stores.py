@@ -1,4 +1,4 @@
-"""Which stores a broker uses: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
+"""Chooses the stores of a broker: a plugin's, else Redis if there is a URL, else memory for `:memory:`, else a SQLite file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from broker.nodes.base import Nodes
 from broker.nodes.single import SingleNode
 from broker.nodes.switches import MemorySwitches, SqliteSwitches
 from broker.plugins import PluginHost
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.memory import MemoryRunStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.sqlite import SqliteRunStore
 from broker.runs.sqlite_turns import SqliteTurnStore
 from broker.runs.store import RunStore
@@ -97,7 +98,7 @@ def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stor
             log=log or RedisEventLog(redis),
             timeline=IndexingTimelineStore(timeline or RedisTimelineStore(redis), shared_library),
             runs=runs or RedisRunStore(redis, lease_s=settings.run_lease_s),
-            turns=RedisTurnStore(redis),
+            turns=RedisTurnStore(redis, beside_runs=runs is None),
             library=shared_library,
             nodes=RedisNodes(redis, heartbeat_s=settings.node_heartbeat_s),
             database=None,

@@ -1,4 +1,4 @@
-"""What happens between the parts: a commit, a conversation that opens or closes, a log that was reset, plugins that changed.
+"""Connects the parts by callbacks: a commit, a conversation that opens or closes, a log that was reset, plugins that changed.
 
 Each part calls a function that it was given here, and knows nothing of who else listens.
 """

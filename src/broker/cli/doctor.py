@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiosqlite
+
 from broker.errors import BrokerError
 from broker.plugins import PluginHost
 from broker.redis.connection import RedisConnection
-from broker.settings import Settings, misspelled_variables
+from broker.settings import Settings, misspelled_variables, of_commands
+from broker.sqlite.file import uri_of
 
 REDIS_PATIENCE_S = 0.0  # one try
+FILE_PATIENCE_S = 2.0  # for a foreign lock
 NEEDED_DESCRIPTORS_BESIDE = 384
 """Descriptors a server needs beside one per client: store, logs, engines, plain requests."""
 
@@ -103,12 +107,7 @@ def _existing_store(path: Path) -> Finding:
     if not os.access(path, os.W_OK):
         return Finding("store", "problem", f"{path} cannot be written to: change its rights, or choose another --db")
     try:
-        # Read only: a check must neither create nor migrate anything.
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)
-        try:
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        finally:
-            connection.close()
+        found = asyncio.run(_quick_check(path))
     except sqlite3.Error as exc:
         return Finding("store", "problem", f"{path} cannot be read: {exc}; restore a copy, or choose another --db")
     if found != "ok":
@@ -116,9 +115,16 @@ def _existing_store(path: Path) -> Finding:
     return Finding("store", "ok", f"{path}, {path.stat().st_size / 2**20:.1f} MiB")
 
 
+async def _quick_check(path: Path) -> str:
+    # Read only: a check must neither create nor migrate anything.
+    async with aiosqlite.connect(uri_of(str(path), "ro"), uri=True, timeout=FILE_PATIENCE_S) as connection:
+        ((found,),) = await connection.execute_fetchall("PRAGMA quick_check(1)")
+    return str(found)
+
+
 def _plugins(settings: Settings) -> Finding:
     try:
-        host = PluginHost.load(settings)
+        host = PluginHost.load(of_commands(settings))
     except BrokerError as exc:
         return Finding("plugins", "problem", str(exc))
     names = host.names

@@ -17,9 +17,10 @@ import typer
 from broker.cli.cluster import DEFAULT_URL, Token, Url
 from broker.cli.cluster import app as cluster_app
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import loads_checked
 from broker.logs import escape_controls
 from broker.sequence import parse_seq
-from broker.settings import GROUPS, Settings, describe, load_settings, variable
+from broker.settings import GROUPS, Settings, describe, load_settings, of_commands, variable
 
 if TYPE_CHECKING:
     from broker.client import BrokerClient
@@ -219,8 +220,8 @@ def publish(
 
     text = _argument_or_stdin(data)
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as exc:
+        value = loads_checked(text)
+    except ValueError as exc:
         raise InvalidInput(f"JSON {quoted(text)} is not valid: {exc}; give {_DATA_EXAMPLE}") from exc
     if not isinstance(value, dict):
         raise InvalidInput(f"JSON {quoted(text)} is no object: give {_DATA_EXAMPLE}")
@@ -307,8 +308,7 @@ async def _with_client(
 def _loaded_plugins(plugins_dir: str | None) -> list[dict[str, Any]]:
     from broker.plugins import PluginHost
 
-    settings = load_settings(plugins_dir=plugins_dir)
-    return PluginHost.load(settings).describe()
+    return PluginHost.load(of_commands(load_settings(plugins_dir=plugins_dir))).describe()
 
 
 async def _served_plugins(url: str, token: str | None) -> list[dict[str, Any]]:
@@ -379,6 +379,6 @@ def _add_plugin_commands(arguments: list[str]) -> None:
     from broker.plugins import PluginHost
 
     try:
-        PluginHost.load(load_settings()).call_collect("register_commands", cli=app)
+        PluginHost.load(of_commands(load_settings())).call_collect("register_commands", cli=app)
     except BrokerError as exc:
         print(f"broker: commands of plugins are missing: {exc}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How events look in a terminal: one line each, and nothing in them can drive the terminal."""
+"""Prints events in a terminal: one line each, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from broker.characters import beginning
 from broker.logs import escape_controls
 from broker.sequence import PER_MS
 
@@ -59,7 +60,7 @@ def line_of(event: Mapping[str, Any], *, colour: bool = False) -> str:
     kind = escape_controls(str(event.get("type", "?")))
     detail = escape_controls(_detail(kind, event.get("data") or {}))
     if len(detail) > MAX_DETAIL_CHARS:
-        detail = f"{detail[:MAX_DETAIL_CHARS]}… ({len(detail)} characters)"
+        detail = f"{beginning(detail, MAX_DETAIL_CHARS)}… ({len(detail)} characters)"
     shown_kind = kind.ljust(_TYPE_COLUMN)
     start = next((code for prefix, code in _COLOURS if kind.startswith(prefix)), "") if colour else ""
     if start:

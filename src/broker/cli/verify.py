@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiosqlite
+
 from broker.assembly.stores import choose_stores
 from broker.clock import SystemClock
 from broker.envelope import Envelope
 from broker.errors import InvalidInput, NotFound
 from broker.eventlog.base import EventLog
 from broker.plugins import PluginHost
-from broker.settings import Settings
-from broker.sqlite.file import check_ours
+from broker.settings import Settings, of_commands
+from broker.sqlite.file import check_ours, store_error, uri_of
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import ConversationTimeline
@@ -168,19 +170,20 @@ async def verify_store(settings: Settings, conv_id: str | None = None) -> Report
     check_ours(settings.db)
     with tempfile.TemporaryDirectory() as folder:
         copy = str(Path(folder) / "copy.db")
-        await asyncio.to_thread(_copy, settings.db, copy)
+        await _copy(settings.db, copy)
         return await _verify(settings.model_copy(update={"db": copy}), conv_id)
 
 
-def _copy(source: str, target: str) -> None:
-    with sqlite3.connect(f"file:{source}?mode=ro", uri=True) as original, sqlite3.connect(target) as copied:
-        original.backup(copied)
-    original.close()
-    copied.close()
+async def _copy(source: str, target: str) -> None:
+    try:
+        async with aiosqlite.connect(uri_of(source, "ro"), uri=True) as original, aiosqlite.connect(target) as copied:
+            await original.backup(copied)
+    except sqlite3.Error as exc:
+        raise store_error(exc, source) from exc
 
 
 async def _verify(settings: Settings, conv_id: str | None) -> Report:
-    plugins = PluginHost.load(settings)
+    plugins = PluginHost.load(of_commands(settings))
     catalog = Catalog(plugins)
     stores = choose_stores(settings, plugins, SystemClock())
     report = Report()

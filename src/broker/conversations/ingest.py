@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 
+from pydantic import ValidationError
+
 from broker.clock import Clock
+from broker.conversations.gates import Gate, Gates
 from broker.conversations.manager import ConversationManager
 from broker.envelope import Draft, Envelope, check_conv_id, seal
-from broker.errors import InvalidDraft, StoreUnavailable, Unavailable
+from broker.errors import ConversationShut, InvalidDraft, StoreUnavailable, Unavailable
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog, Fenced
+from broker.eventlog.requests import Request
 from broker.phase import Phase
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
 from broker.views.catalog import Catalog
+from broker.views.draft_checks import misfit
+
+ERASED_ELSEWHERE_S = 5.0
+"""How long a publish waits for another process to have erased the conversation."""
+ERASED_POLL_S = 0.05
 
 
 class Ingest:
@@ -32,6 +42,7 @@ class Ingest:
         availability: Availability,
         clock: Clock,
         phase: Phase,
+        gates: Gates,
         *,
         max_envelope_bytes: int,
     ) -> None:
@@ -42,7 +53,10 @@ class Ingest:
         self._availability = availability
         self._clock = clock
         self._phase = phase
+        self._gates = gates
+        self._shut = gates.shut
         self._max_envelope_bytes = max_envelope_bytes
+        self._data_checks = catalog.drafts
         self._state_channels = {name for name, channel in catalog.channels.items() if channel.kind == "state"}
         self._always_on = {
             name
@@ -67,15 +81,21 @@ class Ingest:
         *,
         times_ms: Sequence[int] | None = None,
         fence: str | None = None,
+        request: Request | None = None,
+        asked: bool = True,
+        gate: Gate | None = None,
+        checked: bool = False,
     ) -> list[int]:
         """Publish drafts into a conversation, all or none; return their seqs once they are durable.
 
         By then they have been dispatched too, unless the conversation must first read something from the store.
 
         times_ms: Unix ms per draft where they happened before (a copy keeps its dates); None: they happen now. fence: token
-        of a run's lease, without which RunEnded is raised (runs/leases.py). A draft for a debug channel that is off is
-        dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, StoreError, Unavailable; then nothing
-        was published.
+        of a run's lease, without which RunEnded is raised (runs/leases.py). request: what the drafts are together, so that
+        it is published once. asked: whether plugins check the drafts. gate: of the conversation, where the caller fills it.
+        checked: the broker made these drafts itself, or has compared them with their types. A draft for a debug channel
+        that is off is dropped; its seq is 0. Raises InvalidDraft, UnknownChannel, DraftRefused, ConversationShut,
+        StoreError, Unavailable, AlreadyAppended; then nothing was published.
         """
         if self._phase.draining and not self.still_working():
             raise Unavailable("this process is shutting down and takes no more drafts: publish through another one")
@@ -83,7 +103,7 @@ class Ingest:
         dropped: list[int] = []  # places in `drafts`
         sealed = self._seal
         for draft in drafts:
-            envelope = sealed(conv_id, draft)
+            envelope = sealed(conv_id, draft, asked, checked)
             if envelope is None:
                 dropped.append(len(live) + len(dropped))
                 continue
@@ -93,9 +113,13 @@ class Ingest:
         if not live:
             check_conv_id(conv_id)
             return [0] * len(dropped)
+        if request is not None:
+            request.mark(live, [place for place in range(len(drafts)) if place not in dropped])
         conversation = self._conversations.get(conv_id)
         if conversation is None or conversation.opening is not None:
             conversation = await self._conversations.open(conv_id)
+        if self._shut:
+            self._gates.check(conv_id, gate)
         conversation.holds += 1
         try:
             if fence is not None and isinstance(self._log, Fenced):
@@ -105,6 +129,8 @@ class Ingest:
         except StoreUnavailable as exc:
             self._availability.suspect(exc)
             raise
+        except ConversationShut as exc:
+            seqs = await self._append_after(exc, conv_id, live, fence)
         finally:
             conversation.holds -= 1
             conversation.last_active_s = self._clock.monotonic_s()
@@ -112,16 +138,43 @@ class Ingest:
             seqs.insert(place, 0)
         return seqs
 
+    async def _append_after(
+        self, error: ConversationShut, conv_id: str, live: list[Envelope], fence: str | None
+    ) -> list[int]:
+        """Append when another process has erased the conversation: what comes meanwhile belongs to its new life."""
+        until_s = self._clock.monotonic_s() + ERASED_ELSEWHERE_S
+        while error.passing and self._clock.monotonic_s() < until_s:
+            await asyncio.sleep(ERASED_POLL_S)
+            await self._conversations.open(conv_id)
+            try:
+                if fence is not None and isinstance(self._log, Fenced):
+                    return await self._log.append_fenced(conv_id, live, fence)
+                return await self._log.append(conv_id, live)
+            except ConversationShut as exc:
+                error = exc
+        raise error
+
     async def publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:
         """As `publish`, for the holder of a run's lease."""
-        return await self.publish(conv_id, drafts, fence=fence)
+        return await self.publish(conv_id, drafts, fence=fence, checked=True)
+
+    async def publish_unasked(self, conv_id: str, drafts: Sequence[Draft], fence: str | None) -> list[int]:
+        """As `publish`, for what no plugin may refuse: the end of a run (I13)."""
+        return await self.publish(conv_id, drafts, fence=fence, asked=False, checked=True)
 
     async def _publish_if_admitted(self, conv_id: str, drafts: Sequence[Draft]) -> list[int]:
         self._availability.admit()
+        if (
+            self._shut
+        ):  # emitters begin as soon as a conversation is opened: what they say follows what it is filled with
+            await self._gates.passed(conv_id)
         return await self.publish(conv_id, drafts)
 
-    def _seal(self, conv_id: str, draft: Draft) -> Envelope | None:
-        if self._checks_drafts:
+    def _seal(self, conv_id: str, draft: Draft, asked: bool, checked: bool) -> Envelope | None:
+        if self._checks_drafts and asked:
+            if not checked:  # whose fault it is: what the plugins make of it is compared with its type once more
+                self._catalog.drafts.check(draft)
+                checked = True
             draft = self._plugins.call_ordered("check_draft", draft=draft)
         name = draft.channel or self._catalog.channel_of(draft.type)
         if name not in self._always_on:
@@ -134,4 +187,10 @@ class Ingest:
             if not self._catalog.is_on(channel):
                 return None
         id = draft.id if draft.id is not None else uuid.uuid4().hex
-        return seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        envelope = seal(conv_id, draft, name, id, self._clock.wall_ms(), self._max_envelope_bytes)
+        if not checked and (validate := self._data_checks[envelope.type]) is not None:
+            try:
+                validate(envelope.data)  # decoded: as others will see it, and the fold needs it anyway
+            except ValidationError as exc:
+                raise misfit(envelope.type, exc) from exc
+        return envelope

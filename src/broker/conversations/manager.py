@@ -15,7 +15,7 @@ from broker.errors import BrokerError, StoreUnavailable
 from broker.eventlog.base import EventLog, SharedLog
 from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
-from broker.timeline.store import TimelineStore
+from broker.timeline.store import StoredEntities, TimelineStore
 
 if TYPE_CHECKING:
     pass
@@ -170,7 +170,7 @@ class ConversationManager:
                 self._remove(conversation.conv_id)
             if isinstance(exc, BrokerError):
                 opening.set_exception(exc)
-                opening.exception()  # whoever waits gets it; nobody waiting is no error of its own
+                opening.exception()  # who waits gets it; if nobody does, it does not matter
             else:  # above all: whoever asked first has hung up; those who wait try by themselves
                 opening.set_result(None)
             raise
@@ -194,8 +194,8 @@ class ConversationManager:
         timeline = conversation.timeline
         timeline.epoch = state.epoch
         timeline.begin(cursor)
-        stored = await self._store.page(conv_id, limit=CACHED_ENTITIES + 1) if cursor else []
-        if len(stored) <= CACHED_ENTITIES:
+        stored = await self._store.page(conv_id, limit=CACHED_ENTITIES) if cursor else StoredEntities()
+        if not stored.more:
             timeline.adopt([entity.id for entity in stored], {entity.id: entity for entity in stored})
             timeline.complete = True
         while timeline.position < state.head_seq:
@@ -274,7 +274,7 @@ class ConversationManager:
         """Save what is unsaved and drop the conversation from memory. False: it came into use meanwhile."""
         if self._open.get(conversation.conv_id) is not conversation:
             return False
-        save = conversation.timeline.take_save(everything=True)
+        save = conversation.timeline.take_save(self._clock.monotonic_s(), everything=True)
         if save is not None:
             await self._store.save([save])
             conversation.timeline.saved(save)

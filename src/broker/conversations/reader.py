@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 from broker.conversations.conversation import Conversation
 from broker.conversations.manager import ConversationManager
+from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
-from broker.timeline.store import TimelineStore, stored_page
+from broker.timeline.store import PAGE_BYTES, TimelineStore, stored_page
 from broker.views.frames import SeenEntity, entities_as_seen
 from broker.views.view import View
 
 SEEN_AT_ONCE = 256
 """Entities that are shown through a view in one turn of the event loop."""
+_PAGE_ENTITIES = 256
+"""Of a whole timeline that is read in pages: decoding more would hold the event loop."""
 
 
 @dataclass(slots=True)
@@ -55,14 +58,27 @@ class TimelineReader:
         self._store = store
 
     async def page(
-        self, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+        self,
+        conv_id: str,
+        *,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        after_position: int = 0,
+        limit: int = 1000,
     ) -> TimelinePage:
-        """Return entities newer than `since_version` that stand after `after_position`, at most `limit`."""
+        """Return entities with since_version < version <= upto_version after `after_position`, at most `limit`.
+
+        Fewer where they are large: a page ends with the entity that makes it PAGE_BYTES long.
+        """
         conversation = await self._conversations.open(conv_id)
         self._conversations.hold(conv_id)
         try:
             return await self.page_of(
-                conversation, since_version=since_version, after_position=after_position, limit=limit
+                conversation,
+                since_version=since_version,
+                upto_version=upto_version,
+                after_position=after_position,
+                limit=limit,
             )
         finally:
             self._conversations.release(conv_id)
@@ -86,18 +102,28 @@ class TimelineReader:
         """Yield the pages of a whole conversation as `view` shows it, by position. Raises StoreError."""
         after = 0
         while True:
-            page = await self.page_seen(view, conv_id, after_position=after)
+            page = await self.page_seen(view, conv_id, after_position=after, limit=_PAGE_ENTITIES)
             yield page
             if not page.more or not page.seen:
                 return
             after = page.seen[-1].entity.position
+            await asyncio.sleep(0)  # what is in memory takes no turn to be read
 
     async def page_of(
-        self, conversation: Conversation, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+        self,
+        conversation: Conversation,
+        *,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        after_position: int = 0,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
     ) -> TimelinePage:
         """As `page`, for a conversation that the caller keeps open.
 
-        Entities that one envelope created share a position; they come together, also where that makes more than `limit`.
+        upto_version: those that changed later are left out. max_bytes: no entity follows those that have so many bytes of
+        props together. Entities that one envelope created share a position; they come together, also where that makes more
+        than `limit` or `max_bytes`.
         """
         timeline = conversation.timeline
         version = timeline.position
@@ -113,8 +139,10 @@ class TimelineReader:
                     self._store,
                     conversation.conv_id,
                     since_version=since_version,
+                    upto_version=upto_version,
                     after_position=after_position,
                     limit=limit,
+                    max_bytes=max_bytes,
                 )
             finally:
                 timeline.readers -= 1
@@ -123,13 +151,16 @@ class TimelineReader:
             if entity.position > after_position and (horizon is None or entity.position <= horizon):
                 by_id[entity.id] = entity
         found = sorted(
-            (entity for entity in by_id.values() if entity.version > since_version),
+            (entity for entity in by_id.values() if since_version < entity.version <= upto_version),
             key=lambda entity: (entity.position, entity.id),
         )
-        if horizon is None and not after_position and not timeline.complete:
+        if horizon is None and not after_position and upto_version == MAX_SEQ and not timeline.complete:
             timeline.adopt_newer(since_version, found)
-        end = limit
-        while 0 < end < len(found) and found[end].position == found[end - 1].position:
+        end = size = 0
+        while end < len(found) and (
+            (end < limit and size < max_bytes) or found[end].position == found[end - 1].position
+        ):
+            size += len(found[end].props_json())
             end += 1
         return TimelinePage(
             conv_id=conversation.conv_id,
@@ -145,11 +176,12 @@ class TimelineReader:
         found: list[Entity] = []
         after = 0
         while True:
-            page = await self.page(conv_id, after_position=after, limit=1000)
+            page = await self.page(conv_id, after_position=after, limit=_PAGE_ENTITIES)
             found.extend(page.entities)
             if not page.more:
                 return found
             after = page.entities[-1].position
+            await asyncio.sleep(0)
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         """Return those of the entities `ids` that exist, as they are with all that the log has now. Raises StoreError."""

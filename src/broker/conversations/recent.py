@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from broker.envelope import Envelope
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from broker.timeline.entity import Entity
 
 BYTES_MAX = 2 * 1024 * 1024
-"""Of one conversation: what grows beyond while it is kept is forgotten, and read anew for whoever comes next."""
+"""Of one conversation: what would grow beyond is forgotten, and whoever comes next is served from the log."""
 ENVELOPE_BYTES, MESSAGE_BYTES = 512, 192
 """About what Python takes for an envelope and for a frame beside their texts (measured with sys.getsizeof)."""
 
@@ -114,17 +114,24 @@ class RecentEvents:
         """Take envelopes that follow the position `before` and are being dispatched."""
         if self.closed:
             return
-        if before != self.through or self.size_bytes > BYTES_MAX:
+        more_bytes = sum([_size(envelope) for envelope in envelopes])
+        if before != self.through or self.size_bytes + more_bytes > BYTES_MAX:
             self.close()
             return
         self._envelopes.extend(envelopes)
         self._seqs.extend([envelope.seq for envelope in envelopes])
         self.through = self._seqs[-1]
-        self._takes(sum([_size(envelope) for envelope in envelopes]))
+        self._takes(more_bytes)
 
     def prepend(self, since: int, page: Page, *, since_known: bool) -> None:
-        """Take what the log has between `since` and here. since_known: it is the seq of an event there, or 0."""
+        """Take what the log has between `since` and here, unless that is more than is kept of a conversation.
+
+        since_known: it is the seq of an event there, or 0.
+        """
         if self.closed:
+            return
+        if sum([_size(envelope) for envelope in (*page.envelopes, *self._envelopes)]) > BYTES_MAX:
+            self.useless_below = max(self.useless_below, since + 1)
             return
         self._envelopes[:0] = page.envelopes
         self._seqs[:0] = [envelope.seq for envelope in page.envelopes]
@@ -186,12 +193,11 @@ class RecentEvents:
         self._kept.frames_built += 1
         return Message(event_frame(shown, prev), shown.seq)
 
-    def state_messages(self, conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
-        """Return the upserts of `entities` as `view` shows them."""
+    def state_messages(self, conv_id: str, view: View, entities: Sequence[Entity]) -> Iterator[Message]:
+        """Yield the upserts of `entities` as `view` shows them."""
         if not view.shows_state:
-            return []
+            return
         known = self._entities.setdefault(None if view.state_is_plain else view, {})
-        messages = []
         for entity in entities:
             kept = known.get(entity.id)
             if kept is None or kept[0] is not entity:  # entities are never changed in place
@@ -201,8 +207,7 @@ class RecentEvents:
                 known[entity.id] = kept
                 self._takes(MESSAGE_BYTES + (len(kept[1].text) if kept[1] is not None else 0))
             if kept[1] is not None:
-                messages.append(kept[1])
-        return messages
+                yield kept[1]
 
 
 def _size(envelope: Envelope) -> int:

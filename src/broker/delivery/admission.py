@@ -77,10 +77,6 @@ class Admission:
         denied = await self.denied(principal, conv_id, view.channels) if view.shows_state else frozenset()
         return self._views.compile(principal, profile, channels, state=state, denied=denied) if denied else view
 
-    def again(self, view: View) -> View:
-        """Return a view that a caller was given as plugins make it now."""
-        return self._views.again(view)
-
     async def denied(self, principal: Principal, conv_id: str, asked: Collection[str]) -> frozenset[str]:
         """Return the channels that `authorize` refuses to a caller, of those besides the ones that it was asked about.
 

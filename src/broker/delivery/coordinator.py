@@ -17,6 +17,7 @@ from broker.delivery.dispatch import NOBODY_LIVE, Dispatcher
 from broker.envelope import Envelope
 from broker.errors import BrokerError
 from broker.eventlog.base import Committed, EventLog
+from broker.tasks import Tasks
 from broker.timeline.store import TimelineStore
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class StreamCoordinator:
         self._store = store
         self._conversations = conversations
         self._dispatcher = dispatcher
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._closed = False
         self.gaps_filled = 0
         self.on_lost: Callable[[Conversation], None] = lambda conversation: None
@@ -96,9 +97,7 @@ class StreamCoordinator:
         conversation.busy = True
         if self._closed:  # nobody would end it any more
             return
-        task = asyncio.get_running_loop().create_task(self._catch_up(conversation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._catch_up(conversation))
 
     def _in_order(self, conversation: Conversation) -> list[Envelope] | None:
         """Return the inbox as one unbroken stretch after the conversation's position; None where the chain is broken.
@@ -125,6 +124,7 @@ class StreamCoordinator:
         before = self._dispatcher.mark(conversation) if conversation.audiences else NOBODY_LIVE
         position = conversation.timeline.position
         show = conversation.timeline.fold(envelopes)
+        # What is raised from here on is met where it concerns the fewest: these envelopes count as handed on.
         if conversation.recent is not None:
             conversation.recent.extend(position, envelopes)
         self._conversations.touch(conversation, written=True)
@@ -171,9 +171,7 @@ class StreamCoordinator:
     async def close(self) -> None:
         """End the reading tasks. What they did not get to is folded at the next opening."""
         self._closed = True
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
 
 def _prev_seq(batch: Committed) -> int:

@@ -29,6 +29,8 @@ class Mark(NamedTuple):
     prev: int = 0
 
 
+LATE_S = 60.0
+"""How long a conversation remembers at least what was shown late: for polls, which may wait so long."""
 NOBODY_LIVE = Mark(0, 0)
 """Stands for the mark where there is no live connection that it could be needed for: it takes a look at all entities that
 are held back."""
@@ -80,7 +82,11 @@ class Dispatcher:
                 shows_all = view.plain and channels <= view.channels
                 messages = whole.get(prev) if shows_all else None
                 if messages is None:
-                    messages = self._event_messages(audience, envelopes, built)
+                    try:
+                        messages = self._event_messages(audience, envelopes, built)
+                    except Exception:
+                        messages = self._what_can_be_shown(audience, envelopes, prev)
+                        shows_all = False
                     if shows_all:
                         whole[prev] = messages
                 else:
@@ -101,10 +107,20 @@ class Dispatcher:
 
     def dispatch_state(self, conversation: Conversation, show: Sequence[Entity], before: Mark) -> None:
         """Send entities whose upsert was held back (trailing edge)."""
+        now_s = self._clock.monotonic_s()
+        late = conversation.shown_late
+        for id in [id for id, shown_at_s in late.items() if now_s - shown_at_s >= LATE_S]:
+            del late[id]
+        late.update((entity.id, now_s) for entity in show)
+        if conversation.waiters:
+            conversation.wake()
         upserts = self._upserts(conversation, show)
         for audience in list(conversation.audiences.values()):
-            if audience.view.shows_state and (messages := shown_upserts(audience.view, upserts)):
-                self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
+            try:
+                if audience.view.shows_state and (messages := shown_upserts(audience.view, upserts)):
+                    self._pool.broadcast(audience, messages, before._replace(prev=audience.prev))
+            except Exception:  # the other views and conversations must not miss theirs
+                logger.exception("conversation %s: view %s cannot be shown", conversation.conv_id, audience.view.key)
 
     def _event_messages(
         self, audience: Audience, envelopes: Sequence[Envelope], built: dict[tuple[int, int], Message]
@@ -137,10 +153,31 @@ class Dispatcher:
             audience.hidden = 0 if prev == envelopes[-1].seq else audience.hidden
         return messages
 
+    def _what_can_be_shown(self, audience: Audience, envelopes: Sequence[Envelope], prev: int) -> list[Message]:
+        """Return the events of a batch that holds one which cannot be shown: that one leaves a gap, the others come."""
+        audience.prev = prev
+        messages: list[Message] = []
+        for envelope in envelopes:
+            try:
+                messages += self._event_messages(audience, (envelope,), {})
+            except Exception:
+                logger.exception(
+                    "conversation %s: view %s cannot show %s seq %s",
+                    audience.conversation.conv_id, audience.view.key, envelope.type, envelope.seq,
+                )  # fmt: skip
+                audience.prev = envelope.seq
+        return messages
+
     def _upserts(self, conversation: Conversation, show: Sequence[Entity]) -> list[tuple[Upsert, Message]]:
         if not show or not any(audience.view.shows_state for audience in conversation.audiences.values()):
             return []
-        return upserts_of(conversation.conv_id, show)
+        upserts: list[tuple[Upsert, Message]] = []
+        for entity in show:
+            try:
+                upserts += upserts_of(conversation.conv_id, (entity,))
+            except Exception as exc:  # somebody changed it in place after it was folded
+                conversation.timeline.discard(entity, exc)
+        return upserts
 
     def _through(self, audience: Audience) -> Message:
         audience.hidden = 0

@@ -23,6 +23,11 @@ IDLE_S = 5.0
 """How long a conversation keeps its recent end after a client last came back to it."""
 
 
+LOADS_MAX = 2
+"""How often one resume reads for the recent end. What it reads may be dropped at once, by others who need the room or by a
+publisher that fills it faster: then it goes the way of the log, which comes to an end whatever else happens."""
+
+
 LIFE_S = 60.0
 """How long at most: then the log is read again, from which another process may have removed something."""
 
@@ -72,13 +77,17 @@ class RecentKeeper:
         """
         if since > conversation.position or (epoch is not None and epoch != conversation.epoch):
             return None
+        loads = 0
         while (recent := self._of(conversation)) is not None and since >= recent.useless_below:
             if self.at(conversation, since) is not None:
                 return recent if epoch is None or recent.knows(since) else None
-            if recent.loading is None:
+            if recent.loading is not None:
+                await asyncio.shield(recent.loading)
+            elif loads < LOADS_MAX:
+                loads += 1
                 await self._load(recent, conversation, since)
             else:
-                await asyncio.shield(recent.loading)
+                break
         return None
 
     async def state_at_hand(self, conversation: Conversation, version: int) -> None:
@@ -86,6 +95,7 @@ class RecentKeeper:
 
         Raises StoreError.
         """
+        loads = 0
         while conversation.timeline.changed_since(version) is None:
             recent = self._of(conversation)
             if recent is None or version < recent.state_useless_below:
@@ -93,6 +103,9 @@ class RecentKeeper:
             if recent.loading_state is not None:
                 await asyncio.shield(recent.loading_state)
                 continue
+            if loads == LOADS_MAX:
+                return
+            loads += 1
             loading = recent.loading_state = asyncio.get_running_loop().create_future()
             try:
                 await self._reader.page_of(conversation, since_version=version, limit=ADOPTED_ENTITIES_MAX)

@@ -13,11 +13,13 @@ import random
 from collections import deque
 
 from broker.conversations.reader import TimelineReader
+from broker.delivery.chunks import CHUNK_BYTES, Chunks, within
 from broker.delivery.dispatch import Dispatcher
 from broker.delivery.notices import Notices
 from broker.delivery.pool import Pool
 from broker.delivery.recent_keeper import RecentKeeper
 from broker.delivery.start import Start
+from broker.delivery.state_sender import STATE_PAGE_ENTITIES, StateSender
 from broker.delivery.subscription import Subscription
 from broker.envelope import Envelope
 from broker.errors import BrokerError, StoreUnavailable
@@ -26,11 +28,6 @@ from broker.eventlog.base import EventLog
 from broker.views.frames import Message, control_message, event_messages, reset_message, state_messages, through_message
 
 logger = logging.getLogger(__name__)
-
-STATE_PAGE_ENTITIES = 256
-CHUNK_BYTES = 65_536
-"""What is handed to a connection at once before its buffer is looked at again."""
-
 
 AWAY_RETRY_S = 1.0
 """How long a connection that catches up waits after the store refused to be read, half more or less."""
@@ -53,7 +50,8 @@ class Recovery:
         page_bytes: int,
     ) -> None:
         self._log = log
-        self._reader = reader
+        self._chunks = Chunks(pool, dispatcher)
+        self._state = StateSender(reader, self._chunks, page_bytes=page_bytes)
         self._dispatcher = dispatcher
         self._pool = pool
         self._recent = recent
@@ -75,7 +73,7 @@ class Recovery:
         subscription.state_cursor = start.after
         if start.reset is not None:
             # The client's own position is void: this frame is where it starts to count again.
-            opening.append(through_message(conversation.conv_id, start.after))
+            opening.append(self._restart(subscription, start.after))
             subscription.told = start.after
         missed = self._at_once(subscription, start.state_after)
         if missed is not None:
@@ -88,6 +86,16 @@ class Recovery:
             return
         self._dispatcher.deliver(subscription.connection_id, opening)
         self.begin(subscription, state_after=start.state_after, lag=False)
+
+    def _restart(self, subscription: Subscription, after: int) -> Message:
+        """Return the frame that follows a reset.
+
+        Nobody can come back to this position before the state is complete that stands for all before it: an event stream
+        gets its id from the frame that ends the catch-up.
+        """
+        subscription.state_pending = subscription.view.shows_state
+        message = through_message(subscription.conv_id, after)
+        return message._replace(position=None) if subscription.state_pending else message
 
     def begin(self, subscription: Subscription, *, state_after: int | None, lag: bool) -> None:
         """Start to catch a connection up from its cursor, in a task that ends when it is live.
@@ -154,10 +162,13 @@ class Recovery:
             entities = conversation.timeline.changed_since(state_after)
             if entities is None or len(entities) > STATE_PAGE_ENTITIES:
                 return None
-            if recent is not None:
-                messages.extend(recent.state_messages(conversation.conv_id, view, entities))
-            else:
-                messages.extend(state_messages(conversation.conv_id, view, entities))
+            # A client that was there may lack what was held back at its position, however long ago that was.
+            entities += conversation.timeline.growing_up_to(state_after)
+            build = state_messages if recent is None else recent.state_messages
+            upserts = within(CHUNK_BYTES, build(conversation.conv_id, view, entities))
+            if upserts is None:
+                return None
+            messages.extend(upserts)
         events = recent.messages(view, subscription.cursor, subscription.told) if recent is not None else []
         messages.extend(events)
         if sum([len(message.text) for message in messages]) > CHUNK_BYTES:
@@ -175,15 +186,20 @@ class Recovery:
         slow: merge neighbours.
         Ends silently when the connection is gone. Raises StoreError when the log cannot be read.
         """
-        if state_first and subscription.view.shows_state and not await self._send_state(subscription):
-            return
+        if state_first and subscription.view.shows_state:
+            held = [] if lag else subscription.conversation.timeline.growing_up_to(subscription.state_cursor)
+            if not await self._state.send(subscription):
+                return
+            upserts = state_messages(subscription.conv_id, subscription.view, held)
+            if held and not await self._chunks.send(subscription, upserts):
+                return
         if lag and subscription.view.slow == "drop_oldest" and not await self._skip_ahead(subscription):
             return
         while subscription.status != "closed":
             if subscription.cursor < subscription.conversation.position:
                 # State before the events that made it, as in dispatch.
                 behind = subscription.view.shows_state and subscription.state_cursor <= subscription.cursor
-                if behind and not await self._send_state(subscription):
+                if behind and not await self._state.send(subscription):
                     return
                 if not await self._send_page(subscription, lag):
                     return
@@ -192,27 +208,6 @@ class Recovery:
                 await subscription.conversation.next_dispatch()
             elif await self._go_live(subscription, lag):
                 return
-
-    # -- state ----------------------------------------------------------------------------------------------------
-
-    async def _send_state(self, subscription: Subscription) -> bool:
-        """Send every entity newer than the state cursor, page by page. False: the connection is gone."""
-        conversation = subscription.conversation
-        since_version, after_position, version = subscription.state_cursor, 0, None
-        while True:
-            page = await self._reader.page_of(
-                conversation, since_version=since_version, after_position=after_position, limit=STATE_PAGE_ENTITIES
-            )
-            # The first page's version is what all pages have at least; what changed later is sent before going live.
-            version = page.version if version is None else version
-            if not await self._send(
-                subscription, state_messages(conversation.conv_id, subscription.view, page.entities)
-            ):
-                return False
-            if not page.more:
-                subscription.state_cursor = version
-                return True
-            after_position = page.entities[-1].position
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -223,7 +218,7 @@ class Recovery:
         recent = self._recent.at(subscription.conversation, subscription.cursor)
         if recent is not None and upto == recent.through and not lag and subscription.viewed is None:
             frames = recent.messages(subscription.view, subscription.cursor, subscription.told)
-            if not await self._send(subscription, frames):
+            if not await self._chunks.send(subscription, frames):
                 return False
             subscription.cursor = max(upto, subscription.cursor)
             return True
@@ -247,7 +242,7 @@ class Recovery:
             shown = view.show_merged(envelopes)
         else:
             shown = [seen for envelope in envelopes if (seen := view.show(envelope)) is not None]
-        if not await self._send(subscription, event_messages(shown, subscription.told)):
+        if not await self._chunks.send(subscription, event_messages(shown, subscription.told)):
             return False
         subscription.cursor = max(page.through, subscription.cursor)
         return True
@@ -266,10 +261,11 @@ class Recovery:
             start=after,
             connection_id=subscription.connection_id,
         )
-        if not await self._send(subscription, [reset, through_message(subscription.conv_id, after)]):
+        if not await self._chunks.send(subscription, [reset, self._restart(subscription, after)]):
             return False
+        subscription.cursor = subscription.told = after
         subscription.state_cursor = 0
-        return not subscription.view.shows_state or await self._send_state(subscription)
+        return not subscription.view.shows_state or await self._state.send(subscription)
 
     async def _skip_ahead(self, subscription: Subscription) -> bool:
         """Policy `drop_oldest`: of what was missed keep the newest page, tell how many events were skipped."""
@@ -301,7 +297,7 @@ class Recovery:
                 subscription.connection_id,
                 dropped_through,
             )
-            if not await self._send(subscription, [notice]):
+            if not await self._chunks.send(subscription, [notice]):
                 return False
             subscription.skipped += dropped
         return True
@@ -309,16 +305,16 @@ class Recovery:
     # -- the switch to live ---------------------------------------------------------------------------------------
 
     async def _go_live(self, subscription: Subscription, lag: bool) -> bool:
-        """Join the audience if nothing is left to send. True: it is live or gone. From here to the join nothing awaits."""
+        """Join the audience if little is left to send. True: it is live or gone. From here to the join nothing awaits."""
         conversation = subscription.conversation
         view = subscription.view
         messages: list[Message] = []
         if view.shows_state:
-            entities = conversation.timeline.changed_since(subscription.state_cursor)
-            if entities is None or len(entities) > STATE_PAGE_ENTITIES:
-                await self._send_state(subscription)
+            upserts = self._state.last(subscription)
+            if upserts is None:
+                await self._state.send(subscription)
                 return subscription.status == "closed"
-            messages.extend(state_messages(conversation.conv_id, view, entities))
+            messages.extend(upserts)
         if not self._pool.writable(subscription.connection_id):
             return not await self._pool.wait_writable(subscription.connection_id)
         messages.extend(self._closing_messages(subscription, lag=lag))
@@ -326,6 +322,7 @@ class Recovery:
             subscription.connection_id, conversation, view
         ):
             subscription.status = "live"
+            subscription.state_rounds, subscription.state_owed_after = 0, None
         return True
 
     def _closing_messages(self, subscription: Subscription, *, lag: bool = False) -> list[Message]:
@@ -334,26 +331,11 @@ class Recovery:
         lag: it was live before, so it was told so, and is not told again: that it was slow is nothing it has to know.
         """
         messages = []
-        if subscription.told < subscription.cursor:
+        if subscription.told < subscription.cursor or subscription.state_pending:
             messages.append(through_message(subscription.conv_id, subscription.cursor))
             subscription.told = subscription.cursor
+            subscription.state_pending = False
         if not lag:
             caught_up = {"seq": str(subscription.cursor)}
             messages.append(control_message("ws.caught_up", caught_up, subscription.connection_id))
         return messages
-
-    async def _send(self, subscription: Subscription, messages: list[Message]) -> bool:
-        """Send in chunks, each when the connection has taken enough of what came before. False: it is gone."""
-        start = size = 0
-        for index, message in enumerate(messages):
-            size += len(message.text)
-            if size >= CHUNK_BYTES or index == len(messages) - 1:
-                if not await self._pool.wait_writable(subscription.connection_id):
-                    return False
-                if not self._dispatcher.deliver(subscription.connection_id, messages[start : index + 1]):
-                    return False
-                if message.position is not None:
-                    # Whoever ends this task in the middle of a page (a change of view) goes on after what was sent.
-                    subscription.cursor = subscription.told = message.position
-                start, size = index + 1, 0
-        return subscription.status != "closed"

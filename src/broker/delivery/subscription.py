@@ -38,9 +38,11 @@ class Subscription:
     cursor: every event up to here is decided for it (while live, the audience's position counts instead).
     told: the position that the client knows of: seq of the last event frame or `ws.through`. told_outage: number of the
     outage that it knows of, 0: it believes that all is well.
-    state_cursor: it has every entity up to this version, in the look of `state_look` (None: it has had no state).
-    viewed_after: the present view has shown everything between this and the cursor. viewed: what views that it had before a
-    change in place have shown, so that a replay leaves out what it has already got; None: there was none.
+    state_cursor: it has every entity up to this version, in the look of `state_look` (None: it has had no state); but of
+    those that are growing, where state_owed_after is set, only what they were up to that version. state_rounds: how often it
+    was sent state since it was last live. state_pending: it was reset, and the state that stands for what it lost is not
+    complete yet. viewed_after: the present view has shown everything between this and the cursor. viewed: what views that it
+    had before a change in place have shown, so that a replay leaves out what it has already got; None: there was none.
     """
 
     __slots__ = (
@@ -55,6 +57,9 @@ class Subscription:
         "skipped",
         "state_cursor",
         "state_look",
+        "state_owed_after",
+        "state_pending",
+        "state_rounds",
         "status",
         "task",
         "told",
@@ -82,6 +87,9 @@ class Subscription:
         self.told = 0
         self.told_outage = 0
         self.state_cursor = 0
+        self.state_rounds = 0
+        self.state_pending = False
+        self.state_owed_after: int | None = None
         self.parked = 0
         self.skipped = 0
         self.opened_at_ms = 0

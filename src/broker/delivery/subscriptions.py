@@ -78,12 +78,14 @@ class Subscriptions:
             )
             if subscription.status == "closed":
                 raise Unavailable(f"conversation {admitted.conv_id!r} was closed in this very moment: connect again")
-        except BaseException:
+            opened_at_ms = self._clock.wall_ms()
+            opening = [self._hello(subscription, start), *self._reset(subscription, start)]
+            self._recovery.open(subscription, start, opening)
+        except BaseException:  # whatever it was: nobody else knows this subscription, so nobody else would end it
             self._drop(subscription)
+            await self._recovery.end(subscription)
             raise
-        subscription.opened_at_ms = self._clock.wall_ms()
-        opening = [self._hello(subscription, start), *self._reset(subscription, start)]
-        self._recovery.open(subscription, start, opening)
+        subscription.opened_at_ms = opened_at_ms
         self.on_opened(subscription)
         return subscription
 

@@ -1,4 +1,4 @@
-"""Whether the event log can be read and written: a suspicion is checked, an outage is told once, and its end as well.
+"""Watches whether the event log can be read and written, and reports each outage once when it begins and once when it ends.
 
 Nothing runs while all is well. A refused append, or a log that notices trouble by itself (`Watchful`: a Redis that is
 silent, any write that a SQLite file refuses), starts a task that asks the log (`EventLog.ping`) until it is known to be
@@ -55,7 +55,7 @@ class Availability:
         self._closed = False
 
     def suspect(self, problem: Exception) -> None:
-        """Take note that the log refused something, or cannot be reached."""
+        """Note that the log refused something, or cannot be reached."""
         if self._closed:
             return
         loop = asyncio.get_running_loop()

@@ -76,7 +76,7 @@ class Follower(Protocol):
         ...
 
     def on_reset(self, conv_id: str) -> None:
-        """Take note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
+        """Note that an open conversation's log is not any more the one that was followed: drop what is known of it."""
         ...
 
 
@@ -98,11 +98,11 @@ class SharedLog(Protocol):
         ...
 
     def opened(self, conv_id: str) -> None:
-        """Take note that a conversation of interest is open now: its position is known."""
+        """Note that a conversation of interest is open now: its position is known."""
         ...
 
     def grew(self, conv_id: str, head_seq: int) -> None:
-        """Take note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
+        """Note that a conversation of interest has got as far as `head_seq`, and read on without being told to."""
         ...
 
 
@@ -147,6 +147,23 @@ class Fenced(Protocol):
         ...
 
 
+@runtime_checkable
+class Gated(Protocol):
+    """What a log offers in addition when other processes write to it: keep them out of one conversation."""
+
+    async def shut(self, conv_id: str, why: str) -> None:
+        """Let nobody but this process write to a conversation until `let_in`; counted. why: `filled` or `erased`.
+
+        A process that dies keeps nobody out for long. Appends of one that was taken for dead raise ConversationShut, as
+        those of others do. Raises ConversationShut where another process has shut it, StoreError.
+        """
+        ...
+
+    async def let_in(self, conv_id: str) -> None:
+        """Undo one `shut`. Never raises."""
+        ...
+
+
 class EventLog(Protocol):
     """An append-only log per conversation.
 
@@ -172,7 +189,9 @@ class EventLog(Protocol):
         only then, and when it fails, the awaiting raises.
 
         An envelope whose `dedupe_key` is already in the conversation's retained log is not stored again: the first
-        one's seq is returned in its place and the sink does not see it.
+        one's seq is returned in its place and the sink does not see it. The envelopes of a request (`requests.py`) are
+        appended together or not at all: AlreadyAppended while one under its name is retained. New envelopes of one
+        append get seqs that follow each other by one.
         """
         ...
 
@@ -186,12 +205,8 @@ class EventLog(Protocol):
         """Return the page that starts after `after`, at most `limit` envelopes or about `max_bytes` (at least one)."""
         ...
 
-    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
-        """Return the seq of the retained envelope with this dedupe key, None if there is none."""
-        ...
-
-    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
-        """Say whether a retained envelope has a dedupe key that starts with `prefix`."""
+    async def find_request(self, conv_id: str, name: str) -> tuple[str, int] | None:
+        """Return dedupe key and seq of the last envelope of the request `name`; None where none of it is retained."""
         ...
 
     async def contains(self, conv_id: str, seq: int) -> bool:

@@ -1,4 +1,4 @@
-"""How the logs name one life of a conversation."""
+"""Epochs: the identity of one incarnation of a conversation's log."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, LogState, Page, Sink
 from broker.eventlog.epochs import PromisedEpochs, epoch_of
+from broker.eventlog.requests import AlreadyAppended, name_of
 from broker.sequence import next_seq
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class _Conversation:
     seqs: list[int] = field(default_factory=list)
     envelopes: list[Envelope] = field(default_factory=list)
     by_dedupe_key: dict[str, int] = field(default_factory=dict)
+    last_of_request: dict[str, str] = field(default_factory=dict)
+    """Dedupe key of the last envelope of each request, by its name."""
 
     def add(self, envelope: Envelope, now_ms: int) -> bool:
         """Give `envelope` its seq; say whether it is new (no envelope with its dedupe key is retained)."""
@@ -41,6 +44,8 @@ class _Conversation:
         envelope.seq = self.head_seq = next_seq(self.head_seq, now_ms)
         if envelope.dedupe_key is not None:
             self.by_dedupe_key[envelope.dedupe_key] = envelope.seq
+            if (request := name_of(envelope.dedupe_key)) is not None:
+                self.last_of_request[request] = envelope.dedupe_key
         # orjson's results hold on to the buffer they were written in (4 KiB for a delta): kept is a copy without it.
         envelope.data_json = bytes(memoryview(envelope.data_json))
         self.seqs.append(envelope.seq)
@@ -53,6 +58,9 @@ class _Conversation:
             self.bytes -= envelope.size_bytes
             if envelope.dedupe_key is not None:
                 del self.by_dedupe_key[envelope.dedupe_key]
+                request = name_of(envelope.dedupe_key)
+                if request is not None and self.last_of_request[request] == envelope.dedupe_key:
+                    del self.last_of_request[request]
         self.trimmed_seq = self.seqs[count - 1]
         del self.envelopes[:count]
         del self.seqs[:count]
@@ -98,12 +106,17 @@ class MemoryEventLog:
         pending, self._pending = self._pending, []
         committed: dict[str, Committed] = {}
         now_ms = self._clock.wall_ms()
-        for conv_id, envelopes, _ in pending:
+        for conv_id, envelopes, done in pending:
             conversation = self._conversations.get(conv_id)
             if conversation is None:
                 conversation = self._conversations[conv_id] = _Conversation(
                     epoch_of(self._life, self._promises.kept(conv_id, self._erasures))
                 )
+            key = envelopes[0].dedupe_key
+            if key is not None and (request := name_of(key)) in conversation.last_of_request:
+                if not done.done():
+                    done.set_exception(AlreadyAppended(request or ""))
+                continue
             for envelope in envelopes:
                 prev_seq = conversation.head_seq
                 if conversation.add(envelope, now_ms):
@@ -140,13 +153,10 @@ class MemoryEventLog:
         through = known.seqs[end - 1] if more else max(after, target)
         return Page(known.envelopes[start:end], through, more, known.trimmed_seq)
 
-    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
+    async def find_request(self, conv_id: str, name: str) -> tuple[str, int] | None:
         known = self._conversations.get(conv_id)
-        return known.by_dedupe_key.get(dedupe_key) if known is not None else None
-
-    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
-        known = self._conversations.get(conv_id)
-        return known is not None and any(key.startswith(prefix) for key in known.by_dedupe_key)
+        key = known.last_of_request.get(name) if known is not None else None
+        return (key, known.by_dedupe_key[key]) if known is not None and key is not None else None
 
     async def contains(self, conv_id: str, seq: int) -> bool:
         known = self._conversations.get(conv_id)

@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.clock import Clock
-from broker.envelope import Envelope
+from broker.envelope import SEPARATOR, Envelope
 from broker.errors import StoreError, StoreUnavailable
 from broker.eventlog.base import Backlog, Committed, Follower, LogState, Page, Sink
 from broker.eventlog.epochs import epoch_of
 from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
-from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys
+from broker.eventlog.redis_gates import RedisGates
+from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys, unescaped
 from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.eventlog.requests import AFTER_SEPARATOR
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command
 from broker.sequence import PER_MS, seq_from_stream_id, stream_id_from_seq
@@ -54,7 +56,8 @@ class RedisEventLog:
         self._clock = clock
         connection.register(*SCRIPTS)
         self._sink: Sink | None = None
-        self._appends = Appends(connection, clock, self._begin, self._landed)
+        self.gates = RedisGates(connection)
+        self._appends = Appends(connection, clock, self._begin, self._landed, self.gates)
         self.following = Following(connection, deliver=self._hand_on, own_under_way=self._appends.flying)
         self._index: dict[str, int] = {}
         """Times that have to be noted in the index of conversations."""
@@ -83,6 +86,7 @@ class RedisEventLog:
             return
         await self._appends.close()
         await self.following.close()
+        await self.gates.close()
         if (
             indexing := self._index_everything()
         ) is not None:  # a hint only: not worth waiting for a Redis that is away
@@ -154,6 +158,12 @@ class RedisEventLog:
             except Exception:
                 logger.exception("the event log's sink failed after the commit")
 
+    async def shut(self, conv_id: str, why: str) -> None:
+        await self.gates.shut(conv_id, why)
+
+    async def let_in(self, conv_id: str) -> None:
+        await self.gates.let_in(conv_id)
+
     # -- the epoch --------------------------------------------------------------------------------------------------
 
     async def _life(self, *before: Command) -> tuple[str, int]:
@@ -208,19 +218,14 @@ class RedisEventLog:
         through = found.envelopes[-1].seq if found.more else max(after, target)
         return Page(found.envelopes, through, found.more, found.trimmed_seq, found.continues(after))
 
-    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
-        key = escaped(dedupe_key)
-        members = await self._by_name(conv_id, f"[{key}\x00", f"({key}\x01")
-        return seq_from_stream_id(members[0].rpartition(b"\x00")[2].decode()) if members else None
-
-    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
-        key = escaped(prefix).encode()
-        return bool(await self._by_name(conv_id, b"[" + key, b"(" + key + b"\xff"))
-
-    async def _by_name(self, conv_id: str, low: bytes | str, high: bytes | str) -> list[bytes]:
-        keys = log_keys(conv_id)[2]
-        found: list[bytes] = await self._connection.one(("ZRANGEBYLEX", keys, low, high, "LIMIT", 0, 1))
-        return found
+    async def find_request(self, conv_id: str, name: str) -> tuple[str, int] | None:
+        name = escaped(name)
+        range_ = (f"({name}{AFTER_SEPARATOR}", f"[{name}{SEPARATOR}")
+        found = await self._connection.one(("ZREVRANGEBYLEX", log_keys(conv_id)[2], *range_, "LIMIT", 0, 1))
+        if not found:
+            return None
+        key, _, id = found[0].decode().rpartition("\x00")
+        return unescaped(key), seq_from_stream_id(id)
 
     async def contains(self, conv_id: str, seq: int) -> bool:
         id = stream_id_from_seq(seq)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import Envelope, topic
-from broker.errors import BrokerError, RunEnded, StoreError, StoreUnavailable
+from broker.errors import BrokerError, ConversationShut, RunEnded, StoreError, StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.redis_keys import live_channel, log_keys, packed
 from broker.eventlog.redis_scripts import APPEND
+from broker.eventlog.requests import AlreadyAppended, name_of
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, RedisReplyError
 from broker.sequence import seq_from_stream_id
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ class Flight:
         self.epoch = epoch
         fresh = []
         for envelope, id in zip(self.envelopes(), ids, strict=True):
+            if id == "-":  # of a request that was appended before
+                envelope.seq = 0
+                continue
             known = id.endswith("=")
             envelope.stream_id = id[:-1] if known else id
             envelope.seq = seq_from_stream_id(envelope.stream_id)
@@ -73,7 +78,8 @@ class Flight:
 class Appends:
     """Takes appends, sees them through. begin: prepares new conversations and returns their epoch.
 
-    deliver: gets every round trip's flights before their publishers are answered.
+    deliver: gets every round trip's flights before their publishers are answered. gates: conversations that this node keeps
+    others out of.
     """
 
     def __init__(
@@ -82,15 +88,17 @@ class Appends:
         clock: Clock | None,
         begin: Callable[[Sequence[str]], Awaitable[str]],
         deliver: Callable[[list[Flight]], None],
+        gates: Container[str],
     ) -> None:
         self._connection = connection
         self._clock = clock
         self._begin = begin
         self._deliver = deliver
+        self._gates = gates
         self._queues: dict[str, list[_Append]] = {}
         self._flying: set[str] = set()
         self._launching = False
-        self._trips: set[asyncio.Task[None]] = set()
+        self._trips = Tasks()
         self._count = 0
 
     def flying(self, conv_id: str) -> bool:
@@ -144,9 +152,7 @@ class Appends:
         return waiting[:same]
 
     def _travel(self, trip: list[Flight]) -> None:
-        task = asyncio.get_running_loop().create_task(self._see_through(trip))
-        self._trips.add(task)
-        task.add_done_callback(self._trips.discard)
+        self._trips.spawn(self._see_through(trip))
 
     async def _see_through(self, trip: list[Flight]) -> None:
         try:
@@ -175,7 +181,10 @@ class Appends:
             if append.future.done():
                 continue
             if flight.error is None:
-                append.future.set_result(None)
+                if append.envelopes[0].seq:
+                    append.future.set_result(None)
+                else:
+                    append.future.set_exception(AlreadyAppended(name_of(append.envelopes[0].dedupe_key or "") or ""))
             else:
                 # Its own object for each: a raise adds its traceback.
                 append.future.set_exception(type(flight.error)(flight.error.message, **flight.error.fields))
@@ -209,6 +218,8 @@ class Appends:
             flight.error = RunEnded(
                 f"a run of {flight.conv_id} was taken over by another node: this one writes no more"
             )
+        elif word == "shut":
+            flight.error = ConversationShut.of(flight.conv_id, rest[0])
         elif word == "ok":
             flight.landed(rest[0], rest[1], rest[2:])
         return bool(word == "new")
@@ -224,4 +235,5 @@ class Appends:
             flight.fence,
         ]  # fmt: skip
         arguments.append(b"".join([packed(envelope) for envelope in flight.envelopes()]))
+        arguments.append(int(conv_id in self._gates))
         return APPEND.command(keys, arguments)

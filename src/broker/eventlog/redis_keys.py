@@ -1,4 +1,4 @@
-"""How the event log's data is called and written in Redis."""
+"""Names and encodings of the event log's data in Redis."""
 
 from __future__ import annotations
 

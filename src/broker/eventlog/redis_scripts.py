@@ -1,9 +1,9 @@
-"""What the event log does inside Redis, each script atomic within one conversation.
+"""The event log's Lua scripts. Each is atomic within one conversation.
 
 Per conversation, all in one slot (`chat:{conv_id}` is its topic):
 
     chat:{c}            the stream; entry ID `ms-n` is the seq; fields t type, i id, c channel, m time (ms), k dedupe key, d data
-    chat:{c}:log        hash: epoch, head (last ID given), trimmed (last ID removed), bytes (retained)
+    chat:{c}:log        hash: epoch, head (last ID given), trimmed (last ID removed), bytes (retained), gate (redis_gates.py)
     chat:{c}:keys       sorted set of `dedupe key NUL entry ID` of retained entries, by name
     chat:{c}:append:N   what node N's newest append got, for a minute: a repetition after a lost reply gets the same
 
@@ -14,6 +14,7 @@ IDs are handled as text or as their two halves: as one number they would not fit
 
 from __future__ import annotations
 
+from broker.eventlog.redis_gates import GATE, GATE_SCRIPTS
 from broker.redis.script import Script
 
 _PARTS = """
@@ -24,11 +25,13 @@ local function text(ms, n) return string.format('%.0f-%.0f', ms, n) end
 # KEYS stream, log, keys, append, run-state.
 # ARGV: append id, clock (ms, '' = the server's), epoch ('' = not known), node, PUBLISH or
 #       SPUBLISH, channel, fence ('' = none, else the token of a run's lease, see runs/redis_scripts.py),
-#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each.
-# Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already), or `new`, `fenced`: then nothing was
-#       done.
+#       envelopes as `packed` makes them: type, id, channel, time_ms, dedupe key, data of each; '1' if this node keeps the
+#       conversation's gate.
+# Reply: `ok <epoch> <prev> <id>[=] <id>[=] …` (= marks one that was there already, `-` stands for one of a request, see
+#       requests.py, that was appended before), or `new`, `fenced`, `shut <why>`: then nothing was done.
 APPEND = Script(
     _PARTS
+    + GATE
     + """
 local done = redis.call('GET', KEYS[4])
 if done then
@@ -37,8 +40,14 @@ if done then
 end
 if late then return late end
 if ARGV[7] ~= '' and redis.call('HGET', KEYS[5], 'holder') ~= ARGV[7] then return 'fenced' end
-local log = redis.call('HMGET', KEYS[2], 'epoch', 'head')
+local log = redis.call('HMGET', KEYS[2], 'epoch', 'head', 'gate')
 local epoch, head = log[1], log[2]
+if log[3] or ARGV[9] == '1' then
+  local why, mine = shut_by_other(log[3], ARGV[4], true)
+  if why then return 'shut ' .. why end
+  if ARGV[9] == '1' and not mine then return 'shut lost' end
+  if not mine then redis.call('HDEL', KEYS[2], 'gate') end
+end
 if not epoch then
   epoch = ARGV[3]
   if epoch == '' then return 'new' end
@@ -51,19 +60,31 @@ local reply = {'ok', epoch, head}
 local size, fresh = 0, false
 local packed, at = ARGV[8], 1
 local function take(length) at = at + length return string.sub(packed, at - length, at - 1) end
+local request, place, taken
 while at <= #packed do
   local t, i, c, m, k, d
   t, i, c, m, k, d, at = struct.unpack('>I4I4I4I4I4I4', packed, at)
   t, i, c, m = take(t), take(i), take(c), take(m)
   local key, data = take(k), take(d)
   local known
-  if key ~= '' then
+  local name, position = string.match(key, '^([^\\31]*)\\31[^\\31]*\\31(%x+)')
+  if name then
+    if name ~= request or position <= place then
+      taken = #redis.call('ZRANGEBYLEX', KEYS[3], '[' .. name .. '\\31', '(' .. name .. '\\32', 'LIMIT', 0, 1) > 0
+    end
+    request, place = name, position
+  else
+    request = nil
+  end
+  if key ~= '' and not name then
     local from = key .. '\\0'
     for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '[' .. from, '(' .. key .. '\\1', 'LIMIT', 0, 1)) do
       known = string.sub(member, #from + 1)
     end
   end
-  if known then
+  if name and taken then
+    reply[#reply + 1] = '-'
+  elseif known then
     reply[#reply + 1] = known .. '='
   else
     if clock > ms then ms, n = clock, 0 elseif n + 1 < 1000000 then n = n + 1 else ms, n = ms + 1, 0 end
@@ -80,6 +101,7 @@ redis.call('SET', KEYS[4], ARGV[1] .. ' ' .. answer, 'PX', 60000)
 if fresh then
   local last = text(ms, n)
   redis.call('HSET', KEYS[2], 'epoch', epoch, 'head', last)
+  if not log[1] and log[3] then redis.call('PERSIST', KEYS[2]) end
   redis.call('HINCRBY', KEYS[2], 'bytes', size)
   redis.pcall(ARGV[5], ARGV[6], head .. ' ' .. last .. ' ' .. ARGV[4])
 end
@@ -118,6 +140,19 @@ while more == 0 do
   ask = math.min(ask * 2, 128)
 end
 return cjson.encode({log[1], log[2], log[3] or '0-0', more, known, out})
+""",
+    reads=True,
+)
+
+# KEYS log hashes of any number of conversations: not for a cluster. Reply: epoch, head of each.
+HEADS = Script(
+    """
+local out = {}
+for at, key in ipairs(KEYS) do
+  local log = redis.call('HMGET', key, 'epoch', 'head')
+  out[2 * at - 1], out[2 * at] = log[1], log[2]
+end
+return out
 """,
     reads=True,
 )
@@ -191,14 +226,19 @@ return last
     reads=True,
 )
 
-# KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel. Reply: 1 if the conversation existed.
+# KEYS stream, log, keys. ARGV: PUBLISH or SPUBLISH, channel. Reply: 1 if the conversation existed. A gate stays shut.
 ERASE = Script(
     """
-local existed = redis.call('EXISTS', KEYS[2])
+local existed = redis.call('HEXISTS', KEYS[2], 'epoch')
+local gate = redis.call('HGET', KEYS[2], 'gate')
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+if gate then
+  redis.call('HSET', KEYS[2], 'gate', gate)
+  redis.call('PEXPIRE', KEYS[2], 60000)
+end
 if existed == 1 then redis.pcall(ARGV[1], ARGV[2], 'erased') end
 return existed
 """
 )
 
-SCRIPTS = (APPEND, BEGIN, READ, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE)
+SCRIPTS = (APPEND, BEGIN, READ, HEADS, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE, *GATE_SCRIPTS)

@@ -16,7 +16,7 @@ from broker.clock import Clock
 from broker.envelope import Envelope
 from broker.eventlog.base import LogState, Page, Sink
 from broker.eventlog.epochs import PromisedEpochs, epoch_of
-from broker.eventlog.sqlite_append import Append, Appends, Heads
+from broker.eventlog.sqlite_append import Append, Appends, Heads, last_of_request
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.lists import parts_of
@@ -36,13 +36,7 @@ _TABLES = (
     "CREATE TABLE event_log (erasures INTEGER NOT NULL)",
     "INSERT INTO event_log VALUES (0)",
 )
-_FIND = """
-SELECT seq FROM envelope WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key = ?
-"""
-_FIND_RANGE = """
-SELECT 1 FROM envelope
-WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND dedupe_key >= ? AND dedupe_key < ? LIMIT 1
-"""
+_CONTAINS = "SELECT 1 FROM envelope WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND seq = ?"
 _TRIM_ROWS = 500  # per job: a few ms, so that publishers do not wait for a long trim
 
 
@@ -113,29 +107,15 @@ class SqliteEventLog:
 
         return await self._database.read(page)
 
-    async def find(self, conv_id: str, dedupe_key: str) -> int | None:
-        return await self._database.read(
-            lambda connection: next((int(row[0]) for row in connection.execute(_FIND, (conv_id, dedupe_key))), None)
-        )
+    async def find_request(self, conv_id: str, name: str) -> tuple[str, int] | None:
+        def find(connection: sqlite3.Connection) -> tuple[str, int] | None:
+            conv, _ = self._state(connection, conv_id)
+            return last_of_request(connection, conv, name)
 
-    async def find_prefix(self, conv_id: str, prefix: str) -> bool:
-        # The highest character ends the range of keys that start with the prefix; the index on the key serves it.
-        return await self._database.read(
-            lambda connection: (
-                connection.execute(_FIND_RANGE, (conv_id, prefix, prefix + "\U0010ffff")).fetchone() is not None
-            )
-        )
+        return await self._database.read(find)
 
     async def contains(self, conv_id: str, seq: int) -> bool:
-        return await self._database.read(
-            lambda connection: (
-                connection.execute(
-                    "SELECT 1 FROM envelope WHERE conv = (SELECT conv FROM conversation WHERE conv_id = ?) AND seq = ?",
-                    (conv_id, seq),
-                ).fetchone()
-                is not None
-            )
-        )
+        return bool(await self._database.fetch(_CONTAINS, (conv_id, seq)))
 
     async def trim(self, conv_id: str, *, through: int) -> int:
         removed = 0
@@ -184,24 +164,17 @@ class SqliteEventLog:
 
     async def trim_due(self, conv_ids: Sequence[str], *, max_count: int, max_bytes: int, min_time_ms: int) -> list[str]:
         limits = (max_count or MAX_SEQ, max_bytes or MAX_SEQ, min_time_ms)
-
-        def due(connection: sqlite3.Connection) -> list[str]:
-            return [
-                connection.execute(_TRIM_DUE.format(conv_ids=places), (*limits, *part)).fetchone()[0]
-                for places, part in parts_of(conv_ids)
-            ]
-
-        return [conv_id for found in await self._database.read(due) for conv_id in orjson.loads(found)]
+        due: list[str] = []
+        for places, part in parts_of(conv_ids):
+            rows = await self._database.fetch(_TRIM_DUE.format(conv_ids=places), (*limits, *part))
+            due += orjson.loads(rows[0][0])
+        return due
 
     async def conversations(self, *, before_seq: int | None = None, limit: int = 100) -> list[tuple[str, int]]:
         """As in EventLog. Conversations that share their head_seq stay on one page, which may then exceed `limit`."""
-
-        def heads(connection: sqlite3.Connection) -> list[tuple[str, int]]:
-            before = MAX_SEQ if before_seq is None else before_seq
-            rows = connection.execute(_HEADS, {"before": before, "limit": limit}).fetchone()[0]
-            return [(conv_id, head_seq) for head_seq, conv_id in orjson.loads(rows)]
-
-        return await self._database.read(heads)
+        before = MAX_SEQ if before_seq is None else before_seq
+        rows = await self._database.fetch(_HEADS, {"before": before, "limit": limit})
+        return [(conv_id, head_seq) for head_seq, conv_id in orjson.loads(rows[0][0])]
 
     async def erase(self, conv_id: str) -> None:
         # In small steps first, like a trim: only what is appended meanwhile is left for the last, undivided one.

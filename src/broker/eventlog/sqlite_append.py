@@ -12,9 +12,10 @@ from typing import Any, cast
 import orjson
 
 from broker.clock import Clock
-from broker.envelope import Envelope
+from broker.envelope import SEPARATOR, Envelope
 from broker.eventlog.base import Committed, Sink
 from broker.eventlog.epochs import PromisedEpochs
+from broker.eventlog.requests import AFTER_SEPARATOR, AlreadyAppended, name_of
 from broker.sequence import next_seq
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
@@ -180,8 +181,15 @@ def _place(
     """Give the envelopes of one conversation their seqs; add their rows' values to `rows` and the new ones to `stored`."""
     conv, seq = head.conv, next_seq(head.head_seq, now_ms) - 1  # one commit is one moment: from here they count on
     dedupe_keys: dict[str, int] = {}
+    requests: set[str] = set()
     size_bytes = 0
     for append in appends:
+        key = append.envelopes[0].dedupe_key
+        if key is not None and (request := name_of(key)) is not None:
+            if request in requests or last_of_request(connection, conv, request) is not None:
+                append.error = AlreadyAppended(request)
+                continue
+            requests.add(request)
         seqs = append.result = []
         for envelope in append.envelopes:
             key = envelope.dedupe_key
@@ -208,6 +216,16 @@ def _place(
 def _first_with_key(connection: sqlite3.Connection, conv: int, key: str) -> int:
     row = connection.execute("SELECT seq FROM envelope WHERE conv = ? AND dedupe_key = ?", (conv, key)).fetchone()
     return row[0] if row is not None else 0
+
+
+def last_of_request(connection: sqlite3.Connection, conv: int, name: str) -> tuple[str, int] | None:
+    """Return dedupe key and seq of the last retained envelope of a request; None where there is none."""
+    row: tuple[str, int] | None = connection.execute(
+        "SELECT dedupe_key, seq FROM envelope WHERE conv = ? AND dedupe_key > ? AND dedupe_key < ?"
+        " ORDER BY dedupe_key DESC LIMIT 1",
+        (conv, name + SEPARATOR, name + AFTER_SEPARATOR),
+    ).fetchone()
+    return row
 
 
 def _execute_rows(connection: sqlite3.Connection, statement: tuple[str, int, str], values: list[Any]) -> None:

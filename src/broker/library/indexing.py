@@ -10,12 +10,14 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
+from broker.characters import beginning
 from broker.envelope import CONTROL
 from broker.library.store import LibraryStore, Message
-from broker.library.terms import terms_of
+from broker.library.terms import MAX_TEXT_CHARS, terms_of
+from broker.pauses import Pauses
 from broker.security import Principal
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore
 from broker.views.compiler import DEFAULT_PROFILE, ViewCompiler
 from broker.views.frames import entities_as_seen
 
@@ -54,7 +56,10 @@ class IndexingTimelineStore:
             done.set_result(None)
 
     async def _save(self, saves: Sequence[TimelineSave]) -> None:
-        messages = [message for save in saves for message in messages_of(save.conv_id, save.entities, self.seen)]
+        pauses = Pauses()
+        messages: list[Message] = []
+        for save in saves:
+            messages += await messages_of(save.conv_id, save.entities, self.seen, pauses)
         new = {
             save.conv_id: min(entity.created_at_ms for entity in save.entities)
             for save in saves
@@ -80,10 +85,8 @@ class IndexingTimelineStore:
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         return await self._inner.get(conv_id, ids)
 
-    async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        return await self._inner.page(conv_id, after_position=after_position, since_version=since_version, limit=limit)
+    async def page(self, conv_id: str, **asked: int) -> StoredEntities:
+        return await self._inner.page(conv_id, **asked)
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)
@@ -107,10 +110,16 @@ async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
             raise result
 
 
-def messages_of(conv_id: str, entities: Sequence[Entity], seen: Seen) -> list[Message]:
+async def messages_of(conv_id: str, entities: Sequence[Entity], seen: Seen, pauses: Pauses) -> list[Message]:
     """Return those of the entities that are complete messages for everybody, as the library notes them."""
     complete = [one for one in entities if one.kind == "message" and not one.growing]
-    return [_message(conv_id, one) for one in seen(conv_id, complete) if one.kind == "message"]
+    messages: list[Message] = []
+    for entity in seen(conv_id, complete):
+        if entity.kind == "message":
+            text = str(entity.props.get("text", ""))
+            messages.append(_message(conv_id, entity, text))
+            await pauses.after(min(len(text), MAX_TEXT_CHARS))
+    return messages
 
 
 class SeenByAll:
@@ -130,17 +139,16 @@ class SeenByAll:
         return [one.entity for one in entities_as_seen(conv_id, view, entities)]
 
 
-def _message(conv_id: str, entity: Entity) -> Message:
-    text = str(entity.props.get("text", ""))
+def _message(conv_id: str, entity: Entity, text: str) -> Message:
     title = title_from(text) if entity.props.get("role") == "user" else None
     return Message(conv_id, entity.position, entity.version, entity.created_at_ms, title, terms_of(text))
 
 
 def title_from(text: str) -> str | None:
     """Return what a conversation is called after its first message: its first words on one line; None if it has none."""
-    words = " ".join(text[: TITLE_CHARS * 4].split())
+    words = " ".join(beginning(text, TITLE_CHARS * 4).split())
     if len(words) <= TITLE_CHARS:
         return words or None
-    cut = words[: TITLE_CHARS - 1]
+    cut = beginning(words, TITLE_CHARS - 1)
     at_blank = cut.rpartition(" ")[0]
     return (at_blank if len(at_blank) > TITLE_CHARS // 2 else cut) + "…"

@@ -18,6 +18,7 @@ import orjson
 
 from broker.envelope import Draft, Envelope, check_channel_name, check_event_type
 from broker.errors import BrokerError, InvalidInput, quoted
+from broker.exact_json import WideInteger, loads_checked
 from broker.library.store import LibraryEntry
 
 FORMAT = "conversation-broker.conversation"
@@ -78,11 +79,12 @@ class BadLine(InvalidInput):
 
 
 def read_lines(
-    found: Imported, body: bytes, check: Callable[[Draft], None], *, max_lines: int, latest_ms: int
+    found: Imported, body: bytes, check: Callable[[Draft, bool], None], *, max_lines: int, latest_ms: int
 ) -> Iterator[int]:
-    """Read a file into `found`; yields the number of each line that was read, so that the caller can pause in between.
+    """Read a file into `found`; yields the bytes of each line that was read, so that the caller can pause in between.
 
-    check: raises for a draft that may not be published. latest_ms: no time lies after this. `found` is complete once
+    check: raises for a draft that may not be published; it is told whether the line has no seq, so that it is of no log, but
+    made. latest_ms: no time lies after this. `found` is complete once
     the iterator has ended. Raises BadLine.
     """
     ended = False
@@ -104,7 +106,7 @@ def read_lines(
             ended = True
         else:
             found.drafts.append(_draft(number, value, check, latest_ms))
-        yield number
+        yield len(line)
     if not ended:
         what = (
             "the file is empty" if not number else "the last line ({'end': true, …}) is missing: the file was cut off"
@@ -124,8 +126,10 @@ def _lines(body: bytes) -> Iterator[bytes]:
 
 def _object(number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as exc:
+        value = loads_checked(line)
+    except WideInteger as exc:
+        raise BadLine(number, str(exc)) from exc
+    except ValueError as exc:
         raise BadLine(number, f"no valid JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise BadLine(number, f"{quoted(value)} is no JSON object")
@@ -155,7 +159,9 @@ def _take_end(found: Imported, number: int, value: Mapping[str, Any]) -> None:
     found.title, found.metadata = title, metadata
 
 
-def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None], latest_ms: int) -> tuple[Draft, int]:
+def _draft(
+    number: int, value: Mapping[str, Any], check: Callable[[Draft, bool], None], latest_ms: int
+) -> tuple[Draft, int]:
     _known_keys(number, value, _ENVELOPE_KEYS)
     time_ms, data, entity_id = value.get("timeMs"), value.get("data"), value.get("id")
     if not isinstance(time_ms, int) or isinstance(time_ms, bool) or not 0 <= time_ms <= latest_ms:
@@ -166,7 +172,7 @@ def _draft(number: int, value: Mapping[str, Any], check: Callable[[Draft], None]
         raise BadLine(number, f"id is {quoted(entity_id)}: a text is required")
     try:
         draft = Draft(check_event_type(value.get("type")), data, entity_id, check_channel_name(value.get("channel")))
-        check(draft)
+        check(draft, "seq" not in value)
     except BrokerError as exc:
         raise BadLine(number, exc.message) from exc
     return draft, time_ms

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from broker.conversations.gates import Gate, Gates
 from broker.conversations.manager import ConversationManager
 from broker.conversations.reader import TimelineReader
 from broker.envelope import check_conv_id
-from broker.errors import BrokerError, NotFound
+from broker.errors import BrokerError, ConversationShut, NotFound
 from broker.eventlog.base import EventLog
-from broker.library.copying import Copier, check_metadata, check_title
+from broker.library.checks import check_metadata, check_title
+from broker.library.exporting import Exporter
+from broker.library.filling import EraseFilled
+from broker.library.forking import Forker
+from broker.library.importing import Importer
 from broker.library.indexing import SeenByAll, messages_of
 from broker.library.store import Found, LibraryEntry, LibraryStore
 from broker.library.terms import query_terms
+from broker.pauses import Pauses
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.sequence import PER_MS
@@ -63,6 +70,15 @@ class ListPage:
     before: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What writes conversations down and makes new ones."""
+
+    exporter: Exporter
+    importer: Importer
+    forker: Forker
+
+
 class Library:
     """What exists, and what it is called."""
 
@@ -74,9 +90,10 @@ class Library:
         log: EventLog,
         timeline: TimelineStore,
         reader: TimelineReader,
-        copier: Copier,
+        copies: Copies,
         seen_by_all: SeenByAll,
-        erase: Callable[[str], Awaitable[None]],
+        gates: Gates,
+        erase: EraseFilled,
     ) -> None:
         self._store = store
         self._access = access
@@ -84,8 +101,9 @@ class Library:
         self._log = log
         self._timeline = timeline
         self._reader = reader
-        self._copier = copier
+        self._copies = copies
         self._seen_by_all = seen_by_all
+        self._gates = gates
         self._erase = erase
         self._task: asyncio.Task[None] | None = None
 
@@ -98,7 +116,12 @@ class Library:
         """
         half = await self._store.abandoned()
         newest_seq = await self._store.newest_seq()
-        self._task = asyncio.get_running_loop().create_task(self._settle(half, newest_seq))
+        shut = AsyncExitStack()
+        gates: dict[str, Gate] = {}
+        for conv_id in half:  # nobody may publish to what is about to be erased
+            with suppress(ConversationShut):
+                gates[conv_id] = await shut.enter_async_context(self._gates.filling(conv_id))
+        self._task = asyncio.get_running_loop().create_task(self._settle(gates, shut, newest_seq))
 
     async def stop(self) -> None:
         """Stop settling; the next start goes on."""
@@ -106,23 +129,26 @@ class Library:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _settle(self, half: Sequence[str], newest_seq: int) -> None:
+    async def _settle(self, half: Mapping[str, Gate], shut: AsyncExitStack, newest_seq: int) -> None:
         try:
-            await self._erase_half(half)
+            async with shut:
+                for conv_id, gate in half.items():
+                    await self._erase_half(conv_id, gate)
             await self._note_newest(newest_seq - int(HEAL_S * 1000) * PER_MS)
         except BrokerError as exc:
             logger.warning("the library could not be settled; titles and search may lack the newest messages: %s", exc)
         while True:  # where several nodes share the store, another one may die over a copy at any time
             await asyncio.sleep(_ABANDONED_CHECK_S)
             try:
-                await self._erase_half(await self._store.abandoned())
+                for conv_id in await self._store.abandoned():
+                    with suppress(ConversationShut):  # whoever made it was heard of a moment ago
+                        await self._erase_half(conv_id, None)
             except BrokerError as exc:
                 logger.warning("copies that were not finished could not be erased, trying on: %s", exc)
 
-    async def _erase_half(self, conv_ids: Sequence[str]) -> None:
-        for conv_id in conv_ids:
-            logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
-            await self._erase(conv_id)
+    async def _erase_half(self, conv_id: str, gate: Gate | None) -> None:
+        logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
+        await self._erase(conv_id, gate=gate)
 
     async def _note_newest(self, floor: int) -> None:
         """Note the conversations that were written to after `floor`: shortly before the process died."""
@@ -142,9 +168,12 @@ class Library:
         try:
             entities = await self._reader.entities(conv_id)
             created_at_ms = entities[0].created_at_ms if entities else created_at_ms
-            # In parts: splitting texts into terms takes time, and between the parts others have their turn.
+            # In parts, each a transaction of its own; splitting texts into terms pauses by itself.
+            pauses = Pauses()
             for start in range(0, max(1, len(entities)), _NOTE_ENTITIES):
-                messages = messages_of(conv_id, entities[start : start + _NOTE_ENTITIES], self._seen_by_all)
+                messages = await messages_of(
+                    conv_id, entities[start : start + _NOTE_ENTITIES], self._seen_by_all, pauses
+                )
                 if not conversation.position or conversations.get(conv_id) is not conversation:
                     return  # erased, before or meanwhile: it must not come back
                 epochs = {conv_id: conversation.epoch}
@@ -173,6 +202,11 @@ class Library:
             found += await self._readable(principal, batch.conversations, found_by_text=bool(terms))
             examined += len(batch.conversations)
             before = batch.before
+            last = found[limit - 1].seq if len(found) >= limit else 0
+            if (
+                found and found[-1].seq < last
+            ):  # more than was asked for: the batches before had some that are not shown
+                return ListPage([info for info in found if info.seq >= last], last)
             short = (
                 len(batch.conversations) < limit
             )  # though there is more: the store looked at as many as it does in one go
@@ -245,6 +279,8 @@ class Library:
         known = await self._existing(conv_id)
         if "title" in changes:
             check_title(changes["title"])
+        if "metadata" in changes:  # before it is merged, which goes down into it
+            check_metadata(changes["metadata"])
 
         def apply(entry: LibraryEntry) -> LibraryEntry:
             title = changes.get("title", entry.title)
@@ -269,22 +305,24 @@ class Library:
         new_id: str | None = None,
         title: str | None = None,
     ) -> ConversationInfo:
-        """Begin a new conversation with a copy up to and including a message. See `Copier.fork`."""
+        """Begin a new conversation with a copy up to and including a message. See `Forker.fork`."""
         check_title(title)
-        entry = await self._copier.fork(principal, check_conv_id(conv_id), message_id, new_id=new_id, title=title)
+        entry = await self._copies.forker.fork(
+            principal, check_conv_id(conv_id), message_id, new_id=new_id, title=title
+        )
         return await self._made(entry)
 
     async def import_(self, principal: Principal, body: bytes, *, new_id: str | None = None) -> ConversationInfo:
-        """Make a conversation of an exported file, all or nothing. See `Copier.import_`."""
-        return await self._made(await self._copier.import_(principal, body, new_id=new_id))
+        """Make a conversation of an exported file, all or nothing. See `Importer.import_`."""
+        return await self._made(await self._copies.importer.import_(principal, body, new_id=new_id))
 
     async def _made(self, entry: LibraryEntry) -> ConversationInfo:
         await self._note(entry.conv_id, entry.created_at_ms)  # so that its title is there at once
         return await self._existing(entry.conv_id)
 
     async def export(self, principal: Principal, conv_id: str, *, profile: str = "default") -> AsyncIterator[bytes]:
-        """Return the lines of a conversation's file. See `Copier.export`."""
-        return await self._copier.export(principal, check_conv_id(conv_id), profile)
+        """Return the lines of a conversation's file. See `Exporter.export`."""
+        return await self._copies.exporter.export(principal, check_conv_id(conv_id), profile)
 
 
 def _untold(entry: LibraryEntry) -> LibraryEntry:

@@ -1,4 +1,4 @@
-"""How the library is kept in Redis, and the scripts that change its entries.
+"""The library's data in Redis, and the Lua scripts that change its entries.
 
 What a conversation is called is kept with the conversation, in the slot of its stream, so that it lives and dies with it:
 

@@ -141,8 +141,11 @@ class SqliteLibraryStore:
         return changed
 
     async def entries(self, conv_ids: Sequence[str]) -> dict[str, LibraryEntry]:
-        found = await self._database.read(lambda connection: _read(connection, conv_ids))
-        return {entry.conv_id: entry for entry in found}
+        found: dict[str, LibraryEntry] = {}
+        for places, part in parts_of(conv_ids):
+            rows = await self._database.fetch(_ENTRIES.format(conv_ids=places), part)
+            found |= {row[0]: _entry(*row) for row in orjson.loads(rows[0][0])}
+        return found
 
     async def search(self, terms: Sequence[str], *, before_seq: int | None, limit: int) -> Found:
         having = " INTERSECT ".join([_HAVE_TERM] * len(terms)) if terms else "SELECT number FROM library"
@@ -160,17 +163,12 @@ class SqliteLibraryStore:
         return await self._database.read(search)
 
     async def newest_seq(self) -> int:
-        return await self._database.read(
-            lambda connection: int(
-                connection.execute("SELECT coalesce(max(updated_seq), 0) FROM library").fetchone()[0]
-            )
-        )
+        rows = await self._database.fetch("SELECT coalesce(max(updated_seq), 0) FROM library")
+        return int(rows[0][0])
 
     async def abandoned(self) -> list[str]:
-        pending = await self._database.read(
-            lambda connection: [row[0] for row in connection.execute("SELECT conv_id FROM library WHERE pending = 1")]
-        )
-        return [conv_id for conv_id in pending if conv_id not in self._making]
+        pending = await self._database.fetch("SELECT conv_id FROM library WHERE pending = 1")
+        return [conv_id for (conv_id,) in pending if conv_id not in self._making]
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:

@@ -1,4 +1,4 @@
-"""What operators see of all nodes, put together by the one that is asked: nodes, connections, runs, debug channels.
+"""The operators' view of all nodes, put together by the node that is asked: nodes, connections, runs, debug channels.
 
 An answer never waits for a node longer than `Nodes.patience_s`, and a node that gave no answer is named in it with the
 reason. With the store away the asked node still tells what it knows itself, and says that this is not everything.

@@ -33,6 +33,7 @@ from broker.nodes.redis_scripts import (
 )
 from broker.redis.announcements import Wakeups
 from broker.redis.connection import RedisConnection
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ PATIENCE_S = 2.0
 QUESTION_TTL_MS = 10_000
 POLL_S = 0.01
 POLL_MAX_S = 0.1
-REDIS_PATIENCE_S = 1.0
+REDIS_PATIENCE_S = 2.0
 """How long a Redis that is away is tried here: an operator wants to be told, and a heartbeat comes again anyway."""
 LEAVE_S = 0.5
 
@@ -70,7 +71,7 @@ class RedisNodes:
         self._obeyed: dict[str, Switch] | None = None
         self._hurry = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
-        self._answering: set[asyncio.Task[None]] = set()
+        self._answering = Tasks()
         self._hints: Wakeups | None = None
         self._lock = asyncio.Lock()
         self._away = False
@@ -162,9 +163,7 @@ class RedisNodes:
                 self._obeyed = switches
                 self._myself.apply(switches)
         for text in questions:
-            task = asyncio.get_running_loop().create_task(self._answer(text))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._answering.spawn(self._answer(text))
 
     async def _one(self, command: Any) -> Any:
         (reply,) = await self._connection.execute([command], patience_s=REDIS_PATIENCE_S)

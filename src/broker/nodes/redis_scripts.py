@@ -1,4 +1,4 @@
-"""How the nodes' registry is kept in Redis, and the scripts that change it. Everything is in one slot:
+"""The registry of nodes in Redis, and the Lua scripts that change it. Everything is in one slot:
 
     {broker:nodes}               sorted set: node id by the time of its last heartbeat (ms, server's clock)
     {broker:nodes}:about         hash: node id -> JSON of its record

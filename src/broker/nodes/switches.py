@@ -1,4 +1,4 @@
-"""Where a process that is alone keeps what operators switched: in its SQLite file, or in memory."""
+"""Keeps operators' switches for a process that is alone: in its SQLite file, or in memory."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ class SqliteSwitches:
         database.register("switches", _TABLES)
 
     async def load(self) -> dict[str, Switch]:
-        rows = await self._database.read(
-            lambda connection: connection.execute(
-                "SELECT channel, is_on, since_ms, switched_by FROM channel_switch"
-            ).fetchall()
-        )
+        rows = await self._database.fetch("SELECT channel, is_on, since_ms, switched_by FROM channel_switch")
         return {channel: Switch(bool(is_on), since_ms, by) for channel, is_on, since_ms, by in rows}
 
     async def save(self, channel: str, switch: Switch | None) -> None:

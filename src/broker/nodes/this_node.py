@@ -1,4 +1,4 @@
-"""What a node says of itself: its numbers at each heartbeat, its connections and its lag when an operator asks."""
+"""This node's account of itself: its numbers at each heartbeat, its connections and its lag when an operator asks."""
 
 from __future__ import annotations
 

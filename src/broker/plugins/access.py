@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.errors import AuthenticationFailed, PermissionDenied, PluginError, quoted
+from broker.errors import AuthenticationFailed, PermissionDenied, PluginError
 from broker.plugins.host import PluginHost
 from broker.security import Action, Credentials, Principal
 from broker.settings import Settings
@@ -28,11 +28,16 @@ class Access:
         return self._plugins.has("authorize")
 
     async def authenticate(self, credentials: Credentials) -> Principal:
-        """Return the caller. Raises AuthenticationFailed when no plugin knows the credentials."""
-        principal: Principal | None = await self._plugins.acall_first("authenticate", credentials=credentials)
-        if principal is not None:
+        """Return the caller. With `auth` the plugin of that name is asked, and no other one's answer counts.
+
+        Raises AuthenticationFailed when nobody who is asked knows the credentials, also where that plugin was switched off.
+        """
+        auth = self._settings.auth
+        found = await self._plugins.acall_first_named("authenticate", _only=auth, credentials=credentials)
+        if found is not None:
+            principal: Principal = found[1]
             return principal
-        if self._settings.auth is None:
+        if auth is None:
             return self._local
         raise AuthenticationFailed(
             "credentials are missing or nobody here knows them: send 'Authorization: Bearer <token>'"
@@ -63,10 +68,7 @@ class Access:
         except PluginError as exc:  # fails closed: who cannot decide does not allow
             raise PermissionDenied(f"nobody could decide whether {action!r} is allowed; denied") from exc
         for plugin, allowed in answers:
-            if allowed is not True:
-                if allowed is not False:  # neither yes nor no, such as an empty list of what may be read: fails closed
-                    misfit = PluginError(f"returned {quoted(allowed)}: True, False or None is required")
-                    self._plugins.report(plugin, "authorize", misfit)
+            if not allowed:
                 raise PermissionDenied(
                     f"{principal.subject!r} may not {action} conversation {conv_id!r} (plugin {plugin!r})",
                     action=action,

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pluggy
 
 from broker import hookspecs
-from broker.errors import BrokerError, PluginError, quoted
+from broker.copies import own
+from broker.errors import BrokerError, PluginError
+from broker.plugins.answers import Check, check_answer
 from broker.plugins.checks import HookSpec, argument_names, read_specs
-from broker.plugins.isolation import HookRecord, Isolation, brief, refusing
-from broker.plugins.rules import EMITTERS, FAIL_CLOSED, ITEM_TYPES, PROPAGATE
+from broker.plugins.driving import Driven, being_cancelled
+from broker.plugins.isolation import HookRecord, Isolation, Streak, brief, refusing
+from broker.plugins.rules import FAIL_CLOSED, OWN_ARGUMENTS, PROPAGATE, scope_of
 
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One plugin's function for a hook, ready to be called."""
+    """One plugin's function for a hook, ready to be called. own: arguments of which it gets a copy."""
 
     plugin: str
     function: Callable[..., Any]
     arguments: tuple[str, ...]
+    own: frozenset[str]
     record: HookRecord
 
 
@@ -37,6 +41,14 @@ class HookCalls:
         self._specs: dict[str, HookSpec] = read_specs(self._manager)
         self._disabled: set[str] = set()
         self._implementations: dict[str, tuple[Implementation, ...]] = {}
+        self._further_checks: dict[str, Check] = {}
+
+    def check_further(self, hook: str, check: Check) -> None:
+        """Have a hook's answers checked by somebody who knows more of them than their type, such as which channels exist.
+
+        check: returns the answer, or raises a BrokerError that says what does not fit: the plugin's failure.
+        """
+        self._further_checks[hook] = check
 
     def call_collect(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]:
         """Call every implementation; return (plugin name, result) for each result that is not None.
@@ -46,14 +58,15 @@ class HookCalls:
         raises takes its place, so that nothing passes unseen.
         """
         results = []
+        scope = scope_of(hook, kwargs)
         for implementation in self._selected(hook, kwargs):
-            if implementation.record.quarantine is not None:
-                result = self._closed(implementation)
+            if implementation.record.quarantine(scope) is not None:
+                result = self._closed(implementation, scope)
             else:
                 try:
-                    result = self._checked(implementation, self._call(implementation, kwargs))
+                    result = self._checked(implementation, self._call(implementation, kwargs, scope), scope)
                 except (Exception, SystemExit) as exc:
-                    result = self._failed(implementation, exc)
+                    result = self._failed(implementation, exc, scope)
             if result is not None:
                 results.append((implementation.plugin, result))
         return results
@@ -93,13 +106,22 @@ class HookCalls:
 
     async def acall_first(self, hook: str, /, **kwargs: Any) -> Any:
         """Do what `call_first` does and wait for implementations that are `async def`, up to the time limit each."""
+        found = await self.acall_first_named(hook, **kwargs)
+        return None if found is None else found[1]
+
+    async def acall_first_named(
+        self, hook: str, /, *, _only: str | None = None, **kwargs: Any
+    ) -> tuple[str, Any] | None:
+        """As `acall_first`; return (plugin name, answer), None without one. _only: ask this plugin and no other."""
         for implementation in self._selected(hook, kwargs):
+            if _only is not None and implementation.plugin != _only:
+                continue
             try:
                 result = await self._acall(implementation, kwargs)
             except (Exception, SystemExit) as exc:
                 self._raise(implementation, exc)
             if result is not None:
-                return result
+                return implementation.plugin, result
         return None
 
     async def acall_collect(self, hook: str, /, **kwargs: Any) -> list[tuple[str, Any]]:
@@ -138,22 +160,39 @@ class HookCalls:
     def implementations(self, hook: str, /) -> list[tuple[str, Callable[..., Any]]]:
         """Return (plugin name, function) of a hook, in the order in which they are asked, for callers with own rules.
 
-        A function takes all arguments of the hook by name, gives back an awaitable if the plugin's own is `async def`,
-        and raises what the plugin raises: `report` that.
+        A function takes all arguments of the hook by name, and raises what the plugin raises, and PluginError for an answer
+        that cannot be used: `report` that.
         """
         return [
-            (each.plugin, lambda _each=each, /, **kwargs: self._call(_each, kwargs))
+            (each.plugin, lambda _each=each, /, **kwargs: self._checked(_each, self._call(_each, kwargs)))
             for each in self._of(hook)
-            if each.record.quarantine is None
+            if each.record.quarantine() is None
         ]
 
-    def guard(self, plugin: str, hook: str, fn: Any) -> Callable[..., Any]:
+    def guard(self, plugin: str, hook: str, fn: Callable[..., Any], *, scope: str = "") -> Callable[..., Any]:
         """Wrap a callable that a plugin's hook made: measured, errors counted under the plugin's name, raised again.
 
-        What raises fails closed in the caller's hands: a filter that raises withholds. In quarantine, and where `fn`
-        cannot be called the way it has to be, the returned callable always raises PluginError.
+        What raises fails closed in the caller's hands: a filter that raises withholds. In quarantine the
+        returned callable always raises PluginError. scope: names the view that it
+        was made for, which alone is taken out where it keeps failing there.
         """
-        return self._isolation.guard(self._isolation.record(plugin, hook), fn)
+        return self._isolation.guard(self._isolation.record(plugin, hook), fn, scope)
+
+    def driver(
+        self, plugin: str, hook: str, *, grace_s: float | None = None, until_quarantine: bool = False
+    ) -> Callable[[Awaitable[Any]], Awaitable[Any]]:
+        """Return what wraps each awaitable of something that a plugin's hook made (an engine, a tool, an emitter).
+
+        It is measured step by step, what blocks the event loop is logged under the plugin's name, and a cancellation ends it,
+        by force after `grace_s` (None: the host's). until_quarantine: see `Driven`.
+        """
+        isolation, record, streak = self._isolation, self._isolation.record(plugin, hook), Streak(counted=False)
+        grace_s = isolation.limits.grace_s if grace_s is None else grace_s
+
+        def drive(awaitable: Awaitable[Any]) -> Awaitable[Any]:
+            return Driven(awaitable, isolation, record, streak, grace_s=grace_s, until_quarantine=until_quarantine)
+
+        return drive
 
     def report(self, plugin: str, hook: str, error: BaseException) -> None:
         """Count an error that a caller met in something of a plugin; log it at most once a minute per hook.
@@ -177,6 +216,7 @@ class HookCalls:
                     each.plugin_name,
                     each.function,
                     argument_names(each.function),
+                    OWN_ARGUMENTS.get(hook, frozenset()),
                     self._isolation.record(each.plugin_name, hook),
                 )
                 # pluggy keeps the order in which it calls backwards
@@ -185,61 +225,58 @@ class HookCalls:
             )
         return found
 
-    def _call(self, implementation: Implementation, kwargs: dict[str, Any]) -> Any:
-        clock, record = self._isolation.clock, implementation.record
-        stalls = record.streak.stalls
+    def _call(self, implementation: Implementation, kwargs: dict[str, Any], scope: str = "") -> Any:
+        clock, record, copied = self._isolation.clock, implementation.record, implementation.own
+        handed = {name: own(kwargs[name]) if name in copied else kwargs[name] for name in implementation.arguments}
+        streak = record.streak(scope)
+        stalls = streak.stalls
         began_s = clock.monotonic_s()
         try:
-            result = implementation.function(**{name: kwargs[name] for name in implementation.arguments})
+            result = implementation.function(**handed)
         finally:
-            self._isolation.took(record, record.streak, clock.monotonic_s() - began_s)
-        if record.streak.stalls == stalls and not inspect.isawaitable(result):
-            record.streak.stalls = 0
+            self._isolation.took(record, streak, clock.monotonic_s() - began_s)
+        if streak.stalls == stalls and not inspect.isawaitable(result):
+            streak.stalls = 0
         return result
 
-    def _checked(self, implementation: Implementation, result: Any) -> Any:
+    def _checked(self, implementation: Implementation, result: Any, scope: str = "") -> Any:
         """Return what a hook answered, several of something as a list. Raises PluginError for what cannot be used."""
-        if inspect.iscoroutine(result) and implementation.record.hook != EMITTERS:
-            result.close()
-            raise PluginError("returned a coroutine, but this hook is called without waiting")
-        item_type = ITEM_TYPES.get(implementation.record.hook)
-        if result is not None and item_type is not None:
-            if not isinstance(result, Iterable) or isinstance(result, str | bytes | dict):
-                raise PluginError(f"returned {quoted(result)}: a list of {item_type.__name__} is required")
-            result = list(result)
-            for item in result:
-                if not isinstance(item, item_type):
-                    raise PluginError(f"returned a list with {quoted(item)} in it: {item_type.__name__} is required")
-        implementation.record.streak.failures = 0
+        hook = implementation.record.hook
+        result = check_answer(hook, result)
+        if result is not None and hook in self._further_checks:
+            try:
+                result = self._further_checks[hook](result)
+            except BrokerError as exc:  # not the verdict of the plugin: its answer is what does not fit
+                raise PluginError(f"its answer does not fit: {exc}") from exc
+        implementation.record.streak(scope).failures = 0
         return result
 
     async def _acall(self, implementation: Implementation, kwargs: dict[str, Any]) -> Any:
-        streak = implementation.record.streak
+        streak = implementation.record.streak()
         stalls = streak.stalls
         result = self._call(implementation, kwargs)
         if inspect.isawaitable(result):
             result = await self._settle(implementation, result)
             if streak.stalls == stalls:
                 streak.stalls = 0
-        streak.failures = 0
-        return result
+        return self._checked(implementation, result)
 
     async def _settle(self, implementation: Implementation, pending: Awaitable[Any]) -> Any:
         """Wait for an `async def` implementation, up to the time limit. Raises TimeoutError beyond it."""
-        clock, record, limit_s = self._isolation.clock, implementation.record, self._isolation.limits.call_timeout_s
+        clock, record, limits = self._isolation.clock, implementation.record, self._isolation.limits
+        limit_s = limits.call_timeout_s
         began_s = clock.monotonic_s()
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
-                return await pending
+                return await Driven(pending, self._isolation, record, record.streak(), grace_s=limits.grace_s)
         except TimeoutError:
             if deadline.expired():
-                self._isolation.stalled(record, record.streak, f"no answer within {limit_s:g} s")
+                self._isolation.stalled(record, record.streak(), f"no answer within {limit_s:g} s")
                 raise TimeoutError(f"no answer within {limit_s:g} s") from None
             raise
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if being_cancelled():
                 raise
             # Nobody cancelled this task: the plugin lets out the cancellation of something of its own.
             raise PluginError("was cancelled from within") from None
@@ -249,37 +286,38 @@ class HookCalls:
             record.max_s = max(record.max_s, waited_s)
 
     async def _contained(self, implementation: Implementation, kwargs: dict[str, Any]) -> Any:
-        if implementation.record.quarantine is not None:
+        if implementation.record.quarantine() is not None:
             return self._closed(implementation)
         try:
             return await self._acall(implementation, kwargs)
         except (Exception, SystemExit) as exc:
             return self._failed(implementation, exc)
 
-    def _failed(self, implementation: Implementation, exc: BaseException) -> Any:
+    def _failed(self, implementation: Implementation, exc: BaseException, scope: str = "") -> Any:
         """Answer for an implementation that raised: None, or what withholds everything, or the exception itself."""
         record = implementation.record
         if record.hook in PROPAGATE:
             self._raise(implementation, exc)
-        self._isolation.failed(record, record.streak, exc)
+        self._isolation.failed(record, record.streak(scope), exc)
         return refusing(self._wrapped(implementation, exc)) if record.hook in FAIL_CLOSED else None
 
-    def _closed(self, implementation: Implementation) -> Any:
+    def _closed(self, implementation: Implementation, scope: str = "") -> Any:
         """Answer for an implementation in quarantine."""
         record = implementation.record
         if record.hook not in FAIL_CLOSED:
             return None
 
         def withheld(*_args: Any) -> Any:
-            record.refuse()
+            record.refuse(scope)
 
+        withheld.stands_in = True  # type: ignore[attr-defined]
         return withheld
 
     def _raise(self, implementation: Implementation, exc: BaseException) -> NoReturn:
         """Raise what a caller gets to see: the plugin's own verdict, or its failure under its name."""
         if isinstance(exc, BrokerError) and not isinstance(exc, PluginError):
             raise exc
-        self._isolation.failed(implementation.record, implementation.record.streak, exc)
+        self._isolation.failed(implementation.record, implementation.record.streak(), exc)
         raise self._wrapped(implementation, exc) from exc
 
     def _wrapped(self, implementation: Implementation, exc: BaseException) -> PluginError:

@@ -10,20 +10,24 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from broker.clock import Clock
-from broker.errors import PluginError, quoted
+from broker.errors import PluginError
 from broker.interfaces import OpenConversation
+from broker.plugins.answers import drop
+from broker.plugins.driving import being_cancelled
 from broker.plugins.host import PluginHost
 from broker.publisher import Publisher
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
 HOOK = "start_emitters"
+FORCED_END_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class EmitterSupervisor:
         self._policy = policy or RestartPolicy()
         self._random = random_0_to_1
         self._open: dict[str, _Open] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending = Tasks()
         self._closed = False
         plugins.subscribe_changes(self._follow_plugins)
 
@@ -107,9 +111,7 @@ class EmitterSupervisor:
                 opened.started.discard(name)
                 going = list(opened.tasks.pop(name, ()))
                 if going:
-                    ending = asyncio.get_running_loop().create_task(self._cancel(going, conv_id))
-                    self._ending.add(ending)
-                    ending.add_done_callback(self._ending.discard)
+                    self._ending.spawn(self._cancel(going, conv_id))
             if active - opened.started:
                 self._start_missing(opened)
 
@@ -127,7 +129,7 @@ class EmitterSupervisor:
                 continue
             try:
                 answer = implementation(conversation=opened.conversation, publisher=opened.publisher)
-                answers.append((name, _emitters(answer)))
+                answers.append((name, answer or []))
             except Exception as exc:
                 self._plugins.report(name, HOOK, exc)
         return answers
@@ -149,6 +151,7 @@ class EmitterSupervisor:
 
     async def _supervise(self, opened: _Open, name: str, place: int, emitter: Any) -> None:
         failures = 0
+        drive = self._plugins.driver(name, HOOK, grace_s=self._policy.stop_timeout_s, until_quarantine=True)
         while True:
             began_s = self._clock.monotonic_s()
             try:
@@ -156,15 +159,15 @@ class EmitterSupervisor:
                     emitter = self._make_again(opened, name, place)
                     if emitter is None:
                         return
-                await _run(emitter)
+                await _run(emitter, drive)
                 return
             except asyncio.CancelledError:
-                if _being_cancelled():
+                if being_cancelled():
                     raise
                 self._plugins.report(name, HOOK, PluginError("an emitter was cancelled from within"))
             except (Exception, SystemExit) as exc:
                 self._plugins.report(name, HOOK, exc)
-                if _being_cancelled():  # it failed while it was cleaning up: that is no reason to come back
+                if being_cancelled():  # it failed while it was cleaning up: that is no reason to come back
                     return
             emitter = None
             failures = 1 if self._clock.monotonic_s() - began_s >= self._policy.settled_s else failures + 1
@@ -177,9 +180,9 @@ class EmitterSupervisor:
         """
         for plugin, implementation in self._plugins.implementations(HOOK):
             if plugin == name:
-                made = _emitters(implementation(conversation=opened.conversation, publisher=opened.publisher))
+                made = implementation(conversation=opened.conversation, publisher=opened.publisher) or []
                 wanted = made.pop(place) if place < len(made) else None
-                _drop(made)
+                drop(made)
                 return wanted
         raise PluginError("cannot be restarted, the hook is in quarantine")
 
@@ -188,7 +191,8 @@ class EmitterSupervisor:
             task.cancel()
         if not tasks:
             return
-        _, pending = await asyncio.wait(tasks, timeout=self._policy.stop_timeout_s)
+        # What does not end in time is ended by force; longer than that takes only what blocks the event loop itself.
+        _, pending = await asyncio.wait(tasks, timeout=self._policy.stop_timeout_s + FORCED_END_S)
         for task in pending:
             logger.error(
                 "%s did not end within %g s of its cancellation (conversation %s); left behind",
@@ -198,41 +202,15 @@ class EmitterSupervisor:
             )
 
 
-def _being_cancelled() -> bool:
-    """Say whether somebody asked for the end of this task, in contrast to a plugin that lets out a cancellation."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def _run(emitter: Any) -> None:
+async def _run(emitter: Any, drive: Callable[[Awaitable[Any]], Awaitable[Any]]) -> None:
     """Run an emitter to its end; a context manager ends by cancellation only."""
-    if isinstance(emitter, AbstractAsyncContextManager):
-        async with emitter:
-            await asyncio.get_running_loop().create_future()
-    else:
-        await emitter
-
-
-def _emitters(answer: Any) -> list[Any]:
-    """Return what a hook answered as a list of emitters. Raises PluginError for anything that is none."""
-    if answer is None:
-        return []
-    if isinstance(answer, Coroutine | AbstractAsyncContextManager):
-        return [answer]
-    if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
-        raise PluginError(f"returned {quoted(answer)}: a coroutine, an async context manager or a list is required")
-    made = list(answer)
-    for each in made:
-        if not isinstance(each, Coroutine | AbstractAsyncContextManager):
-            _drop(made)
-            raise PluginError(
-                f"returned a list with {quoted(each)} in it: coroutines and async context managers are required"
-            )
-    return made
-
-
-def _drop(made: Iterable[Any]) -> None:
-    """Close coroutines that nobody will await; a context manager that was not entered needs nothing."""
-    for each in made:
-        if inspect.iscoroutine(each):
-            each.close()
+    if not isinstance(emitter, AbstractAsyncContextManager):
+        await drive(emitter)
+        return
+    await drive(emitter.__aenter__())
+    try:
+        await asyncio.get_running_loop().create_future()
+    except BaseException as exc:
+        # What it says to the cancellation does not matter: it is asked to leave, and that is all.
+        await drive(emitter.__aexit__(type(exc), exc, exc.__traceback__))
+        raise

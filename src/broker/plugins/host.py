@@ -19,7 +19,7 @@ from broker.clock import Clock, SystemClock
 from broker.errors import NotFound, PluginError, quoted
 from broker.plugins.calls import HookCalls
 from broker.plugins.checks import check_hooks
-from broker.plugins.isolation import Isolation, IsolationLimits, brief
+from broker.plugins.isolation import HookRecord, Isolation, IsolationLimits, brief
 from broker.plugins.loading import FoundPlugin, from_directory, from_entry_points, from_object, unload
 from broker.plugins.settings import read_settings, unknown_variables
 
@@ -75,8 +75,7 @@ class PluginHost(HookCalls):
         """
         host = cls(clock=clock, limits=limits)
         host.load_entry_points()
-        directory = Path(settings.plugins_dir)
-        if directory.exists():
+        if settings.plugins_dir is not None and (directory := Path(settings.plugins_dir)).exists():
             host.load_directory(directory)
         for plugin in plugins:
             host.add(plugin)
@@ -135,7 +134,7 @@ class PluginHost(HookCalls):
         if "register_settings" in plugin.hooks:
             implementation = next(i for i in self._of("register_settings") if i.plugin == name)
             try:
-                model = self._call(implementation, {})
+                model = self._checked(implementation, self._call(implementation, {}))
             except Exception as exc:
                 raise self._wrapped(implementation, exc) from exc
         if model is not None:
@@ -242,7 +241,7 @@ class PluginHost(HookCalls):
             "source": plugin.found.source,
             "hooks": plugin.hooks,
             "enabled": name not in self._disabled,
-            "quarantined": {record.hook: record.quarantine for record in records if record.quarantine is not None},
+            "quarantined": {record.hook: _why(record) for record in records if record.quarantines},
             "errors": sum(record.errors for record in records),
             "last_error": None if last is None else f"{last.hook}: {last.last_error}",
             "last_error_at_ms": None if last is None else last.last_error_at_ms,
@@ -250,6 +249,7 @@ class PluginHost(HookCalls):
                 record.hook: {
                     "calls": record.calls,
                     "errors": record.errors,
+                    "stalls": record.stalled,
                     "total_ms": round(record.total_s * 1000, 3),
                     "max_ms": round(record.max_s * 1000, 3),
                 }
@@ -264,3 +264,8 @@ class PluginHost(HookCalls):
                 f"plugin {quoted(name)} is not loaded; loaded: {', '.join(self._plugins) or 'none'}", plugin=name
             )
         return plugin
+
+
+def _why(record: HookRecord) -> str:
+    """Return why a hook is in quarantine, in words for operators; where only some views are, which."""
+    return "; ".join(f"view {scope}: {why}" if scope else why for scope, why in record.quarantines.items())

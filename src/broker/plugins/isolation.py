@@ -1,10 +1,11 @@
 """Isolation (I9): what is measured of each plugin's hooks, how failures are reported, when a hook is quarantined.
 
-The unit is one hook of one plugin. What fails is taken out; what works of the same plugin goes on.
+The unit is one hook of one plugin, and of what a filter or transform does, one view. What fails is taken out; what works
+of the same plugin, and what other views show, goes on.
 
 - Observers (`on_…`) and `start_emitters` in quarantine are skipped.
-- `build_filter` and `build_transform` in quarantine fail closed: what they made is not called any more and withholds
-  every envelope. Only an operator opens that door again: `release`, or switching the plugin off, which removes it.
+- `build_filter` and `build_transform` in quarantine fail closed: what they made for that view is not called any more and
+  withholds every envelope. Only an operator opens that door again: `release`, or switching the plugin off, which removes it.
 - What answers one request (`authenticate`, `authorize`, `check_draft`, …) and the folds of the timeline are never
   quarantined. Skipping them would open a door or change history; refusing everything would let a stranger lock
   everybody out with a few dozen bad requests. Each of their failures is contained in the request that caused it.
@@ -12,7 +13,6 @@ The unit is one hook of one plugin. What fails is taken out; what works of the s
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 from collections.abc import Callable
@@ -21,12 +21,16 @@ from types import CoroutineType
 from typing import Any, NoReturn
 
 from broker.clock import Clock
-from broker.envelope import Envelope
-from broker.errors import PluginError, quoted
-from broker.plugins.rules import AWAITED_LATER, may_quarantine
+from broker.copies import own
+from broker.errors import PluginError
+from broker.plugins.answers import check_made
+from broker.plugins.rules import OWN_ARGUMENTS_LATER, may_quarantine
 from broker.timeline.handlers import LateEnvelope
 
 logger = logging.getLogger("broker.plugins")
+
+SCOPES_MAX = 64
+"""Views of one hook in quarantine, beyond which all of it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,50 +38,82 @@ class IsolationLimits:
     """When a plugin's hook has failed or stalled too often, and how long one call may take.
 
     failures: consecutive failures that lead to quarantine, 0 switches that off. stall_s: a call that keeps the event
-    loop longer than this has stalled. stalls: consecutive ones that lead to quarantine, 0 switches that off.
-    call_timeout_s: an awaited implementation is cancelled after this, which counts as failure and as stall.
-    log_interval_s: at most one traceback per plugin and hook in this time.
+    loop longer than this has stalled. stalls: consecutive ones that lead to quarantine, 0 switches that off. slow_s: calls
+    that keep the loop longer than this, if each for less than stall_s, are added up (each for stall_s at most), less
+    slow_share of the time that has passed; a sum of stalls x stall_s leads to quarantine too. call_timeout_s: an awaited
+    implementation is cancelled after this, which counts as failure and as stall; grace_s: what a cancelled one gets to
+    end before it is left behind. log_interval_s: at most one traceback per plugin and hook in this time.
     """
 
     failures: int = 50
     stall_s: float = 0.25
     stalls: int = 5
+    slow_s: float = 0.02
+    slow_share: float = 0.05
     call_timeout_s: float = 10.0
+    grace_s: float = 1.0
     log_interval_s: float = 60.0
 
 
 @dataclass(slots=True)
 class Streak:
-    """Consecutive failures and stalls of one callable."""
+    """Consecutive failures and stalls of one callable. scope: what is taken out when they are too many.
 
+    counted: stalls in a row lead to quarantine. Not for what goes on for ever, whose steps have no end that went well.
+    """
+
+    scope: str = ""
+    counted: bool = True
     failures: int = 0
     stalls: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class HookRecord:
-    """What is known of one hook of one plugin. Times in seconds. quarantine: why it is in quarantine, None: it is not."""
+    """What is known of one hook of one plugin. Times in seconds.
+
+    stalled: calls, and steps of awaited ones, that kept the loop for longer than the limit. quarantines: why, by scope: ""
+    is the hook as a whole, a profile what `build_filter` or `build_transform` makes for it, a view what that does.
+    slow_sum_s: see `IsolationLimits.slow_s`; as it was at slow_at_s.
+    """
 
     plugin: str
     hook: str
     calls: int = 0
     errors: int = 0
+    stalled: int = 0
     total_s: float = 0.0
     max_s: float = 0.0
-    quarantine: str | None = None
+    quarantines: dict[str, str] = field(default_factory=dict)
     last_error: str | None = None
     last_error_at_ms: int | None = None
     last_error_number: int = 0
     logged_at_s: float | None = None
     suppressed: int = 0
-    streak: Streak = field(default_factory=Streak)
+    stall_logged_at_s: float | None = None
+    slow_sum_s: float = 0.0
+    slow_at_s: float = 0.0
+    streaks: dict[str, Streak] = field(default_factory=dict)
     # Each guarded callable has a streak of its own: a predicate that fails for one view is not excused by the one
     # that works for another.
 
-    def refuse(self) -> NoReturn:
+    def streak(self, scope: str = "") -> Streak:
+        """Return the streak of the calls of the hook itself."""
+        found = self.streaks.get(scope)
+        if found is None:
+            found = self.streaks[scope] = Streak(scope)
+        return found
+
+    def quarantine(self, scope: str = "") -> str | None:
+        """Return why the hook is in quarantine for a scope, None: it is not."""
+        if not self.quarantines:
+            return None
+        return self.quarantines.get("") or self.quarantines.get(scope)
+
+    def refuse(self, scope: str = "") -> NoReturn:
         """Raise the PluginError that stands for a call which is not made."""
         raise PluginError(
-            f"plugin {self.plugin!r}, hook {self.hook}: in quarantine ({self.quarantine}); fix it, then release it",
+            f"plugin {self.plugin!r}, hook {self.hook}: in quarantine ({self.quarantine(scope)}); fix it, then release it",
             plugin=self.plugin,
             hook=self.hook,
         )
@@ -113,14 +149,44 @@ class Isolation:
         record.total_s += elapsed_s
         if elapsed_s > record.max_s:
             record.max_s = elapsed_s
-        if blocked_loop and elapsed_s > self.limits.stall_s:
+        if blocked_loop and elapsed_s > self.limits.slow_s:
+            self.blocked(record, streak, elapsed_s)
+
+    def blocked(self, record: HookRecord, streak: Streak, elapsed_s: float) -> None:
+        """Count that a call, or a step of an awaited one, kept the event loop for longer than slow_s."""
+        limits, now_s = self.limits, self.clock.monotonic_s()
+        record.slow_sum_s = max(0.0, record.slow_sum_s - (now_s - record.slow_at_s) * limits.slow_share)
+        # Of one call at most stall_s: a process that was stopped for a minute in the midst of it is no fault of the plugin.
+        record.slow_sum_s += min(elapsed_s, limits.stall_s)
+        record.slow_at_s = now_s
+        if elapsed_s > limits.stall_s:
+            record.stalled += 1
+            self._log_stall(record, elapsed_s, now_s)
             self.stalled(record, streak, f"a call took {elapsed_s * 1000:.0f} ms of the event loop")
+        if limits.stalls and record.slow_sum_s >= limits.stalls * limits.stall_s:
+            took_ms = record.slow_sum_s * 1000
+            record.slow_sum_s = 0.0
+            self._quarantine(
+                record, streak.scope, f"slow calls that took {took_ms:.0f} ms of the event loop in a short time"
+            )
+
+    def _log_stall(self, record: HookRecord, elapsed_s: float, now_s: float) -> None:
+        if record.stall_logged_at_s is None or now_s - record.stall_logged_at_s >= self.limits.log_interval_s:
+            record.stall_logged_at_s = now_s
+            logger.warning(
+                "plugin %s, hook %s: kept the event loop for %.0f ms, and with it every client: use a thread for what blocks",
+                record.plugin,
+                record.hook,
+                elapsed_s * 1000,
+            )
 
     def stalled(self, record: HookRecord, streak: Streak, what: str) -> None:
         """Count a stall; enough of them in a row lead to quarantine."""
+        if not streak.counted:
+            return
         streak.stalls += 1
         if self.limits.stalls and streak.stalls >= self.limits.stalls:
-            self._quarantine(record, f"{streak.stalls} stalls in a row, the last: {what}")
+            self._quarantine(record, streak.scope, f"{streak.stalls} stalls in a row, the last: {what}")
             streak.stalls = 0  # a released hook gets its full number of tries again
 
     def failed(self, record: HookRecord, streak: Streak, error: BaseException) -> None:
@@ -128,7 +194,7 @@ class Isolation:
         self.report(record, error)
         streak.failures += 1
         if self.limits.failures and streak.failures >= self.limits.failures:
-            self._quarantine(record, f"{streak.failures} failures in a row, the last: {brief(error)}")
+            self._quarantine(record, streak.scope, f"{streak.failures} failures in a row, the last: {brief(error)}")
             streak.failures = 0
 
     def report(self, record: HookRecord, error: BaseException) -> None:
@@ -157,98 +223,80 @@ class Isolation:
         """Take all hooks of a plugin out of quarantine; say whether one was in it."""
         released = False
         for record in self.records(plugin):
-            released = released or record.quarantine is not None
-            record.quarantine = None
-            record.streak = Streak()
+            released = released or bool(record.quarantines)
+            record.quarantines.clear()
+            record.streaks.clear()
+            record.slow_sum_s = 0.0
         return released
 
-    def _quarantine(self, record: HookRecord, why: str) -> None:
-        if record.quarantine is not None or not may_quarantine(record.hook):
+    def _quarantine(self, record: HookRecord, scope: str, why: str) -> None:
+        if record.quarantine(scope) is not None or not may_quarantine(record.hook):
             return
-        record.quarantine = why
-        logger.error("plugin %s, hook %s: quarantined after %s", record.plugin, record.hook, why)
+        if len(record.quarantines) >= SCOPES_MAX:  # clients choose views as they like: bounded, and still closed
+            record.quarantines.clear()
+            scope, why = "", f"{why}; so it was in {SCOPES_MAX} views before"
+        record.quarantines[scope] = why
+        where = f"hook {record.hook}" + (f", view {scope}" if scope else "")
+        logger.error("plugin %s, %s: quarantined after %s", record.plugin, where, why)
         try:
-            self._on_quarantine(record.plugin, f"hook {record.hook}: {why}")
+            self._on_quarantine(record.plugin, f"{where}: {why}")
         except Exception:
             logger.exception("the observer of quarantines failed for plugin %s", record.plugin)
 
     # -- callables that hooks made ---------------------------------------------------------------------------------
 
-    def guard(self, record: HookRecord, made: Any) -> Callable[..., Any]:
-        """Wrap a callable that a hook made: measured, errors counted and raised again.
+    def guard(self, record: HookRecord, made: Callable[..., Any], scope: str = "") -> Callable[..., Any]:
+        """Wrap a callable that a hook made: measured, errors counted and raised again, results checked.
 
-        One that cannot be called as it has to be (not callable, `async def` where nobody awaits) is replaced by one that
-        always raises PluginError: for a filter or transform that means that everything is withheld.
+        scope: the view that it was made for; alone in quarantine where it fails there.
         """
-        if not callable(made):
-            return self._refusing(record, f"returned {quoted(made)}: a callable is required")
-        if is_async_callable(made):
-            if record.hook in AWAITED_LATER:
-                return self._guard_async(record, made)
-            return self._refusing(record, "returned an async function: nobody awaits it here, make it a plain one")
-        return self._guard_plain(record, made)
-
-    def _guard_plain(self, record: HookRecord, made: Callable[..., Any]) -> Callable[..., Any]:
+        if getattr(made, "stands_in", False):  # its failure was counted when it was to be made
+            return made
         now_s = self.clock.monotonic_s
-        stall_s = self.limits.stall_s
-        awaited_later = record.hook in AWAITED_LATER  # such a one runs on a worker thread: it cannot stall the loop
-        has_to_be = Envelope if record.hook == "build_transform" else None
-        streak = Streak()
+        slow_s = self.limits.slow_s
+        copied = record.hook in OWN_ARGUMENTS_LATER
+        check = check_made(record.hook)
+        streak = Streak(scope)
+        quarantines = record.quarantines
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             # Once per envelope and view: everything that is not a plain call happens off this path.
-            if record.quarantine is not None:
-                record.refuse()
+            if quarantines and record.quarantine(scope) is not None:
+                record.refuse(scope)
+            handed = tuple([own(each) for each in args]) if copied else args
             began_s = now_s()
+            failure: BaseException | None = None
             try:
-                result = made(*args, **kwargs)
-                if type(result) is CoroutineType and not awaited_later:
+                result = made(*handed, **kwargs)
+                if type(result) is CoroutineType:
                     result.close()
                     raise PluginError("returned a coroutine, which nobody awaits here")
-                if has_to_be is not None and not isinstance(result, has_to_be):
-                    raise PluginError(f"returned {quoted(result)}: {has_to_be.__name__} is required")
+                if check is not None:
+                    result = check(result, args, handed)
             except LateEnvelope:
                 raise
-            except Exception as exc:
-                self.failed(record, streak, exc)
-                raise
-            except SystemExit as exc:
-                self.failed(record, streak, exc)
-                raise PluginError(f"plugin {record.plugin!r}, hook {record.hook}: tried to end the process") from exc
+            except (Exception, SystemExit) as exc:
+                failure = exc
             elapsed_s = now_s() - began_s
             record.calls += 1
             record.total_s += elapsed_s
             if elapsed_s > record.max_s:
                 record.max_s = elapsed_s
-            if elapsed_s > stall_s and not awaited_later:
-                self.stalled(record, streak, f"a call took {elapsed_s * 1000:.0f} ms of the event loop")
-            elif streak.failures or streak.stalls:
-                streak.failures = streak.stalls = 0
+            stalls = streak.stalls
+            if elapsed_s > slow_s:
+                self.blocked(record, streak, elapsed_s)
+            if failure is not None:
+                self.failed(record, streak, failure)
+                if isinstance(failure, SystemExit):
+                    text = f"plugin {record.plugin!r}, hook {record.hook}: tried to end the process"
+                    raise PluginError(text) from failure
+                raise failure
+            streak.failures = 0
+            if streak.stalls == stalls:
+                streak.stalls = 0
             return result
 
         return guarded
-
-    def _guard_async(self, record: HookRecord, made: Callable[..., Any]) -> Callable[..., Any]:
-        streak = Streak()
-
-        async def guarded(*args: Any, **kwargs: Any) -> Any:
-            began_s = self.clock.monotonic_s()
-            try:
-                result = await made(*args, **kwargs)
-            except Exception as exc:
-                self.failed(record, streak, exc)
-                raise
-            self.took(record, streak, self.clock.monotonic_s() - began_s, blocked_loop=False)
-            return result
-
-        return guarded
-
-    def _refusing(self, record: HookRecord, misfit: str) -> Callable[..., Any]:
-        error = PluginError(
-            f"plugin {record.plugin!r}, hook {record.hook}: {misfit}", plugin=record.plugin, hook=record.hook
-        )
-        self.failed(record, record.streak, error)
-        return refusing(error)
 
 
 def refusing(error: PluginError) -> Callable[..., Any]:
@@ -257,6 +305,7 @@ def refusing(error: PluginError) -> Callable[..., Any]:
     def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
         raise error.with_traceback(None)  # the traceback of a shared exception would grow with each raise
 
+    refused.stands_in = True  # type: ignore[attr-defined]
     return refused
 
 
@@ -267,10 +316,3 @@ def brief(error: BaseException) -> str:
     except Exception:  # a broken __str__ must not take the report down with it
         text = "(its text cannot be shown)"
     return f"{type(error).__name__}: {text}"[:500]
-
-
-def is_async_callable(candidate: Any) -> bool:
-    """Say whether calling it gives a coroutine, as far as can be told without calling it."""
-    if inspect.iscoroutinefunction(candidate):
-        return True
-    return inspect.iscoroutinefunction(vars(type(candidate)).get("__call__"))

@@ -1,4 +1,4 @@
-"""Where plugins come from: installed packages, a plugins directory, objects given by code. And whether they fit.
+"""Finds plugins (installed packages, a plugins directory, objects given by code) and checks that they fit.
 
 Everything in here happens before the server runs, so whatever is wrong raises PluginError and stops the start: a plugin
 that is silently not there may be the one that hides something.

@@ -41,8 +41,22 @@ PROPAGATE = frozenset(
 FAIL_CLOSED = frozenset({"build_filter", "build_transform"})
 """Hooks for which something that refuses everything stands in when they fail, so that nothing passes unseen."""
 
-AWAITED_LATER = frozenset({"register_tools"})
-"""Hooks whose callables run beside the event loop: whoever calls one awaits what it returns."""
+OWN_ARGUMENTS: Mapping[str, frozenset[str]] = {
+    "authenticate": frozenset({"credentials"}),
+    "authorize": frozenset({"principal", "channels"}),
+    "resolve_request": frozenset({"request"}),
+    "build_engine": frozenset({"plan"}),
+    "check_draft": frozenset({"draft"}),
+    "build_filter": frozenset({"profile"}),
+    "build_transform": frozenset({"profile"}),
+    "on_published": frozenset({"envelopes"}),
+    "on_turn_phase": frozenset({"turn"}),
+    "on_run_finished": frozenset({"run"}),
+}
+"""Arguments of which each implementation gets a copy of its own, since others go on with what they hold."""
+
+OWN_ARGUMENTS_LATER = frozenset({"build_filter", "build_transform", "register_event_types"})
+"""Hooks whose callables are called with copies. Folds and tools are as well, by whoever calls them."""
 
 EMITTERS = "start_emitters"
 """The hook of which an `async def` implementation is itself the emitter."""
@@ -55,3 +69,9 @@ def may_quarantine(hook: str) -> bool:
     if hook.startswith("on_"):
         return hook not in _OBSERVERS_KEPT
     return hook in FAIL_CLOSED or hook == EMITTERS
+
+
+def scope_of(hook: str, arguments: Mapping[str, object]) -> str:
+    """Return what alone is taken out where a call of a hook fails too often: the profile it is about, "" for the hook."""
+    profile = arguments.get("profile") if hook in FAIL_CLOSED else None
+    return profile.name if isinstance(profile, Profile) else ""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from broker.redis.connection import RedisConnection
 from broker.redis.script import RedisReplyError, RedisUnreachable
 from broker.redis.subscription import ServerSubscription
+from broker.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Wakeups:
         self._changed: set[str] = set()
         self._subscriptions: dict[str, ServerSubscription] = {}
         self._task: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks()
         self._doubt = asyncio.Event()
         self._placing = False
         self.received = 0
@@ -129,9 +130,7 @@ class Wakeups:
         if not self._connection.is_cluster:
             return
         for server in [server for server, subscription in self._subscriptions.items() if not len(subscription)]:
-            task = asyncio.get_running_loop().create_task(self._subscriptions.pop(server).close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing.spawn(self._subscriptions.pop(server).close())
 
     def _take(self, channel: str, payload: str) -> None:
         self.received += 1

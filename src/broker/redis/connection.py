@@ -301,7 +301,7 @@ class RedisConnection:
         return self._note_clock(server, int(reply[0]) * 1000 + int(reply[1]) // 1000)
 
     def _note_clock(self, server: str, server_ms: int) -> float:
-        """Take note of what a server's clock showed when it sent an answer: it is ahead by that much, or by a little more."""
+        """Note what a server's clock showed when it sent an answer: it is ahead by that much, or by a little more."""
         now_s = asyncio.get_running_loop().time()
         ahead_ms = server_ms - now_s * 1000
         self._clocks[server] = ahead_ms, now_s

@@ -159,4 +159,4 @@ class RedisLane:
         for _, future in (*round_, *behind):
             if not future.done():
                 future.set_exception(RedisUnreachable(str(error)))
-                future.exception()  # whoever waits gets it; nobody waiting is no error of its own
+                future.exception()  # who waits gets it; if nobody does, it does not matter

@@ -71,7 +71,7 @@ class RedisServers:
     def _has_tried(self, task: asyncio.Task[None]) -> None:
         self._finding = None
         if not task.cancelled():
-            task.exception()  # whoever waits gets it; nobody waiting is no error of its own
+            task.exception()  # who waits gets it; if nobody does, it does not matter
 
     def _closing(self) -> RedisUnreachable:
         return RedisUnreachable(f"the connection to Redis at {self._topology.name} is closed")
@@ -168,7 +168,7 @@ class RedisServers:
         return self.server_of(key.decode() if isinstance(key, bytes) else str(key))
 
     async def redirect(self, to: AskError) -> None:
-        """Take note that a slot belongs to another server."""
+        """Note that a slot belongs to another server."""
         if self._cluster is not None and isinstance(to, MovedError):
             await self._cluster.nodes_manager.move_slot(to)
 
@@ -225,7 +225,7 @@ class RedisServers:
         return list(await pipeline.execute(raise_on_error=False, allow_redirections=False))
 
     async def one_is_replica(self) -> None:
-        """Take note that the server does not take writes: a name may stand for another one by now."""
+        """Note that the server does not take writes: a name may stand for another one by now."""
         if self._one is not None and self._cluster is None:
             await _quietly(self._one.connection_pool.disconnect(inuse_connections=False))
 

@@ -1,4 +1,4 @@
-"""Where Redis is: what a `--redis-url` means, and the client library's clients for it."""
+"""Reads a `--redis-url` (one server, Sentinel or cluster) and makes the client library's clients for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do to runs: approve, deny, cancel, withdraw, move. From any tab, in any order, as often as they like."""
+"""People's actions on runs: approve, deny, cancel, withdraw, move. From any tab, in any order, as often as they like."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from broker.runs.queue import ConversationQueue, Ended, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import ACTIVE, Run, Verdict
 from broker.runs.tool_round import decision_drafts
+from broker.tasks import Tasks
 
 ELSEWHERE_POLL_S = 0.1
 
@@ -45,7 +46,7 @@ class Actions:
         self._on_ended = on_ended
         self._leases: Leases | None = None
         self._keeper: LeaseKeeper | None = None
-        self.busy: set[asyncio.Task[None]] = set()
+        self.busy = Tasks()
 
     def share(self, leases: Leases, keeper: LeaseKeeper) -> None:
         """Act on runs that other nodes work on, too."""
@@ -222,7 +223,4 @@ class Actions:
         return run
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self.busy.add(task)
-        task.add_done_callback(self.busy.discard)
-        return task
+        return self.busy.spawn(work)

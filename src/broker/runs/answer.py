@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.envelope import MAX_ID_CHARS, Draft, encode_json
+from broker.errors import quoted
 from broker.exact_json import MAX_INTEGER, MIN_INTEGER
 from broker.runs.engine import (
+    Alive,
     EngineEvent,
     Finish,
     Opaque,
@@ -110,7 +112,7 @@ class StepAnswer:
     def __init__(self, run_id: str, model: str | None, taken: set[str], max_text_bytes: int = 1_000_000) -> None:
         self._run_id = run_id
         self._max_bytes = max(max_text_bytes - _ENVELOPE_REST, max_text_bytes // 2)
-        self._model = model
+        self._model = clean_text(model) if isinstance(model, str) else None
         self._taken = taken
         self._message_id = new_message_id()
         self.choices: dict[int, Choice] = {}
@@ -138,7 +140,10 @@ class StepAnswer:
         return [call for call in self.calls.values() if call.choice == 0]
 
     def take(self, event: EngineEvent) -> list[Draft]:
-        """Return the drafts of an engine event. Raises ValueError for a call event whose key never started."""
+        """Return the drafts of an engine event.
+
+        Raises ValueError for a call event whose key never started, TypeError for what is no engine event.
+        """
         match event:
             case TextDelta(text, index):
                 return self._text(self._choice(index), text)
@@ -159,6 +164,10 @@ class StepAnswer:
                 self._choice(index).finish = Finish(clean, index)
             case Opaque(data, index):
                 self._choice(index).opaque.append(clean_json(data))
+            case Alive():
+                pass
+            case _:
+                raise TypeError(f"its stream yielded {quoted(event)}: engine events (broker.runs.engine) are required")
         return []
 
     def close(self) -> list[Draft]:

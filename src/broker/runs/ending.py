@@ -1,17 +1,22 @@
-"""How a run ends: what is still open is closed, and exactly one terminal event says why (I13)."""
+"""Ends a run: closes what is still open, and publishes exactly one terminal event that says why (I13)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from broker.envelope import Draft, encode_json
 from broker.errors import BrokerError, EngineError
+from broker.runs.foreign import clean_json, clean_text, clean_usage
 from broker.runs.state import Run
 from broker.timeline.entity import Entity
 
 OPEN_TEXT = {"message": "llm.final", "thinking": "llm.thinking.final"}
 CLOSED_CALL = frozenset({"done", "error"})
+MAX_ERROR_BYTES = 16_384
+"""Longest error, as JSON, that a run carries; of a longer one its code and the beginning of its message are left."""
+_MAX_CODE_CHARS = 64
+_PLAIN_MESSAGE_CHARS = 500
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -40,6 +45,48 @@ def terminal_draft(run: Run) -> Draft:
     if run.status == "cancelled" and run.started_at_ms is None:
         extra |= {"messageId": run.message_id, "withdrawn": True}
     return run_draft(run.status, run, dedupe="terminal", **extra)
+
+
+def plain_terminal_draft(run: Run) -> Draft:
+    """Return the terminal event with nothing in it that comes from elsewhere; in the log it counts as the same one."""
+    extra: dict[str, Any] = {}
+    if run.status == "failed":
+        extra["error"] = {"code": "internal", "message": "the run failed; why could not be told"}
+    if run.status == "cancelled" and run.started_at_ms is None:
+        extra |= {"messageId": run.message_id, "withdrawn": True}
+    return run_draft(run.status, run, dedupe="terminal", **extra)
+
+
+def writable(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes with which a run ends as every store and the log can carry them, wherever they come from."""
+    sound = dict(changes)
+    if sound.get("error") is not None:
+        try:
+            sound["error"] = clean_json(sound["error"])
+            fits = len(encode_json(sound["error"])) <= MAX_ERROR_BYTES
+        except Exception:
+            fits = False
+        if not fits:
+            sound["error"] = plain_error(sound)
+    if sound.get("usage") is not None:
+        try:
+            sound["usage"] = clean_usage(sound["usage"])
+        except Exception:
+            sound["usage"] = None
+    return sound
+
+
+def plain_error(changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the error among the changes reduced to code and message; None where there is none."""
+    error = changes.get("error")
+    if error is None:
+        return None
+    code, message = (error.get("code"), error.get("message")) if isinstance(error, Mapping) else (None, error)
+    if not isinstance(code, str):
+        code = "internal"
+    if not isinstance(message, str):
+        message = "the error's text cannot be shown"
+    return {"code": clean_text(code[:_MAX_CODE_CHARS]), "message": clean_text(message[:_PLAIN_MESSAGE_CHARS])}
 
 
 def closing_drafts(entities: Sequence[Entity], run: Run, *, max_text_bytes: int) -> list[Draft]:

@@ -9,15 +9,22 @@ from dataclasses import dataclass
 from broker.errors import EngineError
 from broker.runs.engine import Engine, EnginePlan
 from broker.runs.ports import Plugins
+from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 4.0
 
 
 @dataclass(slots=True, eq=False)
 class EngineLease:
-    """An engine as one run holds it. The engine lives at least until the last lease on it is given back."""
+    """An engine as one run holds it. The engine lives at least until the last lease on it is given back.
+
+    plugin: who built it, and answers for it.
+    """
 
     engine: Engine
+    plugin: str
     plan: EnginePlan
     users: int = 0
     retired: bool = False
@@ -32,7 +39,7 @@ class EngineCache:
     def __init__(self, plugins: Plugins) -> None:
         self._plugins = plugins
         self._current: dict[str, EngineLease] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks()
         self.built = 0
 
     async def acquire(self, plan: EnginePlan) -> EngineLease:
@@ -43,9 +50,9 @@ class EngineCache:
         """
         lease = self._current.get(plan.conv_id)
         if lease is None or lease.plan.signature != plan.signature:
-            engine = await self._build(plan)
+            plugin, engine = await self._build(plan)
             self.forget(plan.conv_id)
-            lease = self._current[plan.conv_id] = EngineLease(engine, plan)
+            lease = self._current[plan.conv_id] = EngineLease(engine, plugin, plan)
         lease.users += 1
         return lease
 
@@ -65,12 +72,11 @@ class EngineCache:
         """Close all engines and wait until those that are closing are closed."""
         for conv_id in list(self._current):
             self.forget(conv_id)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=5.0)
+        await self._closing.wait(5.0)
 
-    async def _build(self, plan: EnginePlan) -> Engine:
+    async def _build(self, plan: EnginePlan) -> tuple[str, Engine]:
         try:
-            engine: Engine | None = await self._plugins.acall_first("build_engine", plan=plan)
+            built: tuple[str, Engine] | None = await self._plugins.acall_first_named("build_engine", plan=plan)
         except EngineError:
             raise
         except Exception as exc:
@@ -78,7 +84,7 @@ class EngineCache:
             if isinstance(exc.__cause__, EngineError):
                 raise exc.__cause__ from None
             raise EngineError(f"engine {plan.engine!r} could not be built: {exc}", kind="config") from exc
-        if engine is None:
+        if built is None:
             raise EngineError(
                 f"no loaded plugin builds engine {plan.engine!r}, which engine profile {plan.engine_profile!r} asks for: "
                 "load the plugin that does, or ask for another profile (`broker plugins list` shows what is loaded)",
@@ -86,17 +92,16 @@ class EngineCache:
                 engine=plan.engine,
             )
         self.built += 1
-        return engine
+        return built
 
     def _close_if_unused(self, lease: EngineLease) -> None:
         if lease.retired and lease.users == 0:
-            task = asyncio.create_task(self._close(lease))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing.spawn(self._close(lease))
 
     async def _close(self, lease: EngineLease) -> None:
         try:
-            await lease.engine.aclose()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._plugins.driver(lease.plugin, "build_engine")(lease.engine.aclose())
         except Exception as exc:
-            self._plugins.report(lease.plan.engine, "build_engine", exc)
+            self._plugins.report(lease.plugin, "build_engine", exc)
             log.warning("engine %s of %s did not close: %s", lease.plan.engine, lease.plan.conv_id, exc)

@@ -1,4 +1,4 @@
-"""What engines and tools hand in, made fit for the log: text that UTF-8 can carry, values that JSON can carry.
+"""Makes values from engines and tools fit for the log: text that UTF-8 can carry, values that JSON can carry.
 
 A model, a provider or a tool may say anything: half of a surrogate pair, numbers that are none, objects a thousand levels
 deep, a megabyte where a word was due. An envelope with such a thing in it is refused, and with it everything else of the
@@ -14,7 +14,7 @@ from typing import Any
 
 from broker.envelope import encode_json
 from broker.errors import InvalidDraft
-from broker.exact_json import MAX_INTEGER, MIN_INTEGER, shown_integer, wide_integer
+from broker.exact_json import MAX_INTEGER, MIN_INTEGER, shown_integer, unwritable_number, wide_integer
 
 MAX_NESTING = 100
 """Levels of lists and objects in the input or the result of a tool; recordings and stores add some around it."""
@@ -97,6 +97,8 @@ def clean_usage(usage: Mapping[str, Any], max_bytes: int = _MAX_USAGE_BYTES) -> 
 
     A report of more than `max_bytes` (and of more than 16 KiB anyway) is reduced to the numbers at its top.
     """
+    if not isinstance(usage, Mapping):
+        return {}
     max_bytes = min(max_bytes, _MAX_USAGE_BYTES)
     clean: dict[str, Any] = _counted(clean_json(usage, levels=_MAX_USAGE_NESTING), usage)
     if len(encode_json(clean)) > max_bytes:
@@ -133,12 +135,26 @@ def unusable(value: object, max_bytes: int) -> str | None:
 
 
 def _why_not(value: object, error: InvalidDraft) -> str:
+    if (number := unwritable_number(value)) is not None:
+        return f"holds the number {number}, for which JSON has no word: write null or text"
     reason = str(error.__cause__)
     if "64-bit" in reason and (integer := wide_integer(value)) is not None:
         return f"holds the integer {shown_integer(integer)}, which 64 bit cannot carry: write it as text"
     if "ecursion" in reason:
         return f"is nested more than {MAX_NESTING} levels deep"
     return f"cannot be written as JSON: {reason[:200]}"
+
+
+def too_deep(value: object, levels: int = MAX_NESTING) -> bool:
+    """Say whether a JSON value is nested more than `levels` deep: with what stands around it, JSON could not carry it."""
+    waiting = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, Mapping | list | tuple):
+            if depth >= levels:
+                return True
+            waiting.extend((below, depth + 1) for below in (item.values() if isinstance(item, Mapping) else item))
+    return False
 
 
 def _wrapped(value: object) -> object:

@@ -1,4 +1,4 @@
-"""What the engine is told of the conversation so far, read from the timeline. Pure."""
+"""Builds the messages that an engine is told, from the timeline. Pure."""
 
 from __future__ import annotations
 

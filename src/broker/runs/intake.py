@@ -10,6 +10,7 @@ from typing import Literal
 
 from broker.envelope import Draft, check_conv_id
 from broker.errors import IdempotencyMismatch, IdempotencyPending, InvalidInput, StoreError, StoreUnavailable, quoted
+from broker.exact_json import unwritable_number
 from broker.runs.answer import new_message_id
 from broker.runs.ending import run_draft
 from broker.runs.plan import RunRequest, canonical_json, digest
@@ -17,6 +18,7 @@ from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
 from broker.runs.store import KeyRecord
+from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,8 @@ class Intake:
         self._clock = runtime.clock
         self._queues = queues
         self._deciding: dict[tuple[str, str], str] = {}
-        self._removing: set[asyncio.Task[None]] = set()
-        self.busy: set[asyncio.Task[SendResult]] = set()
+        self._removing = Tasks()
+        self.busy = Tasks()
 
     async def send(self, request: RunRequest, idempotency_key: str | None) -> SendResult:
         """Accept a prompt (see RunService.send)."""
@@ -66,10 +68,7 @@ class Intake:
                 raise IdempotencyPending(record.key)
             self._deciding[record.scope, record.key] = record.body_hash
         # In a task of its own: a caller that gives up half-way (its client hung up) must not leave half a prompt.
-        task = asyncio.create_task(self._accept(request, record))
-        self.busy.add(task)
-        task.add_done_callback(self.busy.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self.busy.spawn(self._accept(request, record)))
 
     def _check(self, conv_id: str | None, prompt: str, key: str | None) -> None:
         if conv_id is not None:
@@ -96,6 +95,8 @@ class Intake:
             )
 
     def _record(self, request: RunRequest, key: str | None) -> KeyRecord | None:
+        if (number := unwritable_number(request.overrides)) is not None:  # it would be stored as null
+            raise InvalidInput(f"overrides hold the number {number}, for which JSON has no word", parameter="overrides")
         body = [request.conv_id, request.prompt, request.engine_profile, request.overrides]
         try:
             body_hash = digest(body)
@@ -185,9 +186,7 @@ class Intake:
             return await self._runtime.store.discard(run.run_id) or await self._runtime.store.get(run.run_id) is None
         except StoreError as exc:
             log.warning("refused prompt %s of %s is removed later: %s", run.run_id, run.conv_id, exc)
-            task = asyncio.create_task(self._take_back_later(run))
-            self._removing.add(task)
-            task.add_done_callback(self._removing.discard)
+            self._removing.spawn(self._take_back_later(run))
             return True
 
     async def _take_back_later(self, run: Run) -> None:

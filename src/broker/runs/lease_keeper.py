@@ -15,6 +15,7 @@ from broker.runs.leases import Leases, TakenOver
 from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import ACTIVE, Run
+from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class LeaseKeeper:
         self._leases = leases
         self._settle = settle
         self._watches: list[asyncio.Task[None]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._awaiting: set[str] = set()
         self._queued_since_s: dict[str, float] = {}
         """Since when this node has seen conversations with nothing but waiting prompts, by the loop's clock: the clocks of
@@ -67,12 +68,8 @@ class LeaseKeeper:
         for watch in watches:
             watch.cancel()
         await asyncio.gather(*watches, return_exceptions=True)
-        if self._tasks:  # what is being taken at this moment would else be nobody's until its lease ends
-            await asyncio.wait(self._tasks, timeout=STOP_S)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # until they are out of their queues nothing there is idle
+        await self._tasks.wait(STOP_S)  # what is being taken at this moment would else be nobody's until its lease ends
+        await self._tasks.close()  # until they are out of their queues nothing there is idle
         await self.leave()
 
     async def leave(self) -> None:
@@ -133,13 +130,15 @@ class LeaseKeeper:
 
         at_start: queued prompts are taken up at once, else when they have waited for as long as a lease.
         """
+        found = await self._leases.unattended()
         by_conversation: dict[str, list[Run]] = defaultdict(list)
-        for run in await self._runtime.store.unsettled():
+        for run in found.runs:
             by_conversation[run.conv_id].append(run)
-        self._awaiting &= by_conversation.keys()
-        waiting = {run.run_id for runs in by_conversation.values() for run in runs if not run.announced}
-        for run_id in self._runtime.unaccepted_since_s.keys() - waiting:  # accepted, refused or erased since
-            del self._runtime.unaccepted_since_s[run_id]
+        self._awaiting &= found.open
+        waiting = {(run.conv_id, run.run_id) for run in found.runs if not run.announced}
+        for conv_id, run_id in self._runtime.unaccepted_since_s.keys() - waiting:
+            if conv_id in found.free or conv_id not in found.open:  # accepted, refused or erased since
+                del self._runtime.unaccepted_since_s[conv_id, run_id]
         now_s = asyncio.get_running_loop().time()
         known, self._queued_since_s = self._queued_since_s, {}
         free = []
@@ -248,7 +247,14 @@ class LeaseKeeper:
         try:
             async with self._queues.enter(conv_id) as queue:
                 run = await self._runtime.store.active(conv_id)
-                if run is None or self._runtime.closing:
+                if self._runtime.closing:
+                    return
+                task = queue.task
+                if run is None:
+                    if task is None:
+                        self._awaiting.discard(conv_id)  # it has ended elsewhere: the lease may end as well
+                    elif await self._runtime.store.get(task.run.run_id) is None:
+                        task.stop("lost")  # another node has erased the conversation
                     return
                 if queue.task is None and conv_id in self._awaiting and _goes_on(run):
                     self._awaiting.discard(conv_id)
@@ -266,15 +272,14 @@ class LeaseKeeper:
             log.exception("looking at what was decided about %s failed", conv_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task = self._tasks.spawn(work)
+        task.add_done_callback(_take_exception)
         return task
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # taken here: who waits for it reports it, and at the end of the process nobody waits
+
+def _take_exception(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # taken here: who waits for it reports it, and at the end of the process nobody waits
 
 
 def _goes_on(run: Run) -> bool:

@@ -25,6 +25,15 @@ class Renewed(NamedTuple):
     changed: list[str]
 
 
+class Unattended(NamedTuple):
+    """Where there is something to take over. open: the conversations that may have unsettled runs. free: those of them in
+    which nobody works. runs: the unsettled ones of these, in their order."""
+
+    open: frozenset[str]
+    free: frozenset[str]
+    runs: list[Run]
+
+
 class TakenOver(NamedTuple):
     """A lease that this node took. runs: the unsettled ones, as they were at that very moment. given_back: the node
     before had left in good order, so that nothing is half done; else it died, was cut off or only paused."""
@@ -53,6 +62,10 @@ class Leases(Protocol):
 
     async def renew(self, conv_ids: Sequence[str]) -> Renewed:
         """Prolong leases."""
+        ...
+
+    async def unattended(self) -> Unattended:
+        """Return in which conversations with unsettled runs nobody works. Of the others nothing is read but that."""
         ...
 
     async def take_over(self, conv_id: str) -> TakenOver | None:

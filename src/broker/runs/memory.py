@@ -1,4 +1,4 @@
-"""Runs and turns kept in memory: for tests, and for a server that is told to keep nothing."""
+"""Runs kept in memory: for tests, and for a server that is told to keep nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from broker.runs.state import ACTIVE, Run, RunStatus, Verdict, changed, decided, given_up, next_to_begin
 from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of, queue_full
-from broker.runs.turns import Turn
 
 
 class MemoryRunStore:
@@ -134,15 +133,18 @@ class MemoryRunStore:
     async def conversation(self, conv_id: str) -> ConversationState | None:
         return self._conversations.get(conv_id)
 
-    async def save_conversation(self, state: ConversationState) -> None:
-        if self._conversations.get(state.conv_id) == state:
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        if self._conversations.get(state.conv_id) == state or (of_run is not None and of_run not in self._runs):
             self._saves_skipped += 1
             return
         self._conversations[state.conv_id] = state
         self._saves += 1
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        self._opaque.setdefault(conv_id, {})[message_id] = list(data)
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        if of_run is None or of_run in self._runs:
+            self._opaque.setdefault(conv_id, {})[message_id] = list(data)
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         return dict(self._opaque.get(conv_id, {}))
@@ -163,48 +165,3 @@ class MemoryRunStore:
     def _put(self, run: Run) -> None:
         self._runs[run.run_id] = run
         self._saves += 1
-
-
-class MemoryTurnStore:
-    """Turns kept in memory, bounded by what `add` is told to keep."""
-
-    name = "memory"
-
-    def __init__(self) -> None:
-        self._turns: dict[str, list[Turn]] = {}
-
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    async def add(self, turn: Turn, *, keep: int) -> None:
-        turns = self._turns.setdefault(turn.conv_id, [])
-        turns.append(turn)
-        del turns[: max(0, len(turns) - keep)]
-
-    async def get(self, conv_id: str, turn_id: str) -> Turn | None:
-        return next((turn for turn in self._turns.get(conv_id, ()) if turn.turn_id == turn_id), None)
-
-    async def turns(
-        self, conv_id: str, *, run_id: str | None = None, phase: str | None = None, limit: int = 100
-    ) -> list[Turn]:
-        found = [
-            turn
-            for turn in reversed(self._turns.get(conv_id, []))
-            if run_id in (None, turn.run_id) and phase in (None, turn.phase)
-        ]
-        return found[:limit]
-
-    async def prune(self, before_ms: int) -> int:
-        count = 0
-        for conv_id, turns in list(self._turns.items()):
-            kept = [turn for turn in turns if turn.created_at_ms >= before_ms]
-            count += len(turns) - len(kept)
-            if kept:
-                self._turns[conv_id] = kept
-            else:
-                del self._turns[conv_id]
-        return count
-
-    async def erase(self, conv_id: str) -> None:
-        self._turns.pop(conv_id, None)

@@ -14,6 +14,7 @@ from jsonschema.exceptions import SchemaError
 from broker.envelope import check_conv_id
 from broker.errors import EngineError, InvalidOverrides, PluginError, UnknownEngineProfile, quoted
 from broker.runs.engine import EnginePlan, EngineProfile
+from broker.runs.foreign import MAX_NESTING, too_deep
 from broker.runs.ports import Plugins
 from broker.security import Principal
 
@@ -49,8 +50,10 @@ class ResolvedRequest:
 def canonical_json(value: object) -> bytes:
     """Return JSON that is equal for equal values: keys sorted, 1.0 written as 1.
 
-    Raises TypeError for what is not JSON.
+    Raises TypeError for what is not JSON, or nested more than 100 levels deep.
     """
+    if too_deep(value):
+        raise TypeError(f"it is nested more than {MAX_NESTING} levels deep")
     return orjson.dumps(_canonical(value), option=orjson.OPT_SORT_KEYS)
 
 
@@ -106,6 +109,8 @@ def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_overrides(profile: EngineProfile, overrides: Mapping[str, Any]) -> None:
     """Raise InvalidOverrides for a key that the profile does not let requests set, or a value its schema refuses."""
+    if too_deep(overrides):
+        raise InvalidOverrides(f"the overrides are nested more than {MAX_NESTING} levels deep")
     allowed = sorted(set(profile.overridable) - profile.secrets)
     for key, value in overrides.items():
         if key not in allowed:

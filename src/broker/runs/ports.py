@@ -1,4 +1,4 @@
-"""What the runtime needs of the rest of the broker, as narrow protocols: the real parts fit without being imported."""
+"""Ports: the narrow protocols through which runs use the rest of the broker. The real parts fit without being imported."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ Publish = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
 PublishFenced = Callable[[str, Sequence[Draft], str], Awaitable[list[int]]]
 """`(conv_id, drafts, token) -> seqs`: as Publish; RunEnded when `token` is not that of the newest lease."""
 
+PublishUnasked = Callable[[str, Sequence[Draft], str | None], Awaitable[list[int]]]
+"""`(conv_id, drafts, token) -> seqs`: as PublishFenced, or as Publish without a token; no plugin may refuse or change them."""
+
 Hold = Callable[[str], object]
 """`(conv_id)`: keep the conversation from being evicted (counted), or let go once."""
 
 
 Head = Callable[[str], Awaitable[int]]
 """`(conv_id) -> seq`: the conversation's newest."""
+
+
+Drive = Callable[[Awaitable[Any]], Awaitable[Any]]
+"""Awaits something of a plugin: measured, named where it blocks, and ended for certain where it is cancelled."""
 
 
 class Plugins(Protocol):
@@ -30,7 +37,11 @@ class Plugins(Protocol):
 
     async def acall_first(self, hook: str, /, **kwargs: Any) -> Any: ...
 
+    async def acall_first_named(self, hook: str, /, **kwargs: Any) -> tuple[str, Any] | None: ...
+
     async def acall_all(self, hook: str, /, **kwargs: Any) -> Any: ...
+
+    def driver(self, plugin: str, hook: str, *, grace_s: float | None = None) -> Drive: ...
 
     def report(self, plugin: str, hook: str, error: BaseException) -> None: ...
 
@@ -56,7 +67,8 @@ class ConversationPorts:
     """What runs ask of conversations.
 
     publish: must work from the service's `start` until its `stop` returned. head: None: states say 0. publish_fenced: as
-    `publish`, for runs that are leased; needed where the run store leases.
+    `publish`, for runs that are leased; needed where the run store leases. publish_unasked: publishes ends that a plugin
+    refuses; None: they are not told then.
     """
 
     publish: Publish
@@ -65,3 +77,4 @@ class ConversationPorts:
     release: Hold = _keep
     head: Head | None = None
     publish_fenced: PublishFenced | None = None
+    publish_unasked: PublishUnasked | None = None

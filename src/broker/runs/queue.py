@@ -17,6 +17,7 @@ from broker.runs.ports import Hold
 from broker.runs.runner import RunTask
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
+from broker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Queues:
         self._release = release
         self._on_ended = on_ended
         self._queues: dict[str, ConversationQueue] = {}
-        self.works: set[asyncio.Task[None]] = set()
+        self.works = Tasks()
         """Runs at work, until the last thing after their end is done."""
         self.came_to_rest = asyncio.Event()
         """Set when a run has ended here and nothing took its place; cleared by whoever waits for it."""
@@ -159,14 +160,15 @@ class Queues:
         waited: others may have come between its prompt and its beginning.
         """
         queue.task = RunTask(run, self._runtime, waited=waited)
-        queue.work = asyncio.create_task(self._work(queue, queue.task), name=f"run {run.run_id}")
-        self.works.add(queue.work)
-        queue.work.add_done_callback(self.works.discard)
+        queue.work = self.works.spawn(self._work(queue, queue.task), name=f"run {run.run_id}")
 
     async def _work(self, queue: ConversationQueue, task: RunTask) -> None:
         ended: Run | None = None
         try:
             ended = await task.work()
+        except Exception:  # it never should; the others that wait must not wait for it
+            log.exception("run %s of %s was left undone", task.run.run_id, queue.conv_id)
+            task.left_undone = True
         finally:
             queue.task = None
             task.over.set()

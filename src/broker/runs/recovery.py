@@ -1,4 +1,4 @@
-"""What a start finds of an earlier process: every run gets its end, every prompt its place, once."""
+"""Recovery at start: ends the runs that an earlier process left open and queues waiting prompts again, each once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 
+from broker.errors import StoreError, Unavailable
 from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
@@ -35,7 +36,13 @@ async def recover(runtime: Runtime, queues: Queues, on_ended: Ended) -> None:
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
         async with at_once, queues.enter(conv_id) as queue:
-            await settle_conversation(runtime, queues, queue, on_ended, runs)
+            try:
+                await settle_conversation(runtime, queues, queue, on_ended, runs)
+            except (StoreError, Unavailable):
+                raise
+            except Exception:  # a plugin refuses what is to be said there: the others are served all the same
+                log.exception("the runs of %s could not be settled; the next start tries again", conv_id)
+                queues.broken.add(conv_id)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
     await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
@@ -84,9 +91,9 @@ async def _accepted(runtime: Runtime, run: Run) -> Run | None:
     if run.message_id in await runtime.timeline.get(run.conv_id, [run.message_id]):
         return await runtime.store.update(run.run_id, frozenset({"queued"}), {"announced": True}, now_ms)
     now_s = runtime.clock.monotonic_s()
-    since_s = runtime.unaccepted_since_s.setdefault(run.run_id, now_s)
+    since_s = runtime.unaccepted_since_s.setdefault((run.conv_id, run.run_id), now_s)
     if runtime.token_of is None or now_s - since_s > runtime.limits.accept_within_s:
-        runtime.unaccepted_since_s.pop(run.run_id, None)
+        runtime.unaccepted_since_s.pop((run.conv_id, run.run_id), None)
         log.info("prompt %s of %s was not accepted before its process ended: dropped", run.run_id, run.conv_id)
         await runtime.store.discard(run.run_id)
     return None

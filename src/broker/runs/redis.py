@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,18 +11,23 @@ from typing import Any, TypeVar
 import orjson
 
 from broker.envelope import topic
-from broker.errors import BrokerError, StoreUnavailable
+from broker.errors import BrokerError, ConversationShut, StoreUnavailable
+from broker.eventlog.redis_keys import log_keys
 from broker.redis.connection import RedisConnection
+from broker.runs.leases import Unattended
 from broker.runs.memory import MemoryRunStore
 from broker.runs.redis_keys import DANGLING_S, KeyTaken, RedisKeys, key_name
 from broker.runs.redis_leases import LEASE_S, RedisLeases
-from broker.runs.redis_scripts import COMMIT, LOAD, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
+from broker.runs.redis_scripts import COMMIT, LOAD, SAVE_OPAQUE, STORE_SCRIPTS, UNSETTLED, run_keys, runs_of
 from broker.runs.state import Run, RunStatus, Verdict
 from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of
 
 T = TypeVar("T")
 
-_ATTEMPTS = 100
+_ATTEMPTS = 300
+_SHUT_WAIT_S = 5.0
+"""How long a change waits for another node to have erased the conversation."""
+_SHUT_POLL_S = 0.05
 _CONVERSATIONS_OF_RUNS = 10_000
 _LOADED_AT_ONCE = 200
 
@@ -91,7 +97,8 @@ class RedisRunStore(RedisLeases):
 
         lease: asked of the result, whether this node takes the lease on the conversation's active run with the change.
         """
-        name = topic(conv_id)
+        name, loop = topic(conv_id), asyncio.get_running_loop()
+        until_s = loop.time() + _SHUT_WAIT_S
         for _ in range(_ATTEMPTS):
             model = await self._load(conv_id, *run_ids)
             result = await operation(model)
@@ -102,7 +109,9 @@ class RedisRunStore(RedisLeases):
                 return result
             if before is not None:
                 await before(result)
-            keys = (*run_keys(conv_id), f"{name}:run-change:{secrets.token_hex(8)}", f"{name}:run-keys")
+            keys = (
+                *run_keys(conv_id), f"{name}:run-change:{secrets.token_hex(8)}", f"{name}:run-keys", log_keys(conv_id)[1],
+            )  # fmt: skip
             arguments: list[bytes | str | int] = [
                 model.revision, orjson.dumps(asdict(state)) if state else "",
                 self.lease_ms if lease(result) else "", self._connection.node, len(changed),
@@ -113,6 +122,12 @@ class RedisRunStore(RedisLeases):
             if any(not run.ended for run in changed):
                 await self._connection.one(("SADD", UNSETTLED, conv_id), lane="append")
             token = await self._connection.one(COMMIT.command(keys, arguments), lane="append")
+            if token is not None and token.startswith(b"!"):
+                shut = ConversationShut.of(conv_id, token[1:].decode())
+                if not shut.passing or loop.time() > until_s:
+                    raise shut
+                await asyncio.sleep(_SHUT_POLL_S)
+                continue
             if token is not None:
                 if token:
                     self.hold(conv_id, token.decode())
@@ -231,8 +246,19 @@ class RedisRunStore(RedisLeases):
         return runs_of(await self._connection.one(("HMGET", runs, *ids)))
 
     async def unsettled(self) -> list[Run]:
+        return await self._unsettled_in(await self._open())
+
+    async def unattended(self) -> Unattended:
+        names = await self._open()
+        free = await self._unattended(names)
+        return Unattended(frozenset(names), frozenset(free), await self._unsettled_in(free))
+
+    async def _open(self) -> list[str]:
+        """Return the conversations that are on the list of those with open runs."""
+        return sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED)))
+
+    async def _unsettled_in(self, names: Sequence[str]) -> list[Run]:
         found: list[Run] = []
-        names = sorted(name.decode() for name in await self._connection.one(("SMEMBERS", UNSETTLED)))
         for at in range(0, len(names), _LOADED_AT_ONCE):
             some = names[at : at + _LOADED_AT_ONCE]
             replies = await self._connection.all([LOAD.command(run_keys(conv_id)) for conv_id in some])
@@ -262,12 +288,16 @@ class RedisRunStore(RedisLeases):
         value = await self._connection.one(("HGET", run_keys(conv_id)[3], "state"))
         return ConversationState(**orjson.loads(value)) if value else None
 
-    async def save_conversation(self, state: ConversationState) -> None:
-        await self._change(state.conv_id, lambda model: model.save_conversation(state))
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        asked = () if of_run is None else (of_run,)
+        await self._change(state.conv_id, lambda model: model.save_conversation(state, of_run=of_run), *asked)
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        value = orjson.dumps(list(data))
-        await self._connection.one(("HSET", f"{topic(conv_id)}:run-opaque", message_id, value), lane="append")
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        keys = (run_keys(conv_id)[0], f"{topic(conv_id)}:run-opaque")
+        command = SAVE_OPAQUE.command(keys, (of_run or "", message_id, orjson.dumps(list(data))))
+        await self._connection.one(command, lane="append")
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         found = await self._connection.one(("HGETALL", f"{topic(conv_id)}:run-opaque"))

@@ -14,6 +14,8 @@ POKES = "broker:pokes"
 LEFT = "broker:left"
 """A channel, and a hash of what was announced there: conversation -> token under which its node had worked."""
 _LEFT_AT_ONCE = 1000
+_RENEWED_AT_ONCE = 128  # a fraction of a millisecond
+_ASKED_AT_ONCE = 500
 
 
 class RedisLeases:
@@ -44,7 +46,7 @@ class RedisLeases:
         return self._tokens.get(conv_id)
 
     def hold(self, conv_id: str, token: str) -> None:
-        """Take note that this node got the lease on a conversation."""
+        """Note that this node got the lease on a conversation."""
         self._tokens[conv_id] = token
 
     def forget(self, conv_id: str) -> None:
@@ -82,9 +84,14 @@ class RedisLeases:
     async def renew(self, conv_ids: Sequence[str]) -> Renewed:
         """Prolong this node's leases. Raises StoreError."""
         held = [(conv_id, self._tokens[conv_id]) for conv_id in conv_ids if conv_id in self._tokens]
-        replies = await self._connection.all(
-            [RENEW.command(run_keys(conv_id), (token, self.lease_ms)) for conv_id, token in held]
-        )
+        # Many to a script: of thousands that await a person each would else cost a call of its own, several times per lease.
+        at_once = 1 if self._connection.is_cluster else _RENEWED_AT_ONCE
+        commands = []
+        for start in range(0, len(held), at_once):
+            part = held[start : start + at_once]
+            keys = [key for conv_id, _ in part for key in run_keys(conv_id)[3:]]
+            commands.append(RENEW.command(keys, (self.lease_ms, *(token for _, token in part))))
+        replies = [revision for reply in await self._connection.all(commands) for revision in reply]
         renewed = Renewed([], [])
         for (conv_id, token), revision in zip(held, replies, strict=True):
             if self._tokens.get(conv_id) != token:
@@ -105,6 +112,16 @@ class RedisLeases:
         token, holder, *runs = reply
         self.hold(conv_id, token.decode())
         return TakenOver(runs_of(runs), given_back=not holder)
+
+    async def _unattended(self, conv_ids: Sequence[str]) -> list[str]:
+        """Return those of the conversations of which nobody has the lease. Raises StoreError."""
+        keys = [run_keys(conv_id)[4] for conv_id in conv_ids]
+        if self._connection.is_cluster:
+            held = await self._connection.all([("EXISTS", key) for key in keys])
+        else:
+            parts = [("MGET", *keys[at : at + _ASKED_AT_ONCE]) for at in range(0, len(keys), _ASKED_AT_ONCE)]
+            held = [token for reply in await self._connection.all(parts) for token in reply]
+        return [conv_id for conv_id, token in zip(conv_ids, held, strict=True) if not token]
 
     async def holders(self, conv_ids: Sequence[str]) -> dict[str, str]:
         """Return the node that works in each conversation. Raises StoreError."""

@@ -1,4 +1,4 @@
-"""How runs are kept in Redis, and the scripts that change them.
+"""Runs in Redis, and the Lua scripts that change them.
 
 Per conversation, in the slot of its stream:
 
@@ -27,6 +27,7 @@ from collections.abc import Iterable
 import orjson
 
 from broker.envelope import topic
+from broker.eventlog.redis_gates import GATE
 from broker.redis.script import Script
 from broker.runs.state import Run, run_from_json
 
@@ -75,14 +76,18 @@ return out
     reads=True,
 )
 
-# KEYS as run_keys, change, run-keys. ARGV: revision, state JSON ('' = unchanged), lease to take for so many ms ('' = none),
-# node, count of changed runs, then (id, '1' if settled, JSON) each, then ids of runs to remove.
-# Reply: nil when the revision is another one, else the lease's token ('' where none was taken).
+# KEYS as run_keys, change, run-keys, log hash. ARGV: revision, state JSON ('' = unchanged), lease to take for so many ms
+# ('' = none), node, count of changed runs, then (id, '1' if settled, JSON) each, then ids of runs to remove.
+# Reply: nil when the revision is another one, `!<why>` while another node keeps the conversation's gate
+# (eventlog/redis_gates.py), else the lease's token ('' where none was taken).
 COMMIT = Script(
-    """
+    GATE
+    + """
 local made = redis.call('GET', KEYS[6])
 if made then return made end
 if late then return late end
+local why = shut_by_other(redis.call('HGET', KEYS[8], 'gate'), ARGV[4], true)
+if why then return '!' .. why end
 if (redis.call('HGET', KEYS[4], 'revision') or '0') ~= ARGV[1] then return false end
 redis.call('HINCRBY', KEYS[4], 'revision', 1)
 if ARGV[2] ~= '' then redis.call('HSET', KEYS[4], 'state', ARGV[2]) end
@@ -114,12 +119,22 @@ return token
     recognises=True,
 )
 
-# KEYS as run_keys. ARGV: token, lease in ms. Reply: the revision of the runs, nil if another node took the lease.
+# KEYS state and lease of each conversation. ARGV: lease in ms, the token of each. Reply for each: the revision of its runs,
+# nil if another node took the lease. In a cluster one conversation at a time.
 RENEW = Script(
     """
-if redis.call('HGET', KEYS[4], 'holder') ~= ARGV[1] then return false end
-redis.call('SET', KEYS[5], ARGV[1], 'PX', ARGV[2])
-return redis.call('HGET', KEYS[4], 'revision') or '0'
+local out = {}
+for at = 1, #KEYS / 2 do
+  local token = ARGV[at + 1]
+  local known = redis.call('HMGET', KEYS[2 * at - 1], 'holder', 'revision')
+  if known[1] == token then
+    redis.call('SET', KEYS[2 * at], token, 'PX', ARGV[1])
+    out[at] = known[2] or '0'
+  else
+    out[at] = false
+  end
+end
+return out
 """
 )
 
@@ -158,5 +173,13 @@ return 0
 """
 )
 
+# KEYS runs, opaque. ARGV: run id ('' = whichever), message id, JSON. Nothing is kept of a run that was erased.
+SAVE_OPAQUE = Script(
+    """
+if ARGV[1] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+return redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+"""
+)
+
 LEASE_SCRIPTS = (RENEW, TAKE_OVER, RELEASE, FORGET_LEFT)
-STORE_SCRIPTS = (LOAD, COMMIT)
+STORE_SCRIPTS = (LOAD, COMMIT, SAVE_OPAQUE)

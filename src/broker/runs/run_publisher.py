@@ -1,4 +1,4 @@
-"""What a run publishes through: in order, as it comes, and nothing after the end (I13)."""
+"""The publisher of one run: publishes in order, as events come, and nothing after the end (I13)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from broker.envelope import SEM, Draft
 from broker.errors import BrokerError, EngineError, LimitExceeded, RunEnded
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.ending import describe, run_draft
-from broker.runs.engine import ChatMessage, EnginePlan, EngineProfile, EngineRequest
+from broker.runs.engine import ChatMessage, EngineEvent, EnginePlan, EngineProfile, EngineRequest
 from broker.runs.engines import EngineLease
 from broker.runs.foreign import clean_json, clean_text, told
 from broker.runs.history import messages_for
@@ -31,6 +31,7 @@ from broker.runs.turn_recorder import TurnRecorder
 log = logging.getLogger(__name__)
 
 _DAY_MS = 86_400_000
+FORCED_END_S = 0.5
 
 T = TypeVar("T")
 StopReason = Literal["cancelled", "interrupted", "timeout", "detached", "lost"]
@@ -203,7 +204,8 @@ class RunTask:
                 await self._published.put([Draft("engine.changed", data, channel=SEM)])
             # Read again: a prompt that was accepted meanwhile may have chosen another profile for the next runs.
             newest = await store.conversation(run.conv_id) or known
-            await store.save_conversation(replace(newest, signature=plan.signature, plan=shown))
+            told = replace(newest, signature=plan.signature, plan=shown)
+            await store.save_conversation(told, of_run=run.run_id)
 
     async def _acquire(self, plan: EnginePlan) -> None:
         # Kept here and not by whoever waits: a stop in the same turn takes the result, but `_release` has to find it.
@@ -259,7 +261,9 @@ class RunTask:
         self._usage = add_usage(self._usage, answer.usage)
         for choice in answer.choices.values():
             if choice.opaque:
-                await self._runtime.store.save_opaque(self.run.conv_id, choice.message_id, choice.opaque)
+                await self._runtime.store.save_opaque(
+                    self.run.conv_id, choice.message_id, choice.opaque, of_run=self.run.run_id
+                )
         main = answer.main
         self._recorder.record(
             "response",
@@ -307,10 +311,17 @@ class RunTask:
         """Read the engine's stream to its end, publishing each event as it comes."""
         assert self._lease is not None
         idle_s = self._limits.engine_idle_timeout_s
-        stream = self._lease.engine.stream(request)
+        engine, plugin = self._lease.plan.engine, self._lease.plugin
+        drive = self._runtime.plugins.driver(plugin, "build_engine", grace_s=self._limits.stop_grace_s)
+        stream: AsyncIterator[EngineEvent] | None = None
         try:
+            stream = aiter(self._lease.engine.stream(request))
             async with asyncio.timeout(idle_s) as idle:
-                async for event in stream:
+                while True:
+                    try:
+                        event = await drive(anext(stream))
+                    except StopAsyncIteration:
+                        break
                     if self._stop.done():
                         return  # an engine that swallowed its cancellation is not listened to
                     drafts = answer.take(event)
@@ -319,28 +330,41 @@ class RunTask:
                     idle.reschedule(self._loop.time() + idle_s)
         except TimeoutError as exc:
             if not idle.expired():
-                raise EngineError(f"engine {self._lease.plan.engine!r} failed: {exc!r}", retryable=True) from exc
+                raise EngineError(f"engine {engine!r} failed: {exc!r}", retryable=True) from exc
             raise EngineError(
-                f"engine {self._lease.plan.engine!r} sent nothing for {idle_s:g} s; "
+                f"engine {engine!r} sent nothing for {idle_s:g} s; "
                 "BROKER_ENGINE_IDLE_TIMEOUT_S sets how long a run waits (a first token can take more than 100 s)",
                 kind="timeout",
                 retryable=True,
             ) from exc
         except BrokerError:
             raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise EngineError(f"engine {engine!r} failed: it was cancelled from within") from None
         except Exception as exc:
-            self._runtime.plugins.report(self._lease.plan.engine, "build_engine", exc)
-            raise EngineError(f"engine {self._lease.plan.engine!r} failed: {told(exc)}") from exc
+            self._runtime.plugins.report(plugin, "build_engine", exc)
+            raise EngineError(f"engine {engine!r} failed: {told(exc)}") from exc
         finally:
             aclose = getattr(stream, "aclose", None)
             if aclose is not None:
-                await aclose()
+                await self._close_stream(plugin, drive(aclose()))
         if answer.unfinished:
             raise EngineError(
                 f"engine {self._lease.plan.engine!r} ended its stream without a finish: the answer is not complete",
                 kind="cut",
                 retryable=True,
             )
+
+    async def _close_stream(self, plugin: str, closing: Awaitable[Any]) -> None:
+        """Close an engine's stream; what goes wrong with that is reported, and the run goes on."""
+        try:
+            async with asyncio.timeout(self._limits.stop_grace_s):
+                await closing
+        except Exception as exc:
+            self._runtime.plugins.report(plugin, "build_engine", exc)
 
     async def _pause(self, error: EngineError, attempt: int) -> None:
         """Wait before the next try: as long as the provider asked for, else doubling with jitter."""
@@ -400,7 +424,8 @@ class RunTask:
             if not task.done():
                 task.cancel()
         if not task.done():
-            _, stuck = await asyncio.wait({task}, timeout=self._limits.stop_grace_s)
+            # What swallows its cancellation is ended by force after that time; a moment more for what is around it.
+            _, stuck = await asyncio.wait({task}, timeout=self._limits.stop_grace_s + FORCED_END_S)
             if stuck:
                 log.error("run %s: the engine did not end when cancelled; going on without it", self.run.run_id)
                 task.add_done_callback(ignore)

@@ -1,4 +1,4 @@
-"""What every run works with, and how a run's end is written."""
+"""The surroundings shared by all runs, and the writing of a run's end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import Draft
-from broker.errors import BrokerError, RunEnded, StoreError, Unavailable
-from broker.runs.ending import closing_drafts, terminal_draft
+from broker.errors import RunEnded, StoreError, Unavailable
+from broker.runs.ending import closing_drafts, plain_error, plain_terminal_draft, terminal_draft, writable
 from broker.runs.engines import EngineCache
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles
-from broker.runs.ports import Plugins, Publish, PublishFenced, TimelineReader
+from broker.runs.ports import Plugins, Publish, PublishFenced, PublishUnasked, TimelineReader
 from broker.runs.state import ACTIVE, TERMINAL, Run, RunStatus
 from broker.runs.store import RunStore
 from broker.runs.tool_runner import ToolRunner
@@ -48,7 +48,8 @@ class Runtime:
     closing: bool = False
     token_of: Callable[[str], str | None] | None = None
     publish_fenced: PublishFenced | None = None
-    unaccepted_since_s: dict[str, float] = field(default_factory=dict)
+    publish_unasked: PublishUnasked | None = None
+    unaccepted_since_s: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def publish_as_holder(self, conv_id: str) -> Publish:
         """Return what publishes only as long as this node holds the lease on the conversation, where there are leases."""
@@ -69,18 +70,20 @@ class Runtime:
         Whoever was first decides the status; a run that has ended already gets its terminal event published again,
         which the log takes once. While the store is unavailable this tries on. Returns the ended run, None where the
         process went down first, or another node took the run over: then the next start, or that node, finishes the work.
+        What cannot be written of an end is left out of it: the end itself is always written.
         """
         delay = END_RETRY_S
+        changes = {**writable(changes), "status": status, "calls": ()}
         while True:
             try:
                 ended = await self.store.update(
-                    run.run_id, ACTIVE, {**changes, "status": status, "calls": ()}, self.clock.wall_ms()
+                    run.run_id, ACTIVE, changes, self.clock.wall_ms()
                 ) or await self.store.get(run.run_id)
                 if ended is None or not ended.ended:
                     return ended  # erased meanwhile
                 await self._publish_end(ended, publish or self.publish)
-                changes = {"terminal_published": True}
-                return await self.store.update(run.run_id, TERMINAL, changes, self.clock.wall_ms()) or ended
+                told = {"terminal_published": True}
+                return await self.store.update(run.run_id, TERMINAL, told, self.clock.wall_ms()) or ended
             except RunEnded as exc:
                 log.warning("the end of run %s is left to another node: %s", run.run_id, exc)
                 return None
@@ -89,6 +92,11 @@ class Runtime:
                     log.warning("the end of run %s is left to the next start: %s", run.run_id, exc)
                     return None
                 log.warning("the end of run %s cannot be written, trying again: %s", run.run_id, exc)
+            except Exception:  # whatever it is: a run without an end would stand before all others for good
+                if self.closing:
+                    raise
+                log.exception("the end of run %s cannot be written, trying again without its details", run.run_id)
+                changes = {**changes, "error": plain_error(changes), "usage": None}
             await asyncio.sleep(delay)
             delay = min(delay * 2, END_RETRY_MAX_S)
 
@@ -97,18 +105,31 @@ class Runtime:
         if run.started_at_ms is not None and run.status != "finished":
             entities = await self.timeline.entities(run.conv_id)
             closers = closing_drafts(entities, run, max_text_bytes=self.limits.max_text_bytes)
-        drafts = [*closers, terminal_draft(run)]
+        terminal = terminal_draft(run)
         try:
-            await publish(run.conv_id, drafts)
+            await publish(run.conv_id, [*closers, terminal])
+            return
         except (StoreError, Unavailable, RunEnded):
             raise
-        except BrokerError as exc:
-            # A plugin refuses one of them. The end must not be lost for that: each goes on its own.
+        except Exception as exc:
+            # One of them is refused, by a plugin or for its form. The others must not be lost for that.
             log.warning("the end of run %s was refused as a whole: %s", run.run_id, exc)
-            for draft in drafts:
-                try:
-                    await publish(run.conv_id, [draft])
-                except (StoreError, Unavailable, RunEnded):
-                    raise
-                except BrokerError as refusal:
-                    log.error("%s of run %s was refused: %s", draft.type, run.run_id, refusal)
+        for draft in closers:
+            await self._published_alone(run, draft, publish)
+        if await self._published_alone(run, terminal, publish):
+            return
+        plain = plain_terminal_draft(run)
+        if not await self._published_alone(run, plain, publish) and self.publish_unasked is not None:
+            # Nothing in it comes from elsewhere, so no plugin has a say: without it clients would wait for ever.
+            token = self.token_of(run.conv_id) if self.token_of is not None and publish != self.publish else None
+            await self.publish_unasked(run.conv_id, [plain], token)
+
+    async def _published_alone(self, run: Run, draft: Draft, publish: Publish) -> bool:
+        try:
+            await publish(run.conv_id, [draft])
+        except (StoreError, Unavailable, RunEnded):
+            raise
+        except Exception as refusal:
+            log.error("%s of run %s was refused: %s", draft.type, run.run_id, refusal)
+            return False
+        return True

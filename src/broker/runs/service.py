@@ -6,14 +6,14 @@ Whoever calls has authorised the caller already: nothing in here asks who may do
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import check_conv_id
-from broker.errors import (
-    Unavailable,
-)
+from broker.errors import StoreUnavailable, Unavailable
 from broker.runs.actions import ActionResult, Actions
 from broker.runs.engines import EngineCache
 from broker.runs.intake import Intake, SendResult
@@ -32,6 +32,9 @@ from broker.runs.tool_runner import ToolRunner
 from broker.runs.turns import TurnStore
 from broker.security import Principal
 from broker.settings import Settings
+from broker.tasks import Tasks
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ActionResult", "RunService", "SendResult"]
 
@@ -70,6 +73,7 @@ class RunService:
             profiles=EngineProfiles(plugins),
             engines=EngineCache(plugins),
             tools=ToolRunner(plugins),
+            publish_unasked=conversations.publish_unasked,
         )
         self._queues = Queues(
             self._runtime, hold=conversations.hold, release=conversations.release, on_ended=self._run_ended
@@ -81,7 +85,7 @@ class RunService:
             self._runtime.token_of, self._runtime.publish_fenced = store.token, conversations.publish_fenced
             self._leases = LeaseKeeper(self._runtime, self._queues, store, self._settle_conversation)
             self._actions.share(store, self._leases)
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling = Tasks()
         self._head = conversations.head
         self._accepting = False
 
@@ -238,21 +242,49 @@ class RunService:
         """Drop what memory holds for a conversation that was evicted: its engine."""
         self._runtime.engines.forget(conv_id)
 
-    async def erase(self, conv_id: str) -> None:
-        """Stop what goes on in a conversation and remove everything of it. Raises StoreError."""
+    @asynccontextmanager
+    async def erasing(self, conv_id: str) -> AsyncIterator[None]:
+        """Stop what goes on in a conversation and remove everything of it; let nobody in until the block has ended.
+
+        A prompt that comes meanwhile waits, and belongs to the new life of the conversation. Raises StoreError, also where
+        a run does not end in time.
+        """
         async with self._queues.enter(check_conv_id(conv_id)) as queue:
-            for run in await self.store.queued(conv_id):
-                await self.store.update(
-                    run.run_id, frozenset({"queued"}), {"status": "cancelled"}, self._clock.wall_ms()
-                )
-            work = queue.work
-            if queue.task is not None:
-                queue.task.stop("cancelled")
-        if work is not None:
-            await asyncio.wait({work}, timeout=self.limits.stop_grace_s + 5.0)
-        self.forget(conv_id)
+            work = queue.work if queue.task is not None else None
+            try:
+                await self._stop_for_good(queue)
+                self.forget(conv_id)
+                await self.remove(conv_id)
+                yield
+            finally:
+                await self._queues.advance(queue)
+        if work is not None:  # plugins are told of the end of the run
+            await asyncio.wait({work}, timeout=self.limits.stop_grace_s)
+
+    async def remove(self, conv_id: str) -> None:
+        """Remove what the stores have of a conversation's runs, and tell the node that works there. Inside `erasing`.
+
+        Raises StoreError.
+        """
         await self.store.erase(conv_id)
         await self.turns.erase(conv_id)
+        if isinstance(self.store, Leases):
+            await self.store.poke(conv_id)
+
+    async def _stop_for_good(self, queue: ConversationQueue) -> None:
+        """Stop the run at work and wait until it has written its last."""
+        task = queue.task
+        if task is None:
+            return
+        task.stop("cancelled")
+        try:
+            async with asyncio.timeout(self.limits.stop_grace_s + 5.0):
+                await task.over.wait()
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the run {task.run.run_id} of {queue.conv_id} does not end: erase it again in a moment"
+            ) from None
+        await task.finish_recording()
 
     # -- inner ------------------------------------------------------------------------------------------------------
 
@@ -267,15 +299,13 @@ class RunService:
         )
 
     def _tell_ended(self, run: Run) -> None:
-        task = asyncio.create_task(self._run_ended(run))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._telling.spawn(self._run_ended(run))
 
     async def _run_ended(self, run: Run) -> None:
         try:
             await self._plugins.acall_all("on_run_finished", run=run)
-        except Exception as exc:
-            self._plugins.report("broker", "on_run_finished", exc)
+        except Exception:  # the host itself: what plugins raise stays in it
+            log.exception("on_run_finished hooks could not be called for run %s", run.run_id)
 
     async def _drained(self, timeout_s: float) -> None:
         """Wait until all is done about the runs at work here. What waits behind one goes to other nodes when it ends."""

@@ -7,15 +7,17 @@ the file's single writer, which is what makes it atomic.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 
 from broker.runs.state import Run, RunStatus, Verdict, changed, decided, given_up, next_to_begin, run_from_json
 from broker.runs.store import Admitted, ConversationState, KeyRecord, Prepared, answer_of, queue_full
 from broker.sqlite.database import Database
+
+T = TypeVar("T")
 
 RUN_TABLES = (
     """CREATE TABLE IF NOT EXISTS run (
@@ -52,6 +54,11 @@ RUN_TABLES = (
 _PRUNE_KEYS = """
 DELETE FROM run_key WHERE (scope, key) IN (SELECT scope, key FROM run_key WHERE created_at_ms < ? LIMIT ?)
 """
+_RUN = "SELECT body FROM run WHERE run_id = ?"
+_ACTIVE = "SELECT body FROM run WHERE conv_id = ? AND status IN ('running', 'awaiting_tool_approval')"
+_QUEUED = "SELECT body FROM run WHERE conv_id = ? AND status = 'queued' ORDER BY place"
+_KEY = "SELECT body FROM run_key WHERE scope = ? AND key = ?"
+_CONVERSATION = "SELECT body FROM run_conversation WHERE conv_id = ?"
 _PRUNED_ROWS = 100  # per job: a few ms also where turns are large, so that publishers do not wait for a long prune
 
 
@@ -64,8 +71,7 @@ class _Writer:
         self.saves_skipped = 0
 
     def run(self, run_id: str) -> Run | None:
-        row = self._connection.execute("SELECT body FROM run WHERE run_id = ?", (run_id,)).fetchone()
-        return _run(row) if row else None
+        return _first(_run, self._connection.execute(_RUN, (run_id,)))
 
     def put(self, run: Run) -> None:
         self._connection.execute(
@@ -163,8 +169,9 @@ class _Writer:
         order = run.order if first.run_id == run_id else first.order - 1
         return self.update(run_id, frozenset({"queued"}), {"order": order}, now_ms)
 
-    def save_conversation(self, state: ConversationState) -> None:
-        if conversation(self._connection, state.conv_id) == state:
+    def save_conversation(self, state: ConversationState, of_run: str | None) -> None:
+        erased = of_run is not None and self.run(of_run) is None
+        if erased or conversation(self._connection, state.conv_id) == state:
             self.saves_skipped += 1
             return
         self._put_conversation(state)
@@ -221,13 +228,13 @@ class SqliteRunStore:
         return await self._write(lambda writer: writer.move_to_front(run_id, now_ms))  # type: ignore[no-any-return]
 
     async def get(self, run_id: str) -> Run | None:
-        return await self._database.read(lambda connection: _Writer(connection).run(run_id))
+        return _first(_run, await self._database.fetch(_RUN, (run_id,)))
 
     async def active(self, conv_id: str) -> Run | None:
-        return await self._database.read(lambda connection: active(connection, conv_id))
+        return _first(_run, await self._database.fetch(_ACTIVE, (conv_id,)))
 
     async def queued(self, conv_id: str) -> list[Run]:
-        return await self._database.read(lambda connection: queued(connection, conv_id))
+        return [_run(row) for row in await self._database.fetch(_QUEUED, (conv_id,))]
 
     async def runs(self, conv_id: str, *, limit: int | None) -> list[Run]:
         sql = "SELECT body FROM run WHERE conv_id = ? ORDER BY number DESC LIMIT ?"
@@ -240,22 +247,24 @@ class SqliteRunStore:
         return await self._database.read(lambda connection: [_run(row) for row in connection.execute(sql)])
 
     async def key(self, scope: str, key: str) -> KeyRecord | None:
-        return await self._database.read(lambda connection: read_key(connection, scope, key))
+        return _first(_key, await self._database.fetch(_KEY, (scope, key)))
 
     async def prune_keys(self, before_ms: int) -> int:
         return await delete_in_steps(self._database, _PRUNE_KEYS, before_ms)
 
     async def conversation(self, conv_id: str) -> ConversationState | None:
-        return await self._database.read(lambda connection: conversation(connection, conv_id))
+        return _first(_conversation, await self._database.fetch(_CONVERSATION, (conv_id,)))
 
-    async def save_conversation(self, state: ConversationState) -> None:
-        await self._write(lambda writer: writer.save_conversation(state))
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        await self._write(lambda writer: writer.save_conversation(state, of_run))
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        sql = "INSERT OR REPLACE INTO run_opaque (conv_id, message_id, body) VALUES (?, ?, ?)"
-        await self._database.write(
-            lambda connection: connection.execute(sql, (conv_id, message_id, _json(list(data)))).rowcount
-        )
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        sql = """INSERT OR REPLACE INTO run_opaque (conv_id, message_id, body)
+            SELECT ?1, ?2, ?3 WHERE ?4 IS NULL OR EXISTS (SELECT 1 FROM run WHERE run_id = ?4)"""
+        values = (conv_id, message_id, _json(list(data)), of_run)
+        await self._database.write(lambda connection: connection.execute(sql, values).rowcount)
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:
         sql = "SELECT message_id, body FROM run_opaque WHERE conv_id = ?"
@@ -304,15 +313,25 @@ def _json(value: object) -> bytes:
     return orjson.dumps(value)
 
 
+def _first(decode: Callable[[tuple[bytes]], T], rows: Iterable[tuple[bytes]]) -> T | None:
+    return next(map(decode, rows), None)
+
+
 def _run(row: tuple[bytes]) -> Run:
     return run_from_json(orjson.loads(row[0]))
 
 
+def _conversation(row: tuple[bytes]) -> ConversationState:
+    return ConversationState(**orjson.loads(row[0]))
+
+
+def _key(row: tuple[bytes]) -> KeyRecord:
+    return KeyRecord(**orjson.loads(row[0]))
+
+
 def active(connection: sqlite3.Connection, conv_id: str) -> Run | None:
     """Return the conversation's active run."""
-    sql = "SELECT body FROM run WHERE conv_id = ? AND status IN ('running', 'awaiting_tool_approval')"
-    row = connection.execute(sql, (conv_id,)).fetchone()
-    return _run(row) if row else None
+    return _first(_run, connection.execute(_ACTIVE, (conv_id,)))
 
 
 def unsettled(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
@@ -323,8 +342,7 @@ def unsettled(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
 
 def queued(connection: sqlite3.Connection, conv_id: str) -> list[Run]:
     """Return the conversation's waiting runs, the next one first."""
-    sql = "SELECT body FROM run WHERE conv_id = ? AND status = 'queued' ORDER BY place"
-    return [_run(row) for row in connection.execute(sql, (conv_id,))]
+    return [_run(row) for row in connection.execute(_QUEUED, (conv_id,))]
 
 
 def count(connection: sqlite3.Connection, conv_id: str, status: str) -> int:
@@ -335,11 +353,9 @@ def count(connection: sqlite3.Connection, conv_id: str, status: str) -> int:
 
 def conversation(connection: sqlite3.Connection, conv_id: str) -> ConversationState | None:
     """Return what is kept of the conversation."""
-    row = connection.execute("SELECT body FROM run_conversation WHERE conv_id = ?", (conv_id,)).fetchone()
-    return ConversationState(**orjson.loads(row[0])) if row else None
+    return _first(_conversation, connection.execute(_CONVERSATION, (conv_id,)))
 
 
 def read_key(connection: sqlite3.Connection, scope: str, key: str) -> KeyRecord | None:
     """Return the answer that a key got."""
-    row = connection.execute("SELECT body FROM run_key WHERE scope = ? AND key = ?", (scope, key)).fetchone()
-    return KeyRecord(**orjson.loads(row[0])) if row else None
+    return _first(_key, connection.execute(_KEY, (scope, key)))

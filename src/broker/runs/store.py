@@ -169,10 +169,14 @@ class RunStore(Protocol):
 
     async def conversation(self, conv_id: str) -> ConversationState | None: ...
 
-    async def save_conversation(self, state: ConversationState) -> None: ...
+    async def save_conversation(self, state: ConversationState, *, of_run: str | None = None) -> None:
+        """Keep what is known of a conversation. of_run: nothing is kept if this run is not known, being erased."""
+        ...
 
-    async def save_opaque(self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]]) -> None:
-        """Keep what the engine wants handed back with an assistant message; never shown to clients."""
+    async def save_opaque(
+        self, conv_id: str, message_id: str, data: Sequence[Mapping[str, Any]], *, of_run: str | None = None
+    ) -> None:
+        """Keep what the engine wants handed back with an assistant message; never shown to clients. of_run: as above."""
         ...
 
     async def opaque(self, conv_id: str) -> dict[str, list[Mapping[str, Any]]]:

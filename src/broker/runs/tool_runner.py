@@ -14,16 +14,22 @@ from typing import Any
 import orjson
 from jsonschema import Draft202012Validator
 
+from broker.characters import beginning
+from broker.copies import own
 from broker.errors import quoted
 from broker.runs.engine import ToolCall, ToolSpec
 from broker.runs.foreign import clean_text, told, unusable
+from broker.runs.places import AllStuck, Held, Places
 from broker.runs.plan import check_schema, check_unique
-from broker.runs.ports import Plugins
+from broker.runs.ports import Drive, Plugins
 from broker.runs.tools import Tool, ToolContext, ToolResult
 
-MAX_THREADS = 64
-"""Plain (not async) tools that run at once in this process. A thread cannot be stopped: one that hangs keeps its place."""
+MAX_THREADS_PER_PLUGIN = 32
+"""Plain (not async) tools of one plugin that run at once in this process. A thread cannot be stopped: one that hangs keeps
+its place, so each plugin has places of its own."""
 
+
+HOOK = "register_tools"
 
 _NOTE_BYTES = 256
 """Room for the words that say that a result was cut."""
@@ -53,7 +59,8 @@ class _Entry:
     tool: Tool
     plugin: str
     validator: Draft202012Validator
-    slots: asyncio.Semaphore | None
+    places: Places | None
+    drive: Drive
 
 
 class ToolRunner:
@@ -62,7 +69,7 @@ class ToolRunner:
     def __init__(self, plugins: Plugins) -> None:
         self._plugins = plugins
         self._entries: dict[str, _Entry] = {}
-        self._threads = asyncio.Semaphore(MAX_THREADS)
+        self._threads: dict[str, Places] = {}
         self.load()
 
     def load(self) -> None:
@@ -72,12 +79,13 @@ class ToolRunner:
         """
         entries: dict[str, _Entry] = {}
         owners: dict[str, str] = {}
-        for plugin, result in self._plugins.call_collect("register_tools"):
+        for plugin, result in self._plugins.call_collect(HOOK):
             for tool in [result] if isinstance(result, Tool) else result:
-                check_unique(plugin, "register_tools", tool.name, owners)
+                check_unique(plugin, HOOK, tool.name, owners)
                 check_schema(plugin, f"tool {tool.name!r}", tool.parameters)
-                slots = asyncio.Semaphore(tool.max_concurrency) if tool.max_concurrency else None
-                entries[tool.name] = _Entry(tool, plugin, Draft202012Validator(tool.parameters), slots)
+                places = Places(tool.max_concurrency) if tool.max_concurrency else None
+                drive = self._plugins.driver(plugin, HOOK)
+                entries[tool.name] = _Entry(tool, plugin, Draft202012Validator(tool.parameters), places, drive)
         self._entries = entries
 
     def specs(self, names: list[str]) -> list[ToolSpec]:
@@ -112,55 +120,70 @@ class ToolRunner:
         entry = self._entries.get(call.name)
         if entry is None:
             return failed(f"tool {quoted(call.name)} was unloaded")
-        tool = entry.tool
+        tool, held = entry.tool, Held()
+        in_thread = not inspect.iscoroutinefunction(tool.call)
+        try:
+            # What it waits for its turn is not its own time.
+            if entry.places is not None:
+                await held.enter(entry.places)
+            if in_thread:
+                await held.enter(self._threads.setdefault(entry.plugin, Places(MAX_THREADS_PER_PLUGIN)))
+        except AllStuck:
+            held.leave()
+            return self._all_stuck(entry)
+        except BaseException:
+            held.leave()
+            raise
         try:
             async with asyncio.timeout(tool.timeout_s) as limit:
-                value = await self._call(entry, dict(call.input), context)
+                value = await self._call(entry, own(call.input), context, held, in_thread)
         except TimeoutError as exc:
             if not limit.expired():
                 return self._raised(entry, exc)
+            if in_thread:
+                held.got_stuck()
             return failed(f"tool {tool.name} did not answer within its time limit of {tool.timeout_s:g} s")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return self._raised(entry, RuntimeError("it was cancelled from within"))
         except Exception as exc:
             return self._raised(entry, exc)
         return _limited(tool, value, max_result_bytes)
 
+    def _all_stuck(self, entry: _Entry) -> ToolOutcome:
+        error = RuntimeError("every place for its calls is held by one that did not end within its time limit")
+        return self._raised(entry, error)
+
     def _raised(self, entry: _Entry, exc: Exception) -> ToolOutcome:
-        self._plugins.report(entry.plugin, "register_tools", exc)
+        self._plugins.report(entry.plugin, HOOK, exc)
         return failed(f"tool {entry.tool.name} failed: {told(exc)}")
 
-    async def _call(self, entry: _Entry, tool_input: Mapping[str, Any], context: ToolContext) -> ToolResult:
+    async def _call(
+        self, entry: _Entry, tool_input: Mapping[str, Any], context: ToolContext, held: Held, in_thread: bool
+    ) -> ToolResult:
         call = entry.tool.call
-        if inspect.iscoroutinefunction(call):
-            if entry.slots is None:
-                return await call(tool_input, context)  # type: ignore[no-any-return]
-            async with entry.slots:
-                return await call(tool_input, context)  # type: ignore[no-any-return]
-        held = [slots for slots in (entry.slots, self._threads) if slots is not None]
+        if not in_thread:
+            try:
+                return await entry.drive(call(tool_input, context))  # type: ignore[no-any-return, arg-type]
+            finally:
+                held.leave()
         value: ToolResult | Awaitable[ToolResult] = await _in_thread(held, lambda: call(tool_input, context))
         # A plain function may hand back an awaitable (a partial, a callable object).
-        return await value if inspect.isawaitable(value) else value
+        return await entry.drive(value) if inspect.isawaitable(value) else value
 
 
-async def _in_thread(slots: list[asyncio.Semaphore], fn: Any) -> Any:
-    """Run `fn` on a thread of its own, holding `slots` until it really ends, even when nobody waits any more.
+async def _in_thread(held: Held, fn: Any) -> Any:
+    """Run `fn` on a thread of its own, which holds its places until it really ends, even when nobody waits any more.
 
     Daemon threads: a tool that hangs must not keep the process from ending, which an executor's threads would.
     """
-    acquired: list[asyncio.Semaphore] = []
-    try:
-        for slot in slots:
-            await slot.acquire()
-            acquired.append(slot)
-    except BaseException:
-        for slot in acquired:
-            slot.release()
-        raise
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
 
     def settle(value: Any, error: BaseException | None) -> None:
-        for slot in acquired:
-            slot.release()
+        held.leave()
         if not future.done():
             future.set_exception(error) if error is not None else future.set_result(value)
 
@@ -194,8 +217,16 @@ def _limited(tool: Tool, value: ToolResult, max_bytes: int) -> ToolOutcome:
     limit = tool.max_output_bytes
     if len(encoded) <= limit and len(written) <= max_bytes:
         return ToolOutcome(orjson.loads(written))
-    kept = encoded[:limit].decode(errors="ignore")
+    kept = _beginning(encoded, limit)
     if len(orjson.dumps(kept)) + _NOTE_BYTES > max_bytes:
         limit = max(0, max_bytes - _NOTE_BYTES) // 6  # JSON makes up to six bytes of one
-        kept = encoded[:limit].decode(errors="ignore")
+        kept = _beginning(encoded, limit)
     return ToolOutcome(f"{kept}\n[cut: the first {limit} of {len(encoded)} bytes]")
+
+
+def _beginning(encoded: bytes, limit: int) -> str:
+    """Return the first `limit` bytes of a longer text, or a few less: no half characters."""
+    following = encoded[: limit + 4].decode(
+        errors="ignore"
+    )  # one code point more, to see whether it belongs to the last
+    return beginning(following, len(encoded[:limit].decode(errors="ignore")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import deque
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from broker.clock import Clock
 from broker.runs.ports import Plugins
 from broker.runs.state import Run
 from broker.runs.turns import Turn, TurnStore
+
+log = logging.getLogger(__name__)
 
 
 class TurnRecorder:
@@ -57,7 +60,7 @@ class TurnRecorder:
                 try:
                     await self._turns.add(turn, keep=self._keep)
                     await self._plugins.acall_all("on_turn_phase", turn=turn, phase=turn.phase)
-                except Exception as exc:
-                    self._plugins.report("broker", "on_turn_phase", exc)
+                except Exception:  # of the store, or the host itself: what plugins raise stays in it
+                    log.exception("turn %s of run %s was not recorded", turn.turn_id, turn.run_id)
         finally:
             self._task = None

@@ -1,10 +1,11 @@
-"""One SQLite file for event log, timeline and runs: one writer thread with group commit, a few reader threads.
+"""One SQLite file for event log, timeline and runs: one writer thread with group commit, a few readers.
 
     database = Database("broker.sqlite3")
     database.register("runs", ["CREATE TABLE …", …])      # before or after open; the list only grows at its end
     await database.open()
     seq = await database.write(lambda connection: …)       # in a transaction, durable on return
-    rows = await database.read(lambda connection: …)       # a snapshot, on another thread
+    rows = await database.fetch("SELECT …", (…,))          # one statement, by aiosqlite
+    found = await database.read(lambda connection: …)      # several in one snapshot, on a thread of ours
     await database.close()
 
 Durability: WAL mode with `synchronous=NORMAL` survives the end of the process at any moment. After the end of the
@@ -22,7 +23,7 @@ import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +32,9 @@ from broker.sqlite.file import ProcessLock, check_ours, check_place, connect, st
 from broker.sqlite.group_commit import GroupCommitWriter, Job, Outcomes
 from broker.sqlite.jobs import Call, Calls
 from broker.sqlite.schema import Schema
+from broker.sqlite.statements import StatementReaders
 from broker.sqlite.traces import Traces
+from broker.sqlite.wal import KEPT_BYTES, WalKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,8 @@ class Database:
         readers: int = 2,
         busy_timeout_s: float = 5.0,
     ) -> None:
-        """path: a file; links are followed. readers: threads. busy_timeout_s: how long a foreign lock is waited for."""
+        """path: a file; links are followed. readers: of each kind, single statements and snapshots, as many connections
+        with a thread. busy_timeout_s: how long a foreign lock is waited for."""
         # The real path: a second name of the same file must meet the same lock.
         self.path = os.path.realpath(path)
         self.epoch = ""
@@ -67,6 +71,9 @@ class Database:
         self._calls = Calls()
         self._traces = Traces(self.path, wal_pages=_WAL_PAGES)
         self._traces_pass: asyncio.Task[None] | None = None
+        self._wal = WalKeeper(
+            self.path, submit=self.submit, in_use=lambda: self._traces.under_way, busy_timeout_s=busy_timeout_s
+        )
         self._lock = ProcessLock(self.path)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,6 +83,7 @@ class Database:
         self._reader_pool: ThreadPoolExecutor | None = None
         self._reader_local = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
+        self._statements = StatementReaders(self.path, connections=readers, busy_timeout_s=busy_timeout_s)
         self._outbox: list[Job] = []
         self._pending_jobs = 0
         self._pending_bytes = 0
@@ -119,6 +127,7 @@ class Database:
                     on_stopped=self._writer_stopped,
                 )
                 self._state = "open"
+                self._wal.open()
             elif not self._schema.is_current:
                 await self.write(self._schema.migrate)
                 self._schema.migrated()
@@ -128,12 +137,14 @@ class Database:
         async with self._opening:
             if self._state != "open" or self._writer is None or self._stopped is None:
                 return
+            await self._wal.close()
             self._state = "closing"
             self._admit_waiting()
             self._flush_outbox()
             self._writer.stop()
             await asyncio.shield(self._stopped)
             self._writer.join()
+            await self._statements.close()
             await asyncio.get_running_loop().run_in_executor(None, self._close_file)
             self._writer = None
             self._state = "closed"
@@ -149,6 +160,7 @@ class Database:
             self._schema.claim(connection)
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
             connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
+            connection.execute(f"PRAGMA journal_size_limit={KEPT_BYTES}").fetchone()
             connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             connection.execute("PRAGMA secure_delete=ON").fetchone()
             # What tells a crash of the machine from one of the process must itself survive it.
@@ -281,6 +293,11 @@ class Database:
             pass
 
     @property
+    def problem(self) -> str | None:
+        """What an operator should know although the file can be written: a WAL that somebody keeps from shrinking."""
+        return self._wal.problem
+
+    @property
     def pending_jobs(self) -> int:
         """How many writes are queued or being committed."""
         return self._pending_jobs
@@ -294,6 +311,7 @@ class Database:
                 logger.exception("database %s: a listener failed after the commit", self.path)
         self._pending_jobs -= len(batch)
         self._pending_bytes -= size_bytes
+        self._wal.grown_by(size_bytes)
         for job in batch:
             future = job.future
             if job.error is None:
@@ -329,8 +347,22 @@ class Database:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
+    async def fetch(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        """Return all rows of one statement that reads, as tuples. Raises StoreError.
+
+        They come to the event loop as they are: what is many or costs much to decode is better read by `read`, whose `fn`
+        decodes on its thread.
+        """
+        if self._state != "open":
+            raise self._not_open()
+        try:
+            return await self._statements.fetch(statement, parameters)
+        except sqlite3.Error as exc:
+            raise store_error(exc, self.path) from exc
+
     async def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `fn` on a reader thread with one snapshot of what is committed; return its result.
+        """Run `fn` on a reader thread with one snapshot of what is committed; return its result. For a single statement
+        with a short answer `fetch` is cheaper.
 
         Keep the number of result rows small (aggregate with `json_group_array`): sqlite3 gives up and takes back the
         interpreter lock per row, which under load costs more than the row. Raises StoreError.

@@ -6,6 +6,7 @@ import fcntl
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any, Final, Literal
 
 from broker.errors import ForeignDatabase, NewerDatabase, StoreError, StoreUnavailable, quoted
 
@@ -15,6 +16,14 @@ FORMAT_VERSION = 1  # PRAGMA user_version, bytes 60-63: raised only when older b
 _MAGIC = b"SQLite format 3\x00"  # https://www.sqlite.org/fileformat2.html#the_database_header
 _HEADER_BYTES = 100
 _MIN_SQLITE = (3, 38, 0)  # JSON functions built in (3.38), RETURNING (3.35)
+
+CONNECTION_OPTIONS: Final[dict[str, Any]] = {
+    "uri": True,
+    "isolation_level": None,
+    "check_same_thread": False,
+    "cached_statements": 256,
+}
+"""How every connection of a running broker is opened: no implicit transactions, usable from any one thread at a time."""
 
 # Primary result codes that concern the file and not the statement: the next attempt may work.
 _PASSING = {
@@ -169,12 +178,15 @@ class ProcessLock:
             pass
 
 
+def uri_of(path: str, mode: Literal["ro", "rw", "rwc"] = "rw") -> str:
+    """Return `path` as SQLite takes it with options. mode: read only, an existing file, or one that may be created."""
+    return f"{Path(path).absolute().as_uri()}?mode={mode}"
+
+
 def connect(path: str, *, busy_timeout_s: float, create: bool = False) -> sqlite3.Connection:
     """Open a connection without implicit transactions, usable from any one thread at a time."""
-    uri = Path(path).absolute().as_uri() + ("?mode=rwc" if create else "?mode=rw")
-    connection = sqlite3.connect(
-        uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False, cached_statements=256
-    )
+    uri = uri_of(path, "rwc" if create else "rw")
+    connection: sqlite3.Connection = sqlite3.connect(uri, timeout=busy_timeout_s, **CONNECTION_OPTIONS)
     try:
         # Reading page 1 here makes an unusable file fail at opening and not at the first use.
         connection.execute("PRAGMA schema_version").fetchone()

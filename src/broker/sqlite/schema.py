@@ -1,4 +1,4 @@
-"""What is in the broker's SQLite file: its mark, its epoch, and the version of each room's tables."""
+"""The schema of the broker's SQLite file: its mark, its epoch, and the version of each room's tables."""
 
 from __future__ import annotations
 

@@ -44,6 +44,11 @@ class Traces:
         self._next_wal: int | None = None  # number of the WAL that comes, if nobody else begins one; None = not known
         self._own_changes = 0  # of the connection, when the WAL was last seen
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass has begun and not ended: nobody else may empty the WAL. Ask on the writer thread."""
+        return self._position > 0
+
     def load(self, connection: sqlite3.Connection) -> None:
         """Look into the file whether a pass is owed."""
         self.owed = connection.execute("SELECT 1 FROM meta WHERE key = ?", (_MARK,)).fetchone() is not None

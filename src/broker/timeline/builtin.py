@@ -1,4 +1,4 @@
-"""How the protocol's own events fold into entities.
+"""Timeline handlers of the protocol's own events: fold them into entities.
 
     event                    entity        id                 final when
     user.message             message       the envelope's     never: the same id again changes it

@@ -54,8 +54,8 @@ class Entity:
         return sum(value.size for value in self.props.values() if isinstance(value, Text))
 
     def props_json(self) -> bytes:
-        """Return the props as JSON, growing text included."""
-        return orjson.dumps(dict(self.props), default=str)
+        """Return the props as JSON, growing text included. Raises TypeError for what JSON cannot carry."""
+        return orjson.dumps(dict(self.props), default=_plain)
 
     def to_wire(self) -> dict[str, Any]:
         """Return the entity in the protocol's shape; seq numbers as decimal strings."""
@@ -75,3 +75,9 @@ class Entity:
             "position": str(self.position),
             "props": props,
         }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Text):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

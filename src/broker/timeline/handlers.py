@@ -1,4 +1,4 @@
-"""How envelopes fold into entities."""
+"""Timeline handlers: functions that fold envelopes into entities, by event type."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 
 
 @dataclass(slots=True)
@@ -53,18 +54,29 @@ class MemoryTimelineStore:
         return {id_: timeline.entities[id_] for id_ in ids if id_ in timeline.entities}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
         timeline = self._timelines.get(conv_id)
         if timeline is None:
-            return []
+            return StoredEntities()
         found = [
             entity
             for entity in timeline.entities.values()
-            if entity.position > after_position and entity.version > since_version
+            if entity.position > after_position and since_version < entity.version <= upto_version
         ]
         found.sort(key=lambda entity: (entity.position, entity.id))
-        return found[:limit]
+        end = size = 0
+        while end < min(len(found), limit) and size < max_bytes:
+            size += len(found[end].props_json())
+            end += 1
+        return StoredEntities(found[:end], more=end < len(found))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         timeline = self._timelines.get(conv_id)

@@ -1,9 +1,8 @@
 """The projector: folds a conversation's envelopes into entities, in memory, and says what is worth showing and saving.
 
 Two budgets keep bytes linear (I16). An entity that still grows is shown, and saved, only while the sum of everything
-shown (saved) of it stays within BUDGET_FACTOR times its present size plus BUDGET_SLACK_BYTES. So a final text of n
-bytes costs at most (BUDGET_FACTOR + 1) * n + slack, however slowly or in however many deltas it came. Everything that
-is not growing is shown at once.
+shown (saved) of it stays within a multiple of its present size plus a slack; see budget.py, which also says how long it may
+be held back. Everything that is not growing is shown at once.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from broker.envelope import Envelope
+from broker.timeline.budget import Budget
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import LateEnvelope, TimelineHandler
 from broker.timeline.sources import UNKNOWN, Source, Sources, joined, shared
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 DEBUG_CHANNELS = "debug."
 """What is published to these is not folded: it is not for those who may only see the timeline (I14)."""
-BUDGET_FACTOR = 4
-BUDGET_SLACK_BYTES = 4096
 ENTITY_OVERHEAD_BYTES = 256
 CACHED_ENTITIES = 256
 """Finished entities kept in memory per open conversation; older ones are read from the store when needed again."""
+CACHED_BYTES = 4 * 1024 * 1024
+"""About how many bytes of them, as JSON; one that is larger is not kept at all."""
 ADOPTED_ENTITIES_MAX = 64
 """Beyond these, until the next save: newest entities that a client came back for and that only the store had."""
 REFOLD_MAX = 2000
@@ -34,27 +34,17 @@ REFOLD_MAX = 2000
 to fold again at most."""
 REFOLD_BYTES = 256
 """Unless what waits is larger than so much per envelope: it is saved beyond its budget only as often as bytes stay linear."""
+DEAD_LETTER_ENTITY_CHARS = 128
+"""How much of an entity's id names a state of it that could not be written, where other dead letters name their type."""
 LOGGED_DEAD_LETTERS = 10
 """Dead letters that an open conversation logs one by one; after these only each DEAD_LETTERS_KEPT-th, so that no producer
 can fill the log."""
 
 
-class _Budget:
-    """What was already spent on one growing entity."""
-
-    __slots__ = ("spent",)
-
-    def __init__(self) -> None:
-        self.spent = 0
-
-    def allows(self, size: int) -> bool:
-        return self.spent + size <= BUDGET_FACTOR * size + BUDGET_SLACK_BYTES
-
-
 @dataclass(slots=True)
 class _Unsaved:
     first_seq: int  # the oldest envelope that the stored entity lacks
-    budget: _Budget
+    budget: Budget
 
 
 class ConversationTimeline:
@@ -77,6 +67,7 @@ class ConversationTimeline:
         "_linked_seq",
         "_shown",
         "_unsaved",
+        "_weights",
         "complete",
         "conv_id",
         "dead_letters",
@@ -101,8 +92,9 @@ class ConversationTimeline:
         self._absent: set[str] = set()
         self._ahead: set[str] = set()  # saved by another process in a state that the log has not brought here yet
         self._unsaved: dict[str, _Unsaved] = {}
-        self._shown: dict[str, tuple[_Budget, int]] = {}  # growing entities: budget, version last shown
+        self._shown: dict[str, tuple[Budget, int]] = {}  # growing entities: budget, version last shown
         self._fed: dict[str, int] = {}  # growing entities without a growing text: bytes of the envelopes folded in
+        self._weights: dict[str, int] = {}  # bytes of entities that are safe in the store
         self._dead: dict[int, DeadLetter] = {}  # not saved yet, by seq
         self._forgotten = 0  # not saved and not worth it any more: newer ones follow
         self._cursor = 0  # what the store has
@@ -140,6 +132,7 @@ class ConversationTimeline:
             if id in loaded:
                 if self._entities.setdefault(id, loaded[id]).version > self.position:
                     self._ahead.add(id)
+                self._weigh(id)
             else:
                 self._absent.add(id)
 
@@ -152,6 +145,7 @@ class ConversationTimeline:
             return
         for entity in entities:
             self._entities.setdefault(entity.id, entity)
+            self._weigh(entity.id)
             self._absent.discard(entity.id)
         self._cache_floor = min(self._cache_floor, version)
 
@@ -193,7 +187,7 @@ class ConversationTimeline:
             self.late += 1
             return []
         except Exception as exc:
-            self._bury(envelope, exc)
+            self._bury(envelope.seq, envelope.type, exc)
             return []
         touched = []
         source = (envelope.channel, envelope.type)
@@ -221,7 +215,8 @@ class ConversationTimeline:
                 self._fed[entity.id] = self._fed.get(entity.id, 0) + len(envelope.data_json)
             self._absent.discard(entity.id)
             if entity.id not in self._unsaved:
-                self._unsaved[entity.id] = _Unsaved(envelope.seq, _Budget())
+                self._unsaved[entity.id] = _Unsaved(envelope.seq, Budget())
+                self._weights.pop(entity.id, None)
             elif self._unsaved[entity.id].first_seq == 0:
                 self._unsaved[entity.id].first_seq = envelope.seq
             touched.append(entity.id)
@@ -241,39 +236,68 @@ class ConversationTimeline:
         self._ahead.difference_update(found)
         return found
 
-    def _bury(self, envelope: Envelope, error: Exception) -> None:
+    def discard(self, entity: Entity, error: Exception) -> None:
+        """Give up a state of an entity that turned out to be unwritable: it goes to the dead letters under its version.
+
+        What the store has of it stays, and is what the next envelope about it is folded over.
+        """
+        if self._entities.get(entity.id) is not entity:
+            return
+        del self._entities[entity.id]
+        self._unsaved.pop(entity.id, None)
+        self._shown.pop(entity.id, None)
+        self._fed.pop(entity.id, None)
+        self.pending.discard(entity.id)
+        self._ahead.discard(entity.id)
+        self._cache_floor = max(self._cache_floor, entity.version)
+        self.complete = False
+        self._bury(entity.version, f"entity {entity.id}"[:DEAD_LETTER_ENTITY_CHARS], error)
+
+    def discard_unwritable(self, entities: Iterable[Entity]) -> int:
+        """Give up those of `entities`, just now found by a save that failed, which cannot be written; return how many."""
+        found = 0
+        for entity in entities:
+            try:
+                entity.wire_json()
+            except Exception as exc:
+                self.discard(entity, exc)
+                found += 1
+        return found
+
+    def _bury(self, seq: int, type: str, error: Exception) -> None:
         self.dead_letters += 1
-        text = f"{type(error).__name__}: {error}"[:DEAD_LETTER_ERROR_CHARS]
+        text = _told(error)
         if self.dead_letters <= LOGGED_DEAD_LETTERS or self.dead_letters % DEAD_LETTERS_KEPT == 0:
             logger.warning(
                 "conversation %s: %s seq %s cannot be folded (number %s here): %s",
                 self.conv_id,
-                envelope.type,
-                envelope.seq,
+                type,
+                seq,
                 self.dead_letters,
                 text,
             )
-        self._dead[envelope.seq] = DeadLetter(self.conv_id, envelope.seq, envelope.type, text)
+        self._dead[seq] = DeadLetter(self.conv_id, seq, type, text)
         if len(self._dead) > DEAD_LETTERS_KEPT:  # the store is away, or slower than they come
             del self._dead[next(iter(self._dead))]
             self._forgotten += 1
 
     # -- showing --------------------------------------------------------------------------------------------------
 
-    def _may_show(self, entity: Entity, *, tick: bool = False) -> bool:
+    def _may_show(self, entity: Entity, *, now_s: float | None = None) -> bool:
+        """Say whether an entity is shown now, and take note of it. now_s: of the tick, None for one that was just changed."""
         if not entity.growing:  # a final state is never delayed
             self.pending.discard(entity.id)
             self._shown.pop(entity.id, None)
             self._fed.pop(entity.id, None)
             return True
         known = self._shown.get(entity.id)
-        if known is not None and not tick:
+        if known is not None and now_s is None:
             return False  # shown not long ago: the next tick is soon enough (trailing edge)
-        budget = known[0] if known is not None else _Budget()
+        budget = known[0] if known is not None else Budget()
         size = self._size(entity)
-        if not budget.allows(size):
+        if not (budget.allows(size) if now_s is None else budget.due(size, now_s)):
             return False
-        budget.spent += size
+        budget.spend(size)
         self._shown[entity.id] = (budget, entity.version)
         self.pending.discard(entity.id)
         return True
@@ -282,9 +306,31 @@ class ConversationTimeline:
         """About how many bytes an upsert or a save of a growing entity costs."""
         return entity.grown_bytes + self._fed.get(entity.id, 0) + ENTITY_OVERHEAD_BYTES
 
-    def due(self) -> list[Entity]:
-        """Return the pending entities whose budget allows showing them now. Called by the shared upsert tick."""
-        return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], tick=True)]
+    def due(self, now_s: float) -> list[Entity]:
+        """Return the pending entities that may be shown now, or waited long enough. Called by the shared upsert tick.
+
+        now_s: monotonic.
+        """
+        return [entity for id in list(self.pending) if self._may_show(entity := self._entities[id], now_s=now_s)]
+
+    def next_due_s(self, now_s: float) -> float | None:
+        """Return when there is something to show or save though nothing more is folded; None if nothing waits."""
+        if self._dead or self._folded >= REFOLD_MAX:
+            return now_s
+        due_s = [self._shown[id][0].due_s(now_s) if id in self._shown else now_s for id in self.pending]
+        for id, unsaved in self._unsaved.items():
+            if unsaved.first_seq:
+                due_s.append(unsaved.budget.due_s(now_s) if self._entities[id].growing else now_s)
+        return min(due_s, default=None)
+
+    def shown_version(self, entity: Entity) -> int | None:
+        """Return up to which version a growing entity was shown to those who were there; None: nothing of it is held back."""
+        known = self._shown.get(entity.id) if entity.growing else None
+        return known[1] if known is not None else None
+
+    def entity(self, id: str) -> Entity | None:
+        """Return an entity if memory has it."""
+        return self._entities.get(id)
 
     @property
     def shown_floor(self) -> int:
@@ -301,6 +347,18 @@ class ConversationTimeline:
         found = [entity for entity in self._entities.values() if entity.version > version]
         return sorted(found, key=lambda entity: entity.position)
 
+    def growing_since(self, version: int) -> list[Entity]:
+        """Return the growing entities newer than `version`, by position: memory has all of them that change."""
+        found = [entity for entity in self._entities.values() if entity.growing and entity.version > version]
+        return sorted(found, key=lambda entity: entity.position)
+
+    def growing_up_to(self, version: int) -> list[Entity]:
+        """Return the entities in memory that still grow and did not change after `version`.
+
+        Whoever was there at `version` may not have been shown them as they are: they may have been held back then.
+        """
+        return [entity for entity in self._entities.values() if entity.growing and entity.version <= version]
+
     def changed_by(self, handler: TimelineHandler, envelope: Envelope) -> list[Entity]:
         """Return the entities that folding `envelope`, just now, changed."""
         try:
@@ -310,6 +368,10 @@ class ConversationTimeline:
         return [
             self._entities[id] for id in keys if id in self._entities and self._entities[id].version == envelope.seq
         ]
+
+    def has(self, id: str) -> bool:
+        """Say whether an entity is in memory."""
+        return id in self._entities
 
     def live(self) -> dict[str, Entity]:
         """Return the entities in memory by id: with the store's, the whole state at `position`."""
@@ -325,10 +387,10 @@ class ConversationTimeline:
             or any(unsaved.first_seq for unsaved in self._unsaved.values())
         )
 
-    def take_save(self, *, everything: bool = False) -> TimelineSave | None:
+    def take_save(self, now_s: float, *, everything: bool = False) -> TimelineSave | None:
         """Return what should be saved now, None if nothing. Confirm with `saved` once it is durable.
 
-        everything: also what still grows, whatever its budget (eviction, shutdown, retention).
+        now_s: monotonic. everything: also what still grows, whatever its budget (eviction, shutdown, retention).
         """
         if self.readers and not everything:
             return None
@@ -340,13 +402,13 @@ class ConversationTimeline:
                 continue
             entity = self._entities[id]
             size = self._size(entity)
-            if everything or not entity.growing or unsaved.budget.allows(size):
+            if everything or not entity.growing or unsaved.budget.due(size, now_s):
                 entities.append(entity)
             else:
                 waiting.append(unsaved.first_seq)
                 waiting_bytes += size
         if waiting and self._folded >= max(REFOLD_MAX, waiting_bytes // REFOLD_BYTES):
-            return self.take_save(everything=True)
+            return self.take_save(now_s, everything=True)
         if waiting and self._linked_seq > self._cursor:
             # A fold read one entity to change another. Folded again over a newer state of the one, it would change the
             # other to something else: the stored entities have to be of one moment, so all of them wait.
@@ -362,12 +424,12 @@ class ConversationTimeline:
         return TimelineSave(self.conv_id, entities, cursor, letters, self.epoch, self._forgotten)
 
     def saved(self, save: TimelineSave) -> None:
-        """Take note that `save` is durable, and forget finished entities that are safe in the store."""
+        """Note that `save` is durable, and forget finished entities that are safe in the store."""
         for entity in save.entities:
             unsaved = self._unsaved.get(entity.id)
             if unsaved is None:
                 continue
-            unsaved.budget.spent += self._size(entity)
+            unsaved.budget.spend(self._size(entity))
             current = self._entities[entity.id]
             if current.version != entity.version:
                 # Changed while it was being saved: the stored one lacks what came after that version.
@@ -376,6 +438,7 @@ class ConversationTimeline:
                 unsaved.first_seq = 0
             else:
                 del self._unsaved[entity.id]
+                self._weigh(entity.id)
         for letter in save.dead_letters:  # not the first so many: another save of them may have been under way too
             self._dead.pop(letter.seq, None)
         self._forgotten = max(0, self._forgotten - save.forgotten)
@@ -384,16 +447,36 @@ class ConversationTimeline:
             self._folded = 0
         self._shrink()
 
+    def _weigh(self, id: str) -> None:
+        """Note what keeping an entity costs that the store has as well. Once per finished entity, so linear (I16)."""
+        if id not in self._unsaved:
+            self._weights[id] = len(self._entities[id].props_json())
+
     def _shrink(self) -> None:
         if len(self._absent) > CACHED_ENTITIES:
             self._absent.clear()
         surplus = len(self._entities) - CACHED_ENTITIES
-        if surplus <= 0:
+        surplus_bytes = sum(self._weights.values()) - CACHED_BYTES
+        if surplus <= 0 and surplus_bytes <= 0:
             return
-        for id in [id for id in self._entities if id not in self._unsaved and id not in self.pending][:surplus]:
+        for id in [id for id in self._entities if id not in self._unsaved and id not in self.pending]:
+            if surplus <= 0 and surplus_bytes <= 0:
+                return
             entity = self._entities.pop(id)
+            surplus -= 1
+            surplus_bytes -= self._weights.pop(id, 0)
             self._cache_floor = max(self._cache_floor, entity.version)
             self.complete = False
+
+
+def _told(error: Exception) -> str:
+    """Return what an exception says as a store can keep it, however badly it is made."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "its text cannot be read"
+    text = f"{type(error).__name__}: {said[:DEAD_LETTER_ERROR_CHARS]}"
+    return text.encode("utf-8", "backslashreplace").decode()[:DEAD_LETTER_ERROR_CHARS]
 
 
 def _sources(

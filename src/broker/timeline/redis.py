@@ -20,15 +20,18 @@ from typing import Any
 import orjson
 
 from broker.envelope import topic
+from broker.pauses import Pauses
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
 from broker.timeline.sources import sources_from, sources_text
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
+_LOOKED_AT = 256
+"""Entities that one call for a page looks at, or `limit` up to four times as many: Redis serves nobody else meanwhile."""
 
 # KEYS entities, by-position, by-version, cursor, dead, log, stream. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
 # count of dead letters, forgotten ones, dead letters kept, then (seq, JSON) of each, then per entity: id, version,
@@ -97,32 +100,52 @@ return 1
 """
 )
 
-# KEYS entities, by-position, by-version. ARGV: after position, since version, limit. Reply: id, value, id, value, …
-# Who asks for what is newer than a version gets few of many entities: found by version, sorted by the caller.
+# KEYS entities, by-position, by-version. ARGV: after position, since version, upto version, limit, max_bytes, how many
+# entities to look at, where to go on ('' at first). Reply: where to go on ('' when nothing more is to be looked at), whether
+# more follow, then id, value, id, value, …
+# What is newer than a version is mostly few of many: found by version, then, and sorted. If it is more than is looked at in
+# one call, the timeline is gone through by position, a part per call.
 PAGE = Script(
     """
-local after, since, limit = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local out = {}
-if since > after then
-  for _, member in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', '+')) do
-    local id = string.sub(member, 21)
-    local value = redis.call('HGET', KEYS[1], id)
-    if value and string.sub(value, 21, 39) > after then out[#out + 1] = id out[#out + 1] = value end
-  end
-  return out
+local after, since, upto = ARGV[1], ARGV[2], ARGV[3]
+local limit, max_bytes, most, from = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local out, size = {'', 0}, 0
+local to = '[' .. upto .. '\\255'
+local function take(id, value)
+  if #out >= 2 * limit + 2 or size >= max_bytes then out[2] = 1 return false end
+  out[#out + 1] = id out[#out + 1] = value
+  size = size + #value
+  return true
 end
-local from, ask = '(' .. after .. '\\255', math.min(limit, 256)
-while #out < 2 * limit do
-  local members = redis.call('ZRANGEBYLEX', KEYS[2], from, '+', 'LIMIT', 0, ask)
-  for _, member in ipairs(members) do
-    local id = string.sub(member, 21)
-    local value = redis.call('HGET', KEYS[1], id)
-    if #out < 2 * limit and value and string.sub(value, 1, 19) > since then out[#out + 1] = id out[#out + 1] = value end
+if from == '' and since > after then
+  local newer = redis.call('ZRANGEBYLEX', KEYS[3], '(' .. since .. '\\255', to, 'LIMIT', 0, most + 1)
+  if #newer <= most then
+    local found = {}
+    for _, member in ipairs(newer) do
+      local id = string.sub(member, 21)
+      local value = redis.call('HGET', KEYS[1], id)
+      local position = value and string.sub(value, 21, 39)
+      if position and position > after then found[#found + 1] = position .. ' ' .. id end
+    end
+    table.sort(found)
+    for _, member in ipairs(found) do
+      local id = string.sub(member, 21)
+      if not take(id, redis.call('HGET', KEYS[1], id)) then break end
+    end
+    return out
   end
-  if #members < ask then break end
-  from = '(' .. members[#members]
 end
+local members = redis.call('ZRANGEBYLEX', KEYS[2], from == '' and '(' .. after .. '\\255' or from, to, 'LIMIT', 0, most)
+for _, member in ipairs(members) do
+  local id = string.sub(member, 21)
+  local value = redis.call('HGET', KEYS[1], id)
+  local version = value and string.sub(value, 1, 19)
+  if version and version > since and version <= upto and not take(id, value) then return out end
+end
+if #members == most then out[1] = '(' .. members[#members] end
 return out
+  end
+end
 """,
     reads=True,
 )
@@ -149,7 +172,9 @@ class RedisTimelineStore:
 
     async def save(self, saves: Sequence[TimelineSave]) -> None:
         if saves:
-            await self._connection.all([command for save in saves for command in _save_commands(save)], lane="append")
+            pauses = Pauses()
+            commands = [command for save in saves for command in await _save_commands(save, pauses)]
+            await self._connection.all(commands, lane="append")
 
     async def cursor(self, conv_id: str) -> int:
         return int(await self._connection.one(("GET", _keys(conv_id)[3])) or 0)
@@ -161,14 +186,30 @@ class RedisTimelineStore:
         return {id: _entity(id, value) for id, value in zip(ids, values, strict=True) if value is not None}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        found = await self._connection.one(
-            PAGE.command(_keys(conv_id)[:3], (_digits(after_position), _digits(since_version), limit))
-        )
-        entities = [_entity(id.decode(), value) for id, value in zip(found[::2], found[1::2], strict=True)]
-        entities.sort(key=lambda entity: (entity.position, entity.id))
-        return entities[:limit]
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
+        bounds = [_digits(seq) for seq in (after_position, since_version, upto_version)]
+        most = max(_LOOKED_AT, min(limit, 4 * _LOOKED_AT))
+        found: dict[str, Entity] = {}
+        begin: bytes | str = ""
+        while True:
+            arguments = (*bounds, limit - len(found), max_bytes, most, begin)
+            begin, more, *pairs = await self._connection.one(PAGE.command(_keys(conv_id)[:3], arguments))
+            for id, value in zip(pairs[::2], pairs[1::2], strict=True):
+                # Another node may have moved one between two calls: then it comes twice.
+                found[id.decode()] = _entity(id.decode(), value)
+                max_bytes -= len(value)
+            if more or not begin:
+                break
+        entities = sorted(found.values(), key=lambda entity: (entity.position, entity.id))
+        return StoredEntities(entities, more=bool(more))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         found = await self._connection.one(("HGETALL", _keys(conv_id)[4]))
@@ -197,7 +238,7 @@ def _digits(seq: int) -> str:
     return f"{min(seq, MAX_SEQ):019d}"
 
 
-def _save_commands(save: TimelineSave) -> list[Command]:
+async def _save_commands(save: TimelineSave, pauses: Pauses) -> list[Command]:
     """Return the scripts of a save. The cursor goes with the last one: what it covers is stored when it is."""
     newest = max([save.cursor, *(entity.version for entity in save.entities)])
     commands: list[Command] = []
@@ -212,7 +253,9 @@ def _save_commands(save: TimelineSave) -> list[Command]:
         for letter in save.dead_letters if last else ():
             arguments += (letter.seq, orjson.dumps([letter.type, letter.error]))
         for entity in part:
-            arguments += (entity.id, _digits(entity.version), _digits(entity.position), _value(entity))
+            value = _value(entity)
+            arguments += (entity.id, _digits(entity.version), _digits(entity.position), value)
+            await pauses.after(len(value))
         commands.append(SAVE.command(_keys(save.conv_id), arguments))
     return commands
 

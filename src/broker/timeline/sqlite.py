@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import orjson
 
+from broker.pauses import Pauses
+from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
 from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
 from broker.timeline.sources import sources_from, sources_text
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave
+from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
 from broker.timeline.text import Text
 
 _TABLES = (
@@ -65,13 +67,27 @@ _GET = f"""
 SELECT json_group_array(json_array({_COLUMNS})) FROM entity
 WHERE {_TIMELINE.format("?")} AND id IN {{ids}}
 """
+# An entity's position is not above its version. Sizes first (SQLite knows a BLOB's length without reading it), then only
+# what fits into the page.
 _PAGE = f"""
-SELECT json_group_array(json_array({_COLUMNS})) FROM (
-    SELECT * FROM entity INDEXED BY {{index}}
-    WHERE {_THIS} AND position > :after AND version > :since ORDER BY position, id LIMIT :limit)
+WITH found AS MATERIALIZED (
+    SELECT rowid AS row, position, id, length(props) AS size FROM entity INDEXED BY {{index}}
+    WHERE {_THIS} AND position > :after AND position <= :upto AND version > :since AND version <= :upto
+    ORDER BY position, id LIMIT :limit + 1),
+summed AS (
+    SELECT row, sum(size) OVER (ORDER BY position, id ROWS UNBOUNDED PRECEDING) - size AS before,
+        row_number() OVER (ORDER BY position, id) AS place FROM found)
+SELECT json_group_array(json_array({_COLUMNS})), (SELECT count(*) FROM found) > count(*) FROM summed
+JOIN entity ON entity.rowid = summed.row WHERE place <= :limit AND before < :max_bytes
 """
 _PAGE_BY_POSITION = _PAGE.format(index="entity_by_position")
-# Who asks for what is newer than a version gets few of many entities: find them by version, then sort.
+# What is newer than a version is mostly few of many entities: found by version, then, and sorted. All of them are read for
+# that, so where they are more than some pages they are found by position.
+_FEW_PAGES = 4
+_FEW_NEWER = f"""
+SELECT count(*) <= :most FROM (
+    SELECT 1 FROM entity INDEXED BY entity_by_version WHERE {_THIS} AND version > :since LIMIT :most + 1)
+"""
 _PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
 
 
@@ -131,9 +147,13 @@ class SqliteTimelineStore:
     async def save(self, saves: Sequence[TimelineSave]) -> None:
         parts: list[_Part] = []
         size = 0
+        pauses = Pauses()
         for save in saves:
-            rows = [_row(entity) for entity in save.entities]
-            size += sum(len(row[-1]) for row in rows)
+            rows = []
+            for entity in save.entities:
+                rows.append(row := _row(entity))
+                size += len(row[-1])
+                await pauses.after(len(row[-1]))
             letters = [(letter.seq, letter.type, letter.error) for letter in save.dead_letters]
             size += sum(len(row[-1]) for row in letters)
             parts.append((save.conv_id, save.cursor, rows, letters, save.forgotten))
@@ -141,11 +161,8 @@ class SqliteTimelineStore:
             await self._database.submit(_Save(self._saves, parts, size))
 
     async def cursor(self, conv_id: str) -> int:
-        def cursor(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(cursor)
+        rows = await self._database.fetch("SELECT cursor FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def get(self, conv_id: str, ids: Sequence[str]) -> dict[str, Entity]:
         if not ids:
@@ -160,31 +177,39 @@ class SqliteTimelineStore:
         return {entity.id: entity for text in await self._database.read(rows) for entity in _entities(text)}
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        statement = _PAGE_BY_VERSION if since_version > after_position else _PAGE_BY_POSITION
-        parameters = {"conv_id": conv_id, "after": after_position, "since": since_version, "limit": limit}
-        rows = await self._database.read(lambda connection: connection.execute(statement, parameters).fetchone()[0])
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
+        parameters = {
+            "conv_id": conv_id, "after": after_position, "since": since_version, "upto": upto_version, "limit": limit,
+            "max_bytes": max_bytes,
+        }  # fmt: skip
+        statement = _PAGE_BY_POSITION
+        if since_version > after_position:
+            few = {"conv_id": conv_id, "since": since_version, "most": _FEW_PAGES * limit}
+            if await self._database.fetch(_FEW_NEWER, few) == [(1,)]:
+                statement = _PAGE_BY_VERSION
+        ((rows, more),) = await self._database.fetch(statement, parameters)
         entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
-        return entities
+        return StoredEntities(entities, more=bool(more))
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
-        def letters(connection: sqlite3.Connection) -> list[DeadLetter]:
-            rows = connection.execute(
-                f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
-                {"conv_id": conv_id, "limit": limit},
-            )
-            return [DeadLetter(conv_id, *row) for row in rows]
-
-        return await self._database.read(letters)
+        rows = await self._database.fetch(
+            f"SELECT seq, type, error FROM dead_letter WHERE {_THIS} ORDER BY seq LIMIT :limit",
+            {"conv_id": conv_id, "limit": limit},
+        )
+        return [DeadLetter(conv_id, *row) for row in rows]
 
     async def dead_letters_forgotten(self, conv_id: str) -> int:
-        def forgotten(connection: sqlite3.Connection) -> int:
-            row = connection.execute("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,)).fetchone()
-            return row[0] if row is not None else 0
-
-        return await self._database.read(forgotten)
+        rows = await self._database.fetch("SELECT forgotten FROM timeline WHERE conv_id = ?", (conv_id,))
+        return rows[0][0] if rows else 0
 
     async def erase(self, conv_id: str) -> None:
         def erase(connection: sqlite3.Connection) -> None:

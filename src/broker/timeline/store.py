@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
+
+PAGE_BYTES = 1_048_576
+"""About how many bytes of props one page of entities has: what a reader holds of a timeline, however large it is."""
 
 DEAD_LETTERS_KEPT = 1000
 """Newest dead letters kept per conversation; older ones are counted only. About 2 KB each at most."""
@@ -42,6 +46,16 @@ class TimelineSave:
     forgotten: int = 0
 
 
+class StoredEntities(list[Entity]):
+    """A page of entities as a store has them. more: others that were asked for follow the last one."""
+
+    more: bool
+
+    def __init__(self, entities: Sequence[Entity] = (), *, more: bool = False) -> None:
+        super().__init__(entities)
+        self.more = more
+
+
 class TimelineStore(Protocol):
     """Versioned entities per conversation. A save is all or nothing and durable when it returns."""
 
@@ -67,9 +81,19 @@ class TimelineStore(Protocol):
         ...
 
     async def page(
-        self, conv_id: str, *, after_position: int = 0, since_version: int = 0, limit: int = 1000
-    ) -> list[Entity]:
-        """Return entities with position > after_position and version > since_version, by position, at most `limit`."""
+        self,
+        conv_id: str,
+        *,
+        after_position: int = 0,
+        since_version: int = 0,
+        upto_version: int = MAX_SEQ,
+        limit: int = 1000,
+        max_bytes: int = PAGE_BYTES,
+    ) -> StoredEntities:
+        """Return entities with position > after_position and since_version < version <= upto_version, by position.
+
+        At most `limit` of them; none follows once those before it have `max_bytes` of props or more.
+        """
         ...
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
@@ -86,15 +110,33 @@ class TimelineStore(Protocol):
 
 
 async def stored_page(
-    store: TimelineStore, conv_id: str, *, since_version: int = 0, after_position: int = 0, limit: int = 1000
+    store: TimelineStore,
+    conv_id: str,
+    *,
+    since_version: int = 0,
+    upto_version: int = MAX_SEQ,
+    after_position: int = 0,
+    limit: int = 1000,
+    max_bytes: int = PAGE_BYTES,
 ) -> tuple[list[Entity], int | None]:
-    """Return about `limit` stored entities, all of each position, and the last one's position if more may follow."""
+    """Return a page of stored entities, all of each position, and the last one's position if more may follow.
+
+    limit, max_bytes: as `TimelineStore.page` has them; entities that share the first position are more where they have to.
+    """
     while True:
-        stored = await store.page(conv_id, after_position=after_position, since_version=since_version, limit=limit + 1)
-        if len(stored) <= limit:
+        stored = await store.page(
+            conv_id,
+            after_position=after_position,
+            since_version=since_version,
+            upto_version=upto_version,
+            limit=limit + 1,
+            max_bytes=max_bytes,
+        )
+        if not stored.more and len(stored) <= limit:
             return stored, None
         cut = stored[-1].position  # of which there may be more
         whole = [entity for entity in stored if entity.position < cut]
         if whole:
             return whole, whole[-1].position
         limit *= 2
+        max_bytes *= 2

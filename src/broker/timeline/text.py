@@ -8,17 +8,21 @@ from __future__ import annotations
 
 
 class Text:
-    """An immutable text. `append` returns a longer one and leaves this one as it was."""
+    """An immutable text. `append` returns a longer one and leaves this one as it was.
+
+    Both raise UnicodeEncodeError for half a surrogate pair, which nothing can carry: the piece is lost then, not the text.
+    """
 
     __slots__ = ("_count", "_pieces", "size")
 
     def __init__(self, text: str = "") -> None:
         self._pieces: list[str] = [text] if text else []
         self._count = len(self._pieces)
-        self.size = len(text.encode("utf-8", "surrogatepass"))
+        self.size = len(text.encode())
 
     def append(self, piece: str) -> Text:
         """Return this text followed by `piece`."""
+        size = self.size + len(piece.encode())
         longer = Text.__new__(Text)
         # The shared list may be extended only by the text that ends where the list ends; any other (an older version
         # folded again) gets its own copy.
@@ -26,7 +30,7 @@ class Text:
         pieces.append(piece)
         longer._pieces = pieces
         longer._count = len(pieces)
-        longer.size = self.size + len(piece.encode("utf-8", "surrogatepass"))
+        longer.size = size
         return longer
 
     def __str__(self) -> str:

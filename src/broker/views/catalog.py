@@ -1,4 +1,4 @@
-"""What exists on this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
+"""The catalogue of this server: channels, event types, profiles, timeline handlers; built-in and declared by plugins."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
-import orjson
-
 from broker.channels import Channel, EventType
-from broker.envelope import SEM, Envelope, check_channel_name, check_event_type
-from broker.errors import InvalidInput, PluginError, UnknownChannel, UnknownProfile, quoted
+from broker.envelope import SEM, Draft, check_channel_name, check_event_type
+from broker.errors import BrokerError, InvalidInput, PluginError, UnknownChannel, UnknownProfile
 from broker.event_types import BUILTIN_CHANNELS, BUILTIN_EVENT_TYPES, BUILTIN_PROFILES
 from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.timeline.builtin import BUILTIN_HANDLERS
-from broker.timeline.entity import Entity
-from broker.timeline.handlers import Fold, TimelineHandler
+from broker.timeline.checked import checked
+from broker.timeline.handlers import TimelineHandler
 from broker.timeline.projector import DEBUG_CHANNELS
-from broker.timeline.text import Text
+from broker.views.draft_checks import DraftChecks
 
 T = TypeVar("T")
-_PLAIN_JSON = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
 BUILTIN = "built-in"
 
 
@@ -54,6 +51,9 @@ class Catalog:
             name for name, one in self.channels.items() if one.kind == "event" and not name.startswith(DEBUG_CHANNELS)
         )
         """Event channels whose envelopes are folded into the timeline."""
+        self.drafts = DraftChecks(self.event_types)
+        plugins.check_further("classify", self._classified)
+        plugins.check_further("check_draft", self._changed_draft)
         self.switched_on: set[str] = set()
         self._on_by_setting = frozenset(debug_channels_on)
         for name in self._on_by_setting:
@@ -64,7 +64,10 @@ class Catalog:
         collected = [(BUILTIN, list(builtin)), *self._plugins.call_collect(hook)]
         for plugin, items in collected:
             for item in items:
-                name = name_of(item)
+                try:
+                    name = name_of(item)
+                except BrokerError as exc:
+                    raise PluginError(f"plugin {plugin!r}, hook {hook}: {exc}", plugin=plugin, hook=hook) from exc
                 if name in target:
                     raise PluginError(
                         f"plugin {plugin!r}, hook {hook}: {name!r} is already registered by {owners[name]!r}; "
@@ -79,7 +82,8 @@ class Catalog:
     def _guarded(self, plugin: str, hook: str, item: T) -> T:
         """Return the item as it counts here, its callables wrapped so that what they raise is the plugin's."""
         if isinstance(item, TimelineHandler):
-            return cast("T", replace(item, fold=self._plugins.guard(plugin, hook, checked_fold(item))))
+            handler = checked(item)
+            return cast("T", replace(handler, fold=self._plugins.guard(plugin, hook, handler.fold)))
         if isinstance(item, Channel) and item.permission is None and item.name.startswith(DEBUG_CHANNELS):
             return cast("T", replace(item, permission="debug"))  # denied by default (I14)
         if isinstance(item, EventType) and item.merge is not None:
@@ -122,7 +126,7 @@ class Catalog:
     def channel_of(self, event_type: str) -> str:
         """Return the channel of an event type: its declaration, else the first `classify` answer, else `sem`.
 
-        Asked once per type, then remembered until `forget`. Raises UnknownChannel when a plugin names one that does not exist.
+        Asked once per type, then remembered until `forget`. Raises PluginError when a plugin names one that does not exist.
         """
         found = self._channel_by_type.get(event_type)
         if found is None:
@@ -133,6 +137,19 @@ class Catalog:
                 self._channel_by_type.clear()
             self._channel_by_type[event_type] = found
         return found
+
+    def _classified(self, name: str) -> str:
+        """Check an answer of `classify`. Raises UnknownChannel, InvalidInput for a channel that nobody can publish to."""
+        if self.channel(name).kind == "state":
+            raise InvalidInput(f"channel {name!r} is derived state: nobody can publish to it", channel=name)
+        return name
+
+    def _changed_draft(self, draft: Draft) -> Draft:
+        """Check an answer of `check_draft`. Raises InvalidDraft, UnknownChannel for what nobody could publish."""
+        self.drafts.check(draft)
+        if draft.channel is not None:
+            self._classified(draft.channel)
+        return draft
 
     def is_on(self, channel: Channel) -> bool:
         """Say whether envelopes of this channel are published at present."""
@@ -162,32 +179,3 @@ class Catalog:
                 self.switch(name, on=wanted)
                 changed.append((name, wanted))
         return changed
-
-
-def checked_fold(handler: TimelineHandler) -> Fold:
-    """Return the handler's fold, raising PluginError for a result that could neither be shown nor saved.
-
-    Only its own envelope is lost then. Further on, what cannot be written would keep everything else from being written.
-    """
-    fold, keys = handler.fold, handler.keys
-
-    def checked(entities: Mapping[str, Entity], envelope: Envelope) -> list[Entity]:
-        changed = list(fold(entities, envelope))
-        named = keys(envelope)
-        for entity in changed:
-            if not isinstance(entity, Entity):
-                raise PluginError(f"fold of {envelope.type} returned {quoted(entity)}: entities are required")
-            if entity.id not in named:
-                raise PluginError(
-                    f"fold of {envelope.type} returned the entity {quoted(entity.id)}, which its keys do not name"
-                )
-            settled = {name: value for name, value in entity.props.items() if not isinstance(value, Text)}
-            try:
-                orjson.dumps([[[[settled]]]], option=_PLAIN_JSON)  # with room for the upsert around it
-            except TypeError as exc:
-                raise PluginError(
-                    f"fold of {envelope.type} returned an entity whose props are not plain JSON: {exc}"
-                ) from exc
-        return changed
-
-    return checked

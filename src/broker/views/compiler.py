@@ -6,6 +6,7 @@ import hashlib
 
 import orjson
 
+from broker.envelope import TIMELINE
 from broker.errors import InvalidInput, PermissionDenied, quoted
 from broker.plugins import PluginHost
 from broker.profiles import Profile
@@ -143,14 +144,17 @@ class ViewCompiler:
         if filters or transforms:
             look += [profile.name, profile.options, plugins]
         about = [profile.name, profile.slow, profile.options, sorted(events), profile.event_types, *plugins]
+        # What names the view to operators; one that fails in it is taken out of it alone.
+        scope = f"{profile.name} ({', '.join(sorted(events | ({TIMELINE} if state else set())))})"
+        guard = self._plugins.guard
         return View(
             key=_digest([*about, look if state else None]),
             profile=profile,
             channels=events,
             shows_state=state,
             slow=profile.slow,
-            filters=tuple(self._plugins.guard(name, "build_filter", fn) for name, fn in filters),
-            transforms=tuple(self._plugins.guard(name, "build_transform", fn) for name, fn in transforms),
+            filters=tuple(guard(name, "build_filter", fn, scope=scope) for name, fn in filters),
+            transforms=tuple(guard(name, "build_transform", fn, scope=scope) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
             own_filters=tuple(fn for _, fn in filters),
             own_transforms=tuple(fn for _, fn in transforms),

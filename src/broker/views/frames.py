@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -76,11 +76,15 @@ def reset_message(reason: str, *, epoch: str, oldest_seq: int, start: int, conne
     return control_message("ws.reset", data, connection_id)
 
 
-def state_messages(conv_id: str, view: View, entities: Sequence[Entity]) -> list[Message]:
-    """Return the upserts of `entities` as this view shows them; none where it has no state."""
+def state_messages(conv_id: str, view: View, entities: Iterable[Entity]) -> Iterator[Message]:
+    """Yield the upserts of `entities` as this view shows them, each made when it is asked for; none where it has no state."""
     if not view.shows_state:
-        return []
-    return shown_upserts(view, upserts_of(conv_id, entities))
+        return
+    for entity in entities:
+        upsert = Upsert(conv_id, entity)
+        shown = view.show_state(upsert)
+        if shown is not None:
+            yield Message(state_frame(shown))
 
 
 def upserts_of(conv_id: str, entities: Sequence[Entity]) -> list[tuple[Upsert, Message]]:

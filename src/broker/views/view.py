@@ -108,6 +108,9 @@ class View:
             envelope.seq = seq  # it may have been changed in place: the other views still show this envelope
             logger.error("view %s: a transform changed seq %s; withheld", self.profile.name, seq)
             return None
+        if not _can_be_framed(shaped):
+            logger.error("view %s: a transform made seq %s unusable; withheld", self.profile.name, seq)
+            return None
         return shaped
 
     def show(self, envelope: Envelope) -> Envelope | None:
@@ -284,3 +287,16 @@ def _entity_in(upsert: Envelope, entity: Entity) -> Entity:
         return upsert.entity
     wire = upsert.data["entity"]
     return replace(entity, id=wire["id"], kind=wire["kind"], props=wire["props"])
+
+
+def _can_be_framed(envelope: Envelope) -> bool:
+    """Say whether what a transform returned has the types of which a frame can be made."""
+    try:
+        return (
+            envelope.type.isascii()
+            and envelope.channel.isascii()
+            and (envelope.id.isascii() or bool(envelope.id.encode()))
+            and isinstance(envelope.data_json, bytes)
+        )
+    except (AttributeError, UnicodeEncodeError):
+        return False

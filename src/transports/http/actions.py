@@ -1,4 +1,4 @@
-"""What clients do with a conversation: act on its runs, read its state, erase it.
+"""Routes for a conversation: act on its runs, read its state, erase it.
 
 Every action answers with the whole state, so that a client never has to work out what its action led to.
 """
@@ -18,7 +18,8 @@ from broker.api import ActionResult
 from broker.api.prompts import Acting
 from broker.envelope import check_conv_id
 from broker.errors import LimitExceeded
-from transports.http.answers import json_response
+from broker.token_bucket import TokenBucket
+from transports.http.answers import json_response, json_unless_known
 from transports.http.body import Body, json_body
 from transports.http.caller import PROBLEMS, Api, idempotency_key
 from transports.http.chat import send_answer
@@ -71,19 +72,18 @@ class PollLimit:
         self._interval_s = interval_s
         self._burst = burst
         self._now = now
-        self._callers: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+        self._callers: OrderedDict[tuple[str, str], TokenBucket] = OrderedDict()
 
     def take(self, subject: str, conv_id: str) -> None:
         """Count one request. Raises LimitExceeded when they come too fast."""
         if not self._interval_s:
             return
-        now = self._now()
-        left, seen_s = self._callers.pop((subject, conv_id), (float(self._burst), now))
-        left = min(self._burst, left + (now - seen_s) / self._interval_s)
-        self._callers[subject, conv_id] = (max(left - 1.0, 0.0) if left >= 1.0 else left, now)
+        now_s = self._now()
+        bucket = self._callers.pop((subject, conv_id), None) or TokenBucket(self._burst, self._interval_s, now_s)
+        self._callers[subject, conv_id] = bucket
         if len(self._callers) > _MAX_CALLERS:
             self._callers.popitem(last=False)
-        if left < 1.0:
+        if not bucket.take(now_s):
             raise LimitExceeded(
                 f"the state of {conv_id} is asked for more often than every {self._interval_s} s: ask less often, or "
                 "follow the conversation over /ws or /sse and be told",
@@ -157,11 +157,7 @@ def actions_router(api: Api) -> APIRouter:
         principal = await api.caller(request)
         polls.take(principal.subject, check_conv_id(conv_id))
         found, etag = await prompts.state(principal, conv_id)
-        headers = {"etag": etag, "cache-control": "private, no-cache"}
-        offered = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-        if etag in offered or "*" in offered:
-            return Response(status_code=304, headers=headers)
-        return json_response(found, headers=headers)
+        return json_unless_known(request, found, etag)
 
     @router.delete("", status_code=204)
     async def erase(request: Request, conv_id: ConvId) -> Response:

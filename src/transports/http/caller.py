@@ -1,4 +1,4 @@
-"""Who is asking: credentials of a request, and the context that every room's router is made with."""
+"""The caller of a request: its credentials, and the context with which every router is made."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Api:
                 raise Unavailable(f"the broker cannot start yet: {phase.start_problem}")
             raise Unavailable(
                 "the broker is not started (yet); if this app is mounted in another one, that one has to start it: "
-                "FastAPI(lifespan=lifespan_of(app))"
+                "FastAPI(lifespan=lifespan_of(app)); a server that sends no lifespan events (Daphne) gets "
+                "transports.on_demand.StartedOnDemand(app)"
             )
         return await self.doors.access.authenticate(credentials_of(connection))
 

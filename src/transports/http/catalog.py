@@ -1,4 +1,4 @@
-"""What this server offers the caller: profiles, channels, engine profiles, plugins."""
+"""Routes for the server's offers: profiles, channels, engine profiles, plugins."""
 
 from __future__ import annotations
 

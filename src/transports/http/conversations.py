@@ -82,7 +82,7 @@ def conversations_router(api: Api) -> APIRouter:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in _JSONL_TYPES:
             raise HttpProblem(415, "not-jsonl", f"content type {content_type!r} is not supported: send {JSONL}")
-        body = await read_body(request, api.settings.max_import_bytes)
+        body = await read_body(request, api.settings.max_import_bytes, "BROKER_MAX_IMPORT_BYTES")
         return _created(await library.import_(principal, body, new_id=conv_id))
 
     @router.get("/{conv_id}")

@@ -1,4 +1,4 @@
-"""What operators look at: open conversations, connections, plugins, turns. Only with the `debug` permission."""
+"""Operators' routes: open conversations, connections, plugins, turns. Each needs the permission `debug`."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def debug_router(api: Api) -> APIRouter:
 
     @router.get("/turns/{turn_id}")
     async def turn(request: Request, turn_id: str, conv_id: str) -> Response:
-        """Return one recorded turn with its content: what a `turn.snapshot` event refers to."""
+        """Return one recorded turn with its content."""
         asking = await operator(request, conv_id)
         return json_response(_turn(await asking.turn(turn_id)))
 

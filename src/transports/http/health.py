@@ -25,10 +25,15 @@ def health_router(api: Api) -> APIRouter:
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {"description": "not ready; the body names the failed checks"}})
     async def readiness() -> Response:
-        """Answer 200 when new clients can be served, else 503 with what is wrong by check."""
+        """Answer 200 when new clients can be served, else 503 with what is wrong by check.
+
+        In both cases with `details` where there is something that an operator should see to.
+        """
         wrong = await api.doors.readiness()
+        remarks = api.doors.remarks()
+        details = {"details": remarks} if remarks else {}
         if wrong:
-            return json_response({"status": "not ready", "checks": wrong}, 503, {"retry-after": "2"})
-        return json_response({"status": "ready"})
+            return json_response({"status": "not ready", "checks": wrong, **details}, 503, {"retry-after": "2"})
+        return json_response({"status": "ready", **details})
 
     return router

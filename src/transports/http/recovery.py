@@ -15,7 +15,7 @@ from broker.api import SubscribeRequest
 from broker.envelope import check_conv_id
 from broker.errors import LimitExceeded
 from broker.sequence import parse_seq
-from transports.http.answers import raw_json
+from transports.http.answers import PIECE_BYTES, raw_json, stream_json
 from transports.http.caller import PROBLEMS, Api
 
 T = TypeVar("T")
@@ -76,7 +76,9 @@ def recovery_router(api: Api) -> APIRouter:
                 "more": page.more,
             }
         )
-        return raw_json(head[:-1] + b',"frames":[' + b",".join(page.frames) + b"]}")
+        if page.rest is None and sum(map(len, page.frames)) <= PIECE_BYTES:
+            return raw_json(head[:-1] + b',"frames":[' + b",".join(page.frames) + b"]}")
+        return stream_json(head, "frames", page.frames, page.rest)
 
     return router
 

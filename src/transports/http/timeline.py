@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from broker.envelope import check_conv_id
 from broker.sequence import parse_seq
-from transports.http.answers import raw_json
+from transports.http.answers import stream_json
 from transports.http.caller import PROBLEMS, Api
 
 
@@ -28,7 +28,7 @@ def timeline_router(api: Api) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         profile: str = "default",
     ) -> Response:
-        """Return the conversation's entities by position.
+        """Return the conversation's entities by position, fewer than `limit` where they are large.
 
         `more` true: ask again with `after_position` set to the last entity's position and the same `since_version`.
         """
@@ -50,6 +50,6 @@ def timeline_router(api: Api) -> APIRouter:
                 "more": page.more,
             }
         )
-        return raw_json(head[:-1] + b',"entities":[' + b",".join([one.json for one in page.seen]) + b"]}")
+        return stream_json(head, "entities", (one.json for one in page.seen))
 
     return router

@@ -1,5 +1,7 @@
 // The HTTP side of the broker: JSON requests, problem details as errors. No DOM; works in browsers and in Node.
 
+import { parseJson } from "./json.js";
+
 /** The server answered, and the answer is no. `detail` is meant for people. */
 export class ApiProblem extends Error {
   constructor({ status, type, title, detail, retryAfterMs }) {
@@ -94,7 +96,7 @@ export class Api {
     }
     if (!response.ok) throw await problemOf(response);
     try {
-      return { status: response.status, body: await response.json() };
+      return { status: response.status, body: parseJson(await response.text()) };
     } catch (error) {
       throw new NetworkFailure(error); // cut in the middle of the body: as good as no answer
     }

@@ -205,6 +205,7 @@ function showLane(visible) {
 byId("profile").addEventListener("change", (event) => {
   laneWanted = null;
   session.client.setProfile(event.target.value);
+  session.client.start(); // of use where the server had refused the one before
 });
 byId("engine").addEventListener("change", (event) => {
   address.engine = event.target.value;

@@ -1,6 +1,7 @@
 // How each kind of entity looks. A card is {element, update(entity, context)}; update is called whenever it changed.
 
-import { errorText, h, icon, setText, showValue } from "./dom.js";
+import { direct } from "./direction.js";
+import { beginning, errorText, h, icon, setText, showValue } from "./dom.js";
 import { MarkdownStream } from "./markdown.js";
 
 // A result of megabytes would freeze the page, and nobody reads it here.
@@ -124,14 +125,24 @@ function endNote({ partial, finishReason, streaming }, run) {
 
 registerCard("thinking", () => {
   const label = h("span", { text: "Thinking…" });
-  const body = h("div", { class: "thinking-text", dir: "auto" });
+  const body = h("div", { class: "thinking-text" });
+  let directed = false;
   const details = h("details", {}, h("summary", {}, icon("thought"), label), body);
   const element = h("section", { class: "card thinking", "aria-label": "Reasoning" }, details);
   const follower = new TextFollower();
   const update = ({ text }, { open }) => {
     setText(label, open ? "Thinking…" : "Thought");
     element.classList.toggle("streaming", open);
-    follower.follow(text, { restart: () => body.replaceChildren(), append: (piece) => body.append(piece) });
+    follower.follow(text, {
+      restart() {
+        body.replaceChildren();
+        directed = false;
+      },
+      append(piece) {
+        body.append(piece);
+        directed ||= direct(body, piece);
+      },
+    });
   };
   return { element, update };
 });
@@ -205,7 +216,7 @@ function valueBlock(label) {
     element.hidden = value === undefined;
     const text = value === undefined ? "" : showValue(value);
     const cut = text.length > SHOWN_VALUE_CHARS;
-    setText(code, cut ? `${text.slice(0, SHOWN_VALUE_CHARS)}…\n(${text.length} characters in all)` : text);
+    setText(code, cut ? `${beginning(text, SHOWN_VALUE_CHARS)}…\n(${text.length} characters in all)` : text);
   };
   return { element, show };
 }

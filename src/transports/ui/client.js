@@ -2,8 +2,10 @@
 
 import { ApiProblem } from "./api.js";
 import { Cursor, parseSeq } from "./cursor.js";
+import { parseJson } from "./json.js";
 import { backOffMs, closeVerdict } from "./reconnect.js";
 import { readSnapshot } from "./snapshot.js";
+import { Timers } from "./timers.js";
 
 const PING_EVERY_MS = 25_000;
 const PONG_WITHIN_MS = 10_000;
@@ -43,8 +45,13 @@ export class ConversationClient {
   #gaps = { at: null, count: 0 };
   #bye = null;
   #storeAway = "";
-  #askedProfile = null;
-  #timers = new Map();
+  #incomplete = false; // greeted and not caught up: some of the state that was on its way may be missing
+  #held = null; // frames that wait for the state before them, null: none does
+  #showsState = false; // entities come over the socket, too
+  #asked = []; // views asked for on this connection and not answered yet
+  #granted = null; // the last view that the server agreed to
+  #turn = 0; // counts tries: what was begun in an earlier one is of no interest any more
+  #timers;
 
   /**
    * api: an `Api`. profile: the view to start with. handlers: see above. env: WebSocket, setTimeout, clearTimeout and
@@ -60,11 +67,12 @@ export class ConversationClient {
       random: Math.random,
       ...env,
     };
+    this.#timers = new Timers(this.#env);
     this.convId = convId;
     this.profile = profile;
     this.state = "stopped";
     this.epoch = null;
-    /** What the hydrated state stands for: a changed view is replayed from here. */
+    /** Where this connection began: a changed view is replayed from here. */
     this.origin = 0n;
   }
 
@@ -87,22 +95,30 @@ export class ConversationClient {
     this.#status("stopped", { message, signIn });
   }
 
-  /** Change the view: in place where connected, otherwise from the next connection on. */
+  /** Change the view: in place where connected, otherwise with the next connection, which one under way makes room for. */
   setProfile(profile) {
     if (this.#greeted && this.#socket?.readyState === OPEN) {
-      this.#askedProfile = profile;
+      this.#asked.push(profile);
       this.#socket.send(JSON.stringify({ type: "ws.profile", profile, since: String(this.origin) }));
-    } else {
-      this.profile = profile;
-      this.#on.onProfile(profile);
+      return;
     }
+    const other = profile !== this.profile;
+    this.#startOverWith(profile);
+    if (other && this.#running && this.state === "connecting") this.#again();
+  }
+
+  /** What this view shows of the past another one may have hidden: it starts from its own state. */
+  #startOverWith(profile) {
+    if (profile !== this.profile) this.#resync = true;
+    this.profile = profile;
+    this.#on.onProfile(profile);
   }
 
   /** The network came back, or the page is looked at again: do not wait, and do not trust a silent socket. */
   wake() {
     if (this.#running && this.state === "waiting") {
       this.#attempt = 0;
-      this.#after("retry", 0, () => this.#again());
+      this.#timers.after("retry", 0, () => this.#again());
     } else this.probe();
   }
 
@@ -115,40 +131,71 @@ export class ConversationClient {
 
   async #again() {
     this.#hangUp();
+    const turn = this.#turn;
     this.#status("connecting");
     const asking = this.#failedHandshakes >= FAILED_HANDSHAKES_BEFORE_ASKING;
     try {
-      if (this.#resync) await this.#hydrate();
+      if (this.#resync) await this.#hydrate(turn);
       else if (asking) await this.#api.get("api/timeline", { conv_id: this.convId, profile: this.profile, limit: 1 });
     } catch (error) {
+      if (turn !== this.#turn) return;
       const final = error instanceof ApiProblem && [400, 401, 403, 422].includes(error.status);
-      if (!this.#running) return;
-      if (final) this.stop(error.message, { signIn: error.status === 401 });
+      if (final && error.status !== 401 && this.#granted !== null && this.#granted !== this.profile) {
+        this.#on.onProblem(error.message); // as in place: a view that is refused leaves the one before
+        this.#startOverWith(this.#granted);
+        await this.#again();
+      } else if (final) this.stop(error.message, { signIn: error.status === 401 });
       else if (asking && error.status === 404) this.#connect();
       else this.#retry(error.message, error.retryAfterMs ?? 0);
       return;
     }
-    if (this.#running && this.#socket === null) this.#connect();
+    if (turn === this.#turn) this.#connect();
   }
 
-  async #hydrate() {
+  async #hydrate(turn) {
     const { version, epoch, entities } = await readSnapshot(this.#api, this.convId, this.profile);
-    if (!this.#running) return;
+    if (turn !== this.#turn) return;
+    this.#showState(entities);
+    this.epoch = epoch;
+    this.#cursor.moveTo(version);
+    this.#incomplete = false;
+  }
+
+  #showState(entities) {
     this.#on.onReset();
     for (const entity of entities) this.#on.onState(entity, null);
-    this.epoch = epoch;
-    this.origin = version;
-    this.#cursor.moveTo(version);
     this.#resync = false;
+  }
+
+  /** Read the state, as of `atLeast` or later, in the middle of a connection. Frames that come meanwhile are taken after it. */
+  async #stateAnew(atLeast) {
+    const turn = this.#turn;
+    this.#held = [];
+    this.#resync = true; // also where the connection ends before it is there
+    try {
+      const { version, entities } = await readSnapshot(this.#api, this.convId, this.profile);
+      if (turn !== this.#turn) return;
+      if (version < atLeast) throw new Error("The state is older than what is known already.");
+      this.#showState(entities);
+    } catch (error) {
+      if (turn !== this.#turn) return;
+      this.#hangUp();
+      this.#retry(error.message, error.retryAfterMs ?? 0);
+      return;
+    }
+    const held = this.#held;
+    this.#held = null;
+    for (const text of held) if (turn === this.#turn) this.#receive(text);
   }
 
   #connect() {
     const socket = new this.#env.WebSocket(this.#socketUrl(), this.#subProtocols());
     this.#socket = socket;
+    this.origin = this.#cursor.last;
     socket.onmessage = (message) => this.#socket === socket && this.#receive(message.data);
     socket.onclose = (close) => this.#socket === socket && this.#closed(close.code, close.reason);
     socket.onerror = () => {}; // `close` follows and says as much as a browser may know
-    this.#after("hello", HELLO_WITHIN_MS, () => this.#closed(4408, "no greeting"));
+    this.#timers.after("hello", HELLO_WITHIN_MS, () => this.#closed(4408, "no greeting"));
   }
 
   #socketUrl() {
@@ -158,6 +205,7 @@ export class ConversationClient {
     url.searchParams.set("profile", this.profile);
     url.searchParams.set("since", String(this.#cursor.last));
     if (this.epoch !== null) url.searchParams.set("epoch", this.epoch);
+    if (this.#incomplete) url.searchParams.set("hydrate", "1");
     return url.href;
   }
 
@@ -172,7 +220,8 @@ export class ConversationClient {
     this.#hangUp();
     if (!this.#running) return;
     const verdict = closeVerdict(code, reason);
-    if (verdict.stop || bye?.reconnect === false) {
+    const done = code === 1000 && bye?.reconnect === true ? false : verdict.stop;
+    if (done || bye?.reconnect === false) {
       this.stop(verdict.text || bye?.reason || "The server ended the connection.", { signIn: verdict.signIn });
     } else this.#retry(bye?.reason ?? verdict.text, bye?.retryAfterMs ?? verdict.leastMs, bye !== null);
   }
@@ -183,21 +232,21 @@ export class ConversationClient {
     const delay = exactly && leastMs > 0 ? leastMs : leastMs + own;
     this.#attempt += 1;
     this.#status("waiting", { message, retryInMs: delay });
-    this.#after("retry", delay, () => this.#again());
+    this.#timers.after("retry", delay, () => this.#again());
   }
 
   #hangUp() {
     const socket = this.#socket;
+    this.#turn += 1;
     this.#socket = null;
     this.#greeted = false;
+    this.#held = null;
     this.#bye = null;
     this.#storeAway = "";
-    for (const name of [...this.#timers.keys()]) this.#cancel(name);
-    if (this.#askedProfile !== null) {
-      this.profile = this.#askedProfile; // the answer is lost; the next connection asks again
-      this.#askedProfile = null;
-      this.#on.onProfile(this.profile);
-    }
+    this.#timers.cancelAll();
+    const asked = this.#asked.at(-1);
+    this.#asked = [];
+    if (asked !== undefined && this.#running) this.#startOverWith(asked); // the answer is lost; the next connection asks again
     // Browsers complain in the console about closing a socket that is still connecting.
     if (socket?.readyState === CONNECTING) socket.onopen = () => socket.close(1000);
     else if (socket?.readyState === OPEN) socket.close(1000);
@@ -206,11 +255,12 @@ export class ConversationClient {
   // -- frames -------------------------------------------------------------------------------------------------------
 
   #receive(text) {
-    this.#cancel("pong");
+    this.#timers.cancel("pong");
     let event;
     try {
-      event = JSON.parse(text).event;
+      event = parseJson(text).event;
       if (typeof event?.type !== "string") throw new TypeError("no event type");
+      if (this.#held !== null && event.type !== "ws.bye") return void this.#held.push(text);
       if (event.seq === undefined) return this.#control(event);
       if (event.prev === undefined) return this.#on.onState(event.data?.entity ?? null, event);
       this.#event(event, parseSeq(event.seq), parseSeq(event.prev));
@@ -230,7 +280,7 @@ export class ConversationClient {
     this.#gaps = { at, count: this.#gaps.at === at ? this.#gaps.count + 1 : 1 };
     this.#resync = this.#gaps.count >= GAPS_BEFORE_RESYNC;
     this.#hangUp();
-    if (this.#gaps.count === 1) this.#after("retry", 0, () => this.#again());
+    if (this.#gaps.count === 1) this.#timers.after("retry", 0, () => this.#again());
     else this.#retry("Something was missing; fetching it.", 0);
   }
 
@@ -238,10 +288,8 @@ export class ConversationClient {
     const data = event.data ?? {};
     switch (event.type) {
       case "ws.hello": this.#hello(data); break;
-      case "ws.through":
-      case "ws.dropped": // the profile's own policy for slow clients: skipped on purpose, and said so
-        this.#cursor.through(parseSeq(data.seq));
-        break;
+      case "ws.through": this.#cursor.through(parseSeq(data.seq)); break;
+      case "ws.dropped": this.#dropped(data); break;
       case "ws.caught_up": this.#caughtUp(data); break;
       case "ws.reset": this.#reset(data); break;
       case "ws.profile": this.#profileChanged(data); break;
@@ -255,14 +303,19 @@ export class ConversationClient {
   #hello(data) {
     this.#greeted = true;
     this.#failedHandshakes = 0;
-    this.#cancel("hello");
-    this.epoch = data.epoch ?? this.epoch;
+    this.#timers.cancel("hello");
+    this.#incomplete = true;
+    this.#sees(data);
+    this.#granted = this.profile;
+    // Another life of the log than the one that was asked for: `ws.reset` says so, and until then it is not ours.
+    this.epoch ??= data.epoch ?? null;
     this.#status("catching_up");
-    this.#after("ping", PING_EVERY_MS, () => this.#ping(PONG_WITHIN_MS));
+    this.#timers.after("ping", PING_EVERY_MS, () => this.#ping(PONG_WITHIN_MS));
   }
 
   #caughtUp(data) {
     this.#cursor.caughtUp(parseSeq(data.seq));
+    this.#incomplete = false;
     this.#attempt = 0;
     this.#status("live");
   }
@@ -272,24 +325,41 @@ export class ConversationClient {
     if (data.from === undefined) this.#cursor.unlink();
     else this.#cursor.moveTo(parseSeq(data.from));
     this.origin = this.#cursor.last;
+    this.#incomplete = true;
     this.#on.onReset();
     this.#status("catching_up");
+    // A view without entities gets the events that there still are: what was before them is in no frame.
+    if (!this.#showsState) this.#stateAnew(this.#cursor.last);
   }
 
-  // What the new view shows of the past since `origin`, and the old one did not, follows: `from` is before `last`.
+  #sees({ channels }) {
+    this.#showsState = Array.isArray(channels) && channels.includes("timeline");
+  }
+
+  // The profile's own policy for slow clients: events were skipped on purpose. What they would have told has to come from
+  // somewhere, or there would be a hole in the middle of an answer: over the socket, if the view has entities.
+  #dropped(data) {
+    this.#cursor.through(parseSeq(data.seq));
+    if (!this.#showsState) this.#stateAnew(this.#cursor.last);
+  }
+
+  // What the new view shows of the past since `origin`, and the old one did not, follows: `from` is before `last`. What the
+  // old one showed may look otherwise in the new one, or not be in it at all: its state is its own.
   #profileChanged(data) {
-    this.profile = data.profile ?? this.#askedProfile ?? this.profile;
-    this.#askedProfile = null;
+    // Answers come in the order of the questions. Those before this one were refused, or it would not be its turn.
+    this.#asked.splice(0, this.#asked.indexOf(data.profile) + 1);
+    this.profile = this.#granted = data.profile ?? this.profile;
+    const known = this.#cursor.last;
     if (data.from !== undefined) this.#cursor.moveTo(parseSeq(data.from));
-    if (data.stateAnew) this.#on.onReset(); // entities look different now: what is known of them is void
+    this.#incomplete = true;
+    this.#sees(data);
     this.#on.onProfile(this.profile);
+    this.#status("catching_up");
+    this.#stateAnew(known);
   }
 
   #refused(data) {
-    if (this.#askedProfile !== null) {
-      this.#askedProfile = null;
-      this.#on.onProfile(this.profile);
-    }
+    if (this.#asked.shift() !== undefined) this.#on.onProfile(this.profile);
     this.#on.onProblem(data.message ?? data.code ?? "The server refused a message of this page.");
   }
 
@@ -300,29 +370,14 @@ export class ConversationClient {
     this.#status(this.state);
   }
 
-  // -- timers -------------------------------------------------------------------------------------------------------
+  // -- alive, and how it stands --------------------------------------------------------------------------------------
 
   #ping(withinMs) {
     if (this.#socket?.readyState !== OPEN) return;
     this.#socket.send(JSON.stringify({ type: "ws.ping", data: {} }));
     // Any frame counts as an answer. A socket that stays silent is dead, whatever its readyState says.
-    this.#after("pong", withinMs, () => this.#closed(1006, "The server does not answer."));
-    this.#after("ping", PING_EVERY_MS, () => this.#ping(PONG_WITHIN_MS));
-  }
-
-  #after(name, ms, call) {
-    this.#cancel(name);
-    const run = () => {
-      this.#timers.delete(name);
-      call();
-    };
-    this.#timers.set(name, this.#env.setTimeout(run, ms));
-  }
-
-  #cancel(name) {
-    if (!this.#timers.has(name)) return;
-    this.#env.clearTimeout(this.#timers.get(name));
-    this.#timers.delete(name);
+    this.#timers.after("pong", withinMs, () => this.#closed(1006, "The server does not answer."));
+    this.#timers.after("ping", PING_EVERY_MS, () => this.#ping(PONG_WITHIN_MS));
   }
 
   #status(state, more = {}) {

@@ -1,5 +1,10 @@
 // Building DOM without markup: text stays text, whoever wrote it.
 
+import { writeJson } from "./json.js";
+
+const graphemes = Intl.Segmenter === undefined ? null : new Intl.Segmenter();
+const NEAR = 200;
+
 /**
  * Make an element. properties: `class`, `text`, `on` ({event: listener}), `dataset`; other names are set as attributes,
  * where true means present and false, null and undefined mean absent. children: nodes and strings.
@@ -30,12 +35,26 @@ export function setText(element, text) {
 
 /** Show any JSON value to a person: strings as they are, everything else indented. */
 export function showValue(value) {
-  return typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  return typeof value === "string" ? value : writeJson(value, 2);
+}
+
+/** Return the beginning of a text, `count` UTF-16 units at most, without half a character: emoji and accents stay whole. */
+export function beginning(text, count) {
+  if (text.length <= count) return text;
+  // Looked at from a little before: a character of more than some hundred units is none to any reader.
+  const from = Math.max(0, count - NEAR);
+  const { index } = graphemes?.segment(text.slice(from, count + NEAR)).containing(count - from) ?? { index: 0 };
+  const at = index > 0 ? from + index : count;
+  return text.slice(0, isHigh(text.charCodeAt(at - 1)) ? at - 1 : at);
+}
+
+function isHigh(unit) {
+  return unit >= 0xd800 && unit <= 0xdbff;
 }
 
 /** Say in words what is wrong: errors come as a text or as an object with one. */
 export function errorText(error) {
   if (typeof error === "string") return error;
   if (error === null || error === undefined) return "";
-  return String(error.message ?? error.detail ?? error.title ?? JSON.stringify(error));
+  return String(error.message ?? error.detail ?? error.title ?? writeJson(error));
 }

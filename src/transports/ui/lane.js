@@ -1,6 +1,6 @@
 // The event lane: what passed over the wire, for developers. Bounded, and repeats of one event share a line.
 
-import { h, setText, showValue } from "./dom.js";
+import { beginning, h, setText, showValue } from "./dom.js";
 
 const MAX_ROWS = 400;
 const SHOWN_CHARS = 4000;
@@ -66,7 +66,7 @@ export class EventLane {
     const head = h("summary", {},
       h("span", { class: "event-type", text: level === "" ? event.type : `${event.type} ${level}` }),
       counter,
-      h("span", { class: "event-line", dir: "auto", text: line.slice(0, 200) }));
+      h("span", { class: "event-line", dir: "auto", text: beginning(line, 200) }));
     const row = h("li", { dataset: { level, channel: event.channel ?? "" } }, h("details", {}, head, h("pre", {}, body)));
     this.#list.append(row);
     this.#recent = [...this.#recent.slice(-1), { type: event.type, id: event.id, times: 1, counter, body }];
@@ -80,5 +80,5 @@ function summary({ type, id, data = {} }) {
 
 function preview(event) {
   const text = showValue(event);
-  return text.length > SHOWN_CHARS ? `${text.slice(0, SHOWN_CHARS)}…` : text;
+  return text.length > SHOWN_CHARS ? `${beginning(text, SHOWN_CHARS)}…` : text;
 }

@@ -1,6 +1,8 @@
 // A small Markdown for text that is still arriving. Every character is read once: what is finished stays as it is in the
 // DOM, only the end of the last block is drawn again.
 
+import { CodeBlock, MAX_FENCE_CHARS } from "./code.js";
+import { direct } from "./direction.js";
 import { h } from "./dom.js";
 import { inlineNodes } from "./inline.js";
 import { beginsRow, isRow, makesTable, MAX_ROW_CHARS, maybeDelimiter, TableBlock } from "./table.js";
@@ -9,7 +11,7 @@ import { beginsRow, isRow, makesTable, MAX_ROW_CHARS, maybeDelimiter, TableBlock
 const TAIL_CHARS = 1000;
 // A line beginning that could still become several things is held back, but not for ever. What is decided by a whole line
 // (a fence, a rule) is longer than this in no case, so that it does not matter in which pieces the line arrives.
-const HELD_CHARS = 80;
+const HELD_CHARS = MAX_FENCE_CHARS;
 
 // Of a trimmed line that is not complete.
 const UNDECIDED = /^(?:#{1,6}|[-*+_\s]*|\d{1,9}[.)]?|`{1,2}|~{1,2}|[`~]{3}.*|>)$/;
@@ -153,7 +155,7 @@ export class MarkdownStream {
       this.#closeLists();
       // Below the page's own headings, so that the outline of the page stays right.
       const level = Math.min(6, found[1].length + 2);
-      this.#openInline(h(`h${level}`, { dir: "auto" }), line.slice(found[0].length));
+      this.#openInline(h(`h${level}`), line.slice(found[0].length));
       this.#inline.ownLine = true;
     } else if (short && RULE.test(line)) {
       this.#closeLists();
@@ -189,7 +191,7 @@ export class MarkdownStream {
     }
     this.#closeInline();
     const indent = line.length - line.trimStart().length;
-    this.#openInline(h("p", { dir: "auto" }), line.trimStart(), this.#container(indent));
+    this.#openInline(h("p"), line.trimStart(), this.#container(indent));
   }
 
   #startItem([, space, marker], content) {
@@ -204,6 +206,12 @@ export class MarkdownStream {
       this.#lists.pop();
       list = undefined;
     }
+    // Who writes 1. 1. 1. leaves the counting to us; any other number is meant, a year for example. It begins a list of its
+    // own: browsers take long over many items that have a number each.
+    if (list?.ordered && number !== list.start && number !== list.number + 1) {
+      this.#lists.pop();
+      list = undefined;
+    }
     if (list === undefined) {
       const parent = this.#lists.at(-1)?.item ?? this.#root;
       const element = h(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : null });
@@ -211,14 +219,11 @@ export class MarkdownStream {
       list = { element, item: null, indent, ordered, start: number, number: number - 1 };
       this.#lists.push(list);
     }
-    // Who writes 1. 1. 1. leaves the counting to us; any other number is meant, a year for example.
     list.number += 1;
-    const meant = ordered && number !== list.start && number !== list.number;
-    if (meant) list.number = number;
-    // The direction is the item's, for its bullet too: a paragraph with one of its own would not count for it.
-    list.item = h("li", { dir: "auto", value: meant ? number : null });
+    list.item = h("li");
     list.element.append(list.item);
-    this.#openInline(h("p"), content, list.item);
+    // The direction is the item's, for its bullet too: a paragraph with one of its own would not count for it.
+    this.#openInline(h("p"), content, list.item, list.item);
   }
 
   #startQuote(content) {
@@ -232,9 +237,10 @@ export class MarkdownStream {
     }
     this.#closeLists();
     const last = this.#root.lastElementChild;
-    const quote = last?.localName === "blockquote" && !this.#blank ? last : h("blockquote", { dir: "auto" });
+    const quote = last?.localName === "blockquote" && !this.#blank ? last : h("blockquote");
+    const text = h("p");
+    this.#openInline(text, content, quote, quote === last ? text : quote);
     if (quote !== last) this.#root.append(quote);
-    this.#openInline(h("p"), content, quote);
     this.#inline.quote = true;
   }
 
@@ -244,9 +250,10 @@ export class MarkdownStream {
     return this.#lists.at(-1)?.item ?? this.#root;
   }
 
-  #openInline(element, text, parent = this.#root) {
+  /** directed: the element that has the direction of this text. */
+  #openInline(element, text, parent = this.#root, directed = element) {
     parent.append(element);
-    this.#inline = new InlineBlock(element);
+    this.#inline = new InlineBlock(element, directed);
     this.#inline.write(text);
   }
 
@@ -266,14 +273,16 @@ class InlineBlock {
   ownLine = false;
   quote = false;
   #element;
+  #directed; // the element that has the direction of this block, null once that is settled
   #tail = "";
   #lastSettled = null; // the child nodes up to this one are final
   #formulaEnd = null; // what ends the formula that this block is, if it is one of several lines
   #last = ""; // the last character of a formula: its end may come in two pieces
   formulaEnded = false;
 
-  constructor(element) {
+  constructor(element, directed) {
     this.#element = element;
+    this.#directed = directed;
   }
 
   /** Inside of a formula of several lines: what comes is no Markdown until its end or a blank line. */
@@ -288,7 +297,7 @@ class InlineBlock {
     if (begin === undefined || this.#tail.includes("\n") || this.#tail.includes(end, begin.length)) return;
     const first = this.#tail;
     this.#tail = "";
-    this.#replaceTail("");
+    this.#replaceTail(inlineNodes(""));
     this.#formulaEnd = end;
     this.#appendVerbatim(begin); // of $$ the end looks the same: it is looked for behind the beginning
     this.#writeVerbatim(first.slice(begin.length));
@@ -301,6 +310,7 @@ class InlineBlock {
   }
 
   #appendVerbatim(text) {
+    this.#direct(text, true);
     text.split("\n").forEach((line, index) => {
       if (index > 0) this.#element.append(h("br"));
       if (line !== "") this.#element.append(line);
@@ -324,7 +334,7 @@ class InlineBlock {
 
   /** Draw the beginning of the tail for good; return its length. */
   #settle(text) {
-    this.#replaceTail(inlineNodes(text));
+    this.#replaceTail(inlineNodes(text), true);
     this.#lastSettled = this.#element.lastChild;
     return text.length;
   }
@@ -333,9 +343,15 @@ class InlineBlock {
     this.#replaceTail(inlineNodes(this.#tail, { open }));
   }
 
-  #replaceTail(nodes) {
+  #replaceTail(nodes, settled = false) {
+    this.#direct(nodes, settled);
     while (this.#element.lastChild !== this.#lastSettled) this.#element.lastChild.remove();
     this.#element.append(nodes);
+  }
+
+  #direct(added, settled) {
+    if (this.#directed === null) return;
+    if (direct(this.#directed, added.textContent ?? added) && settled) this.#directed = null;
   }
 }
 
@@ -354,52 +370,4 @@ function upToCut(text) {
   if (blank > text.length / 2) return text.slice(0, blank + 1);
   const code = text.charCodeAt(text.length - 1);
   return code >= 0xd800 && code <= 0xdbff ? text.slice(0, -1) : text;
-}
-
-/** A fenced block. Text is only ever added, in one node per drawing: joining them would copy the whole block each time. */
-class CodeBlock {
-  #code;
-  #new = "";
-  #indent;
-  #mark;
-
-  constructor(parent, [, indent, mark, info]) {
-    this.#indent = indent.length;
-    this.#mark = mark;
-    this.#code = h("code", { dir: "ltr" });
-    const copy = h("button", { type: "button", class: "quiet copy", text: "Copy", on: { click: () => this.#copy(copy) } });
-    const bar = h("div", { class: "code-bar" }, h("span", { text: info.trim() || "text" }), navigator.clipboard ? copy : null);
-    parent.append(h("div", { class: "code-block" }, bar, h("pre", { tabindex: "0" }, this.#code)));
-  }
-
-  closedBy(line) {
-    if (line.length > HELD_CHARS || line.length - line.trimStart().length > this.#indent + 3) return false;
-    const text = line.trim();
-    return text.length >= this.#mark.length && text === this.#mark[0].repeat(text.length);
-  }
-
-  unindented(line) {
-    let drop = 0;
-    while (drop < this.#indent && line[drop] === " ") drop += 1;
-    return line.slice(drop);
-  }
-
-  write(text) {
-    this.#new += text;
-  }
-
-  flush() {
-    if (this.#new !== "") this.#code.append(this.#new);
-    this.#new = "";
-  }
-
-  async #copy(button) {
-    try {
-      await navigator.clipboard.writeText(this.#code.textContent);
-      button.textContent = "Copied";
-    } catch {
-      button.textContent = "Not allowed";
-    }
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  }
 }

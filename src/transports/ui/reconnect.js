@@ -6,8 +6,10 @@ const CEILING_MS = 30_000;
 // Close codes of the protocol. stop: coming back would end the same way. text: for people, where it is not obvious.
 // leastMs: the server is short of something, so do not hurry.
 const CLOSE_CODES = new Map([
-  [1000, {}],
+  [1000, { stop: true }],
   [1001, {}],
+  [1002, { stop: true, text: "The server could not read what this page sent." }],
+  [1007, { stop: true, text: "The server could not read what this page sent." }],
   [1008, { stop: true, text: "The server refused what this page sent." }],
   [1009, {}],
   [1012, {}],
@@ -20,9 +22,12 @@ const CLOSE_CODES = new Map([
   [4500, { leastMs: 1_000 }],
 ]);
 
+// Added to a code below 3000 by servers that send no other ones.
+const STAND_IN = 3000;
+
 /** Say what a close code means: {stop, signIn, text, leastMs}; codes that are not in the table are worth another try. */
 export function closeVerdict(code, reason = "") {
-  const known = CLOSE_CODES.get(code) ?? {};
+  const known = CLOSE_CODES.get(code) ?? CLOSE_CODES.get(code - STAND_IN) ?? {};
   return {
     stop: known.stop ?? false,
     signIn: known.signIn ?? false,

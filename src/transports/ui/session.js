@@ -57,7 +57,7 @@ export class Session {
         // What was there before this page is not news.
         if (status.state === "live" && !settled) {
           settled = true;
-          this.view.silence();
+          this.view.settle();
         }
         this.outbox.storeAway(status.storeAway);
         page.onStatus(status);

@@ -3,6 +3,7 @@
 import { parseSeq } from "./cursor.js";
 import { ENDED, entityIdOf, FOLDS, promptOf } from "./folds.js";
 import { GrowingText } from "./growing.js";
+import { writeJson } from "./json.js";
 
 // The property that holds an entity's growing text, by kind. It is kept apart from the other properties.
 const TEXT_PROPERTY = { message: "text", thinking: "text", tool_call: "inputText" };
@@ -207,7 +208,7 @@ export class EntityStore {
     if (name !== undefined) {
       // Absent means gone: a tool call whose input is complete has no text of it any more.
       const text = props[name] ?? "";
-      entity.text.assign(typeof text === "string" ? text : JSON.stringify(text));
+      entity.text.assign(typeof text === "string" ? text : writeJson(text));
       delete props[name];
     }
     entity.props = props;

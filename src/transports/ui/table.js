@@ -1,5 +1,6 @@
 // Tables of Markdown: rows between pipes under a head and a line. Pipes alone make none: they are what |x| is written with.
 
+import { direct } from "./direction.js";
 import { h } from "./dom.js";
 import { inlineNodes } from "./inline.js";
 
@@ -36,13 +37,17 @@ export function maybeDelimiter(line) {
 export class TableBlock {
   #body = h("tbody");
   #align;
+  #element;
+  #directed = false;
 
   /** head, delimiters: the two lines that make a table. */
   constructor(parent, head, delimiters) {
     this.#align = cellsOf(delimiters).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "end") : null));
-    const table = h("table", {}, h("thead", {}, this.#row("th", head)), this.#body);
     // Wide tables scroll inside, and must be reachable for that by keyboard.
-    parent.append(h("div", { class: "table", tabindex: "0", dir: "auto" }, table));
+    this.#element = h("div", { class: "table", tabindex: "0" });
+    const table = h("table", {}, h("thead", {}, this.#row("th", head)), this.#body);
+    this.#element.append(table);
+    parent.append(this.#element);
   }
 
   /** Add the row that this line is. */
@@ -52,6 +57,7 @@ export class TableBlock {
 
   #row(tag, line) {
     const cell = (text, index) => h(tag, this.#align[index] ? { class: this.#align[index] } : {}, inlineNodes(text));
+    this.#directed ||= direct(this.#element, line);
     return h("tr", {}, ...cellsOf(line).map(cell));
   }
 }

@@ -1,7 +1,7 @@
 // Draws the store's entities: one card each, in order, at most once per frame of the screen.
 
 import { makeCard } from "./cards.js";
-import { h } from "./dom.js";
+import { beginning, h } from "./dom.js";
 import { ENDED } from "./folds.js";
 
 const ANNOUNCED_CHARS = 1500;
@@ -19,6 +19,7 @@ export class TimelineView {
   #cards = new Map(); // entity id -> {element, update, place}
   #dirty = new Set();
   #rebuild = true;
+  #settled = false; // what there was before this page is here; only then does nothing mean that nothing was said
   #frame = 0;
   #announced = new Set();
   #activity = h("div", { class: "activity", hidden: true }, h("span", { class: "dots", "aria-hidden": "true" }), h("span", { text: "Working…" }));
@@ -40,8 +41,10 @@ export class TimelineView {
 
   /** Note a change of the store (its onChange). */
   changed({ entity, removed = false, all = false }) {
-    if (all) this.#rebuild = true;
-    else if (removed) this.#remove(entity.id);
+    if (all) {
+      this.#rebuild = true;
+      this.#settled = false;
+    } else if (removed) this.#remove(entity.id);
     else this.#dirty.add(entity.id);
     this.schedule();
   }
@@ -56,8 +59,10 @@ export class TimelineView {
     this.#frame = document.hidden ? setTimeout(draw, 250) : requestAnimationFrame(draw);
   }
 
-  /** Whatever was known counts as read: only what comes from now on is announced. */
-  silence() {
+  /** All that there was is known, and counts as read: only what comes from now on is announced. */
+  settle() {
+    this.#settled = true;
+    this.schedule();
     for (const entity of this.#store.list()) if (!this.#store.isOpen(entity)) this.#announced.add(entity.id);
   }
 
@@ -77,7 +82,7 @@ export class TimelineView {
     const busy = this.#store.isBusy();
     this.#activity.hidden = !busy || this.#showsLife();
     const nothing = ![...this.#cards.values()].some((card) => !card.element.hidden);
-    this.#empty.hidden = !nothing || busy;
+    this.#empty.hidden = !nothing || busy || !this.#settled;
     this.#afterDraw();
   }
 
@@ -145,7 +150,7 @@ export class TimelineView {
     const words = spoken(entity);
     if (words === "") return;
     this.#announced.add(entity.id);
-    this.#announce(words.length > ANNOUNCED_CHARS ? `${words.slice(0, ANNOUNCED_CHARS)}…` : words);
+    this.#announce(words.length > ANNOUNCED_CHARS ? `${beginning(words, ANNOUNCED_CHARS)}…` : words);
   }
 }
 

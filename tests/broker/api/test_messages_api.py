@@ -12,7 +12,7 @@ import pytest
 from tests.support.core import CALLER, Core, read_messages, store_setting, until
 from tests.support.wire import Client
 
-from broker.api.reading import MessagesPage
+from broker.api.polling import MessagesPage
 from broker.envelope import Draft, Envelope
 from broker.errors import IdempotencyMismatch, InvalidDraft, PermissionDenied, UnknownProfile
 from broker.hookspecs import hookimpl
@@ -78,10 +78,10 @@ async def test_pages_joined_are_what_a_socket_gets(core: Core) -> None:
     publisher = core.broker.publisher("c1")
     for n in range(30):
         await publisher.publish("llm.delta", {"delta": f"{n}", "runId": "r"}, id=f"m{n % 3}")
-        await publisher.publish("log", {"message": "secret"}, id="hidden" if n % 2 else f"log{n}")
+        await publisher.publish("log", {"message": "secret", "level": "info"}, id="hidden" if n % 2 else f"log{n}")
     for profile in ("default", "text", "public"):
         peer, _ = await core.connect("c1", since=0, profile=profile, channels="sem")
-        await until(lambda peer=peer: peer.client.controls("ws.caught_up"))
+        await until(lambda peer: peer.client.controls("ws.caught_up"), peer)
         for limit in (1, 7, 1000):
             client, more = Client(since=0), True
             while more:

@@ -94,7 +94,7 @@ def test_no_server_is_one_clear_line() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "NaN", ""])
+@pytest.mark.parametrize("text", ["{", "[1]", "NaN", "", '{"n": 123456789012345678901}'])
 def test_publish_wants_a_json_object(text: str) -> None:
     done = broker("publish", "c1", "log", text)
     assert done.returncode == 2

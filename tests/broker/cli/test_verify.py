@@ -14,6 +14,7 @@ from tests.support.broker_process import broker_command, clean_environment
 from tests.support.core import Core
 
 from broker.cli.verify import Report, verify_store
+from broker.envelope import Draft
 from broker.errors import BrokerError, InvalidInput, NotFound
 from broker.settings import Settings
 from broker.timeline.store import TimelineSave
@@ -28,7 +29,8 @@ async def conversation(core: Core, conv_id: str = "c1") -> None:
         await publisher.publish("llm.delta", {"delta": f"word{n} ", "runId": "r1"}, id="m1")
     await publisher.publish("llm.final", {"text": "the whole text", "runId": "r1"}, id="m1")
     await publisher.publish("llm.delta", {"delta": "late", "runId": "r1"}, id="m1")
-    await publisher.publish("llm.delta", {"delta": 5}, id="m2")
+    # One that no producer can publish any more: it went into the log with an older version.
+    await core.parts.ingest.publish(conv_id, [Draft("llm.delta", {"delta": 5}, "m2")], checked=True)
     await publisher.publish("tool.start", {"id": "t1", "name": "calculator", "input": {"a": 1}}, id="t1")
     await publisher.publish("llm.delta", {"delta": "still grow"}, id="m3")
     await publisher.publish("llm.delta", {"delta": "ing"}, id="m3")
@@ -180,3 +182,16 @@ def test_the_command_says_so_and_exits_accordingly(tmp_path: Path) -> None:
     bad = verify()
     assert bad.returncode == 1, bad.stderr
     assert "DIFFERS" in bad.stdout
+
+
+async def test_a_file_whose_name_means_something_in_an_address(written: Settings, tmp_path: Path) -> None:
+    odd = tmp_path / "a %20b#c?mode=rw.db"
+    Path(written.db).rename(odd)
+    assert (await verify_store(written.model_copy(update={"db": str(odd)}))).ok
+
+
+async def test_damaged_pages_are_reported_with_a_remedy(written: Settings) -> None:
+    content = Path(written.db).read_bytes()
+    Path(written.db).write_bytes(content[:100] + b"\xff" * 4096 + content[4196:])
+    with pytest.raises(BrokerError, match="is damaged"):
+        await verify_store(written)

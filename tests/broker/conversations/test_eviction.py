@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.core import CALLER, Core, database, read_messages, store_setting, until
+from tests.support.core import CALLER, Core, database, evict, read_messages, store_setting, until
 from tests.support.still import StillCore
 
 from broker.envelope import Draft
@@ -103,7 +103,7 @@ class TestByCount:
             for n in range(3):
                 await one.say(f"c{n}", "hello")
             for conversation in one.parts.conversations.all():
-                await one.parts.conversations.evict(conversation, "test")
+                await evict(one, conversation)
 
             async def sweeps() -> None:
                 for _ in range(2000):
@@ -203,7 +203,7 @@ class TestProtected:
             async def refuse(saves: object) -> None:
                 raise StoreUnavailable("the disk is full")
 
-            store.save = refuse  # type: ignore[method-assign, assignment]
+            store.save = refuse  # type: ignore[method-assign]
             one.clock.advance(10_000)
             assert await sweep(one) == {"c1"}
             store.save = save  # type: ignore[method-assign]

@@ -124,7 +124,7 @@ def entity(version: int) -> Entity:
 
 
 def state_texts(recent: RecentEvents, one: View, version_of: Entity) -> list[str]:
-    messages = recent.state_messages("c1", one, [version_of])
+    messages = list(recent.state_messages("c1", one, [version_of]))
     return [orjson.loads(message.text)["event"]["data"]["entity"]["props"]["text"] for message in messages]
 
 
@@ -169,7 +169,7 @@ def test_all_it_takes_is_counted_and_given_back(recent: RecentEvents, kept: Kept
     messages = recent.messages(view(), 10, 10)
     with_frames = kept.size_bytes
     assert with_frames >= envelopes_bytes + sum(len(message.text) for message in messages)
-    recent.state_messages("c1", view(), [entity(20)])
+    assert list(recent.state_messages("c1", view(), [entity(20)]))
     assert kept.size_bytes > with_frames
     recent.prepend(5, Page([envelope(10)], 10), since_known=True)
     assert kept.size_bytes == envelopes_bytes + envelope(10).size_bytes + ENVELOPE_BYTES  # frames begin anew

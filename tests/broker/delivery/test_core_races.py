@@ -6,10 +6,10 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from tests.support.core import CALLER, Core, read_messages, store_setting, subscribe, until
+from tests.support.core import CALLER, Core, evict, read_messages, store_setting, subscribe, until
 from tests.support.still import StillCore
 from tests.support.wire import Client, Peer
 
@@ -27,6 +27,8 @@ from broker.timeline.store import TimelineSave
 from broker.timeline.text import Text
 from broker.views.view import View
 from transports.framing import RAW_WEBSOCKET
+from transports.places import Places
+from transports.takeover import Taken
 from transports.websocket import _TakenOver
 
 
@@ -80,7 +82,7 @@ async def test_whoever_gives_up_opening_does_not_spoil_it_for_the_others(core: C
     """Two ask for a conversation at once, the first hangs up: the second gets it."""
     await core.say("c1", "hello")
     conversations = core.parts.conversations
-    assert await conversations.evict(conversations.all()[0], "test")
+    await evict(core, conversations.all()[0])
     gate = Gate(core.parts.log, "state")
     first = asyncio.create_task(conversations.open("c1"))
     await gate.reached()
@@ -190,7 +192,7 @@ async def test_what_is_evicted_is_let_go(db: str) -> None:
         old = conversations.get("c1")
         assert old is not None
         assert old.timeline.pending
-        assert await conversations.evict(old, "test")
+        await evict(core, old)
         await core.parts.housekeeping.tick()
         await core.parts.housekeeping.tick()
         assert old not in conversations.take_touched()
@@ -219,15 +221,15 @@ def test_two_saves_under_way_lose_no_dead_letter() -> None:
 
     timeline = fresh({"x.y": TimelineHandler("x.y", fail)})
     timeline.fold([_envelope(1)])
-    first = timeline.take_save()
+    first = timeline.take_save(0.0)
     timeline.fold([_envelope(2)])
-    second = timeline.take_save(everything=True)
+    second = timeline.take_save(0.0, everything=True)
     assert first is not None
     assert second is not None
     timeline.saved(first)
     timeline.fold([_envelope(3)])
     timeline.saved(second)
-    third = timeline.take_save()
+    third = timeline.take_save(0.0)
     assert third is not None
     assert [letter.seq for letter in third.dead_letters] == [3]
 
@@ -321,7 +323,7 @@ def test_folding_from_a_stored_cursor_equals_folding_everything(cut: int) -> Non
         "copy": TimelineHandler("copy", copy_when_two, keys=lambda envelope: ("a", "b")),
     }
     events = ["count a", *["grow b"] * 10, "copy b", "count a", "grow b", "grow b", "grow b"]
-    envelopes = [_envelope(seq, *event.split()) for seq, event in enumerate(events, 1)]
+    envelopes = [_envelope(seq, event.split()[0], event.split()[1]) for seq, event in enumerate(events, 1)]
     whole = fresh(handlers)
     whole.fold(envelopes)
 
@@ -330,7 +332,7 @@ def test_folding_from_a_stored_cursor_equals_folding_everything(cut: int) -> Non
     before = fresh(handlers)
     for envelope in envelopes[:cut]:
         before.fold([envelope])
-        if (save := before.take_save()) is not None:
+        if (save := before.take_save(0.0)) is not None:
             stored.update({entity.id: entity for entity in save.entities})
             cursor = max(cursor, save.cursor)
             before.saved(save)
@@ -376,7 +378,7 @@ def test_an_answer_that_stalls_does_not_hold_the_cursor_back_for_ever() -> None:
         nonlocal seq, cursor
         seq += 1
         timeline.fold([_envelope(seq, type, id, data)])
-        if save and (taken := timeline.take_save()) is not None:
+        if save and (taken := timeline.take_save(0.0)) is not None:
             cursor = taken.cursor
             timeline.saved(taken)
 
@@ -417,8 +419,8 @@ async def test_an_entity_that_leaves_memory_while_another_is_looked_up_is_looked
 
 async def test_what_is_published_to_a_debug_channel_is_not_in_the_timeline(core: Core) -> None:
     """Who may not see debug channels must not find their content as state (I14)."""
-    await core.broker.publish("c1", [Draft("log", {"message": "secret"}, "l1", "debug.trace")])
-    await core.broker.publish("c1", [Draft("log", {"message": "public"}, "l2")])
+    await core.broker.publish("c1", [Draft("log", {"message": "secret", "level": "info"}, "l1", "debug.trace")])
+    await core.broker.publish("c1", [Draft("log", {"message": "public", "level": "info"}, "l2")])
     page = await core.broker.doors.reading.timeline_page(CALLER, "c1")
     assert [entity.id for entity in page.entities] == ["l2"]
 
@@ -434,7 +436,7 @@ async def test_entities_that_one_envelope_created_are_not_split_between_pages(db
         for n in range(100):
             await core.broker.publisher("c1").publish("many", {}, id=f"m{n}")
         await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
-        await core.parts.conversations.evict(core.parts.conversations.all()[0], "test")
+        await evict(core, core.parts.conversations.all()[0])
         for limit in (1, 5, 10, 256):
             found: list[str] = []
             after = 0
@@ -748,10 +750,11 @@ async def test_a_connection_whose_subscribing_breaks_does_not_stay_in_the_pool()
         following = core.broker.doors.following
         admitted = await following.admit(CALLER, SubscribeRequest("c1"))
         following.subscribe = broken  # type: ignore[method-assign, assignment]
-        served = _TakenOver(following, core.pool, RAW_WEBSOCKET)
+        served, places = _TakenOver(following, core.pool, RAW_WEBSOCKET), Places(core.pool, 1)
         with pytest.raises(RuntimeError, match="a bug"):
-            await served.serve(lambda handler: wire, admitted, buffer_bytes=1000)
+            await served.serve(lambda handler: cast("Taken", wire), admitted, places.take(), buffer_bytes=1000)
         assert len(core.pool) == 0
+        places.check()
         assert wire.closed == (4500, "internal error")
 
 
@@ -775,7 +778,7 @@ async def test_a_ping_that_cannot_be_answered_moves_nothing(db: str) -> None:
         publisher = core.broker.publisher("c1")
         for n in range(12):
             type = "log" if n % 2 else "llm.delta"  # each page ends with an event that the client does not see
-            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden"}, id=f"m{n}")
+            await publisher.publish(type, {"delta": "x" * 600, "message": "hidden", "level": "info"}, id=f"m{n}")
         peer = Peer(core.pool, Client(since=0), buffer_bytes=1000)
         peer.stall()
         read = core.parts.log.read

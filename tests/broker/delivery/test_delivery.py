@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 from tests.support.core import CALLER, Core, database, subscribe, until
 from tests.support.wire import Client, Peer
@@ -16,6 +18,7 @@ from broker.errors import InvalidDraft, PermissionDenied, UnknownChannel, Unknow
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.security import Principal
+from transports.pool import Message
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
@@ -365,3 +368,57 @@ async def test_who_only_follows_has_a_position_from_the_hello_on(core: Core) -> 
     hydrated.stall()
     await subscribe(core.broker, hydrated.id, SubscribeRequest("c1", hydrate=True), CALLER)
     assert hydrated.buffered[0].position is None, "it has its position once its state is complete"
+
+
+class Positions(Peer):
+    """Remembers what it was given, with positions, in order."""
+
+    def __init__(self, core: Core, **options: Any) -> None:
+        self.messages: list[Message] = []
+        super().__init__(core.pool, Client(), **options)
+
+    @property
+    def write(self) -> Callable[[list[Message]], None]:
+        def write(messages: list[Message]) -> None:
+            self.messages += messages
+            self._write(messages)
+
+        return write
+
+    def check_that_positions_come_after(self, entities: set[str]) -> None:
+        """After a reset no position may be given before the state is complete: who came back to it would lack the rest."""
+        kinds = [orjson.loads(message.text)["event"] for message in self.messages]
+        reset = next(place for place, event in enumerate(kinds) if event["type"] == "ws.reset")
+        first = next(
+            place for place, message in enumerate(self.messages) if place > reset and message.position is not None
+        )
+        assert {event["id"] for event in kinds[reset:first] if event["type"] == "timeline.upsert"} == entities
+
+
+@pytest.mark.parametrize("count", [3, 200])
+async def test_a_reset_gives_no_position_before_the_state_is_complete(db: str, count: int) -> None:
+    async with Core(db) as core:
+        publish = core.broker.publisher("c1").publish
+        for n in range(count):
+            await publish("user.message", {"text": "x" * 1000}, id=f"u{n}")
+        peer = Positions(core)
+        subscription = await subscribe(core.broker, peer.id, SubscribeRequest("c1", since=5, epoch="another"), CALLER)
+        await until(lambda: subscription.status == "live")
+        peer.check_that_positions_come_after({f"u{n}" for n in range(count)})
+        head = (await core.broker.head("c1")).head_seq
+        assert [message.position for message in peer.messages if message.position is not None] == [head]
+
+
+async def test_nor_does_one_that_retention_brings_about(db: str) -> None:
+    async with Core(db, retention_count=20) as core:
+        publish = core.broker.publisher("c1").publish
+        peer = Positions(core, buffer_bytes=1000)
+        subscription = await subscribe(core.broker, peer.id, SubscribeRequest("c1"), CALLER)
+        peer.stall()
+        for n in range(100):
+            await publish("user.message", {"text": "x" * 1000}, id=f"u{n}")
+        await core.parts.housekeeping.tick()
+        await core.parts.housekeeping.trim("c1")
+        peer.read()
+        await until(lambda: subscription.status == "live")
+        peer.check_that_positions_come_after({f"u{n}" for n in range(100)})

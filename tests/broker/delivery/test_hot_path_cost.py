@@ -42,6 +42,7 @@ class Silent:
 
     writable = True
     buffered_bytes = 0
+    progress = 0
     write: Callable[[Any], Any] = len
 
     def __init__(self, id: str, framing: Framing = RAW_WEBSOCKET) -> None:
@@ -86,7 +87,11 @@ class Calls:
 
 def quiet_core(db: str = ":memory:") -> Core:
     """A broker whose timers stay out of the way."""
-    never = {"upsert_interval_s": 3600.0, "timeline_flush_interval_s": 3600.0, "sweep_interval_s": 3600.0}
+    never: dict[str, Any] = {
+        "upsert_interval_s": 3600.0,
+        "timeline_flush_interval_s": 3600.0,
+        "sweep_interval_s": 3600.0,
+    }
     return Core(db, plugins=[ManyProfiles()], **never)
 
 

@@ -16,8 +16,8 @@ import pytest
 from tests.support.core import Core, store_setting, until
 from tests.support.wire import Client
 
-from broker.conversations.recent import BYTES_MAX
-from broker.delivery.recent_keeper import IDLE_S, LIFE_S, RecentKeeper
+from broker.conversations.recent import BYTES_MAX, ENVELOPE_BYTES
+from broker.delivery.recent_keeper import IDLE_S, LIFE_S, LOADS_MAX, RecentKeeper
 from broker.eventlog.base import LogState
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
@@ -70,6 +70,7 @@ class Counts:
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         async def counted(*args: Any, **kwargs: Any) -> Any:
             self.calls[name] += 1
+            assert self.total < 1000, "it reads for ever"  # with the memory store no time-out would end that
             return await function(*args, **kwargs)
 
         return counted
@@ -82,6 +83,11 @@ class Counts:
 @pytest.fixture
 async def clock() -> SetClock:
     return SetClock()
+
+
+@pytest.fixture
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return store_setting(request, tmp_path)
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
@@ -450,3 +456,109 @@ async def test_the_one_in_use_stays_however_large(core: Core, monkeypatch: pytes
     for _ in range(3):
         assert await few.resumed(conversation, seqs[4], None) is not None
     assert counts.calls[f"{core.parts.log.name}.read"] == 1
+
+
+LARGE: dict[str, Any] = {"max_envelope_bytes": 2 * BYTES_MAX, "replay_page_bytes": 32 * BYTES_MAX}
+
+
+async def resume_while_counting(
+    core: Core, monkeypatch: pytest.MonkeyPatch, seqs: Sequence[int], *, reads_max: int
+) -> None:
+    """Have three clients come back to seqs[0]: they get everything, for so many reads of the log at most."""
+    counts = Counts(core, monkeypatch)
+    for client in await come_back(core, [seqs[0]] * 3):
+        assert client.controls("ws.hello")[0]["recovered"] is True
+        assert client.seqs() == seqs[1:]
+        assert not client.gaps
+    assert counts.calls[f"{core.parts.log.name}.read"] <= reads_max
+    assert core.parts.recent.kept.size_bytes <= 2 * BYTES_MAX  # beside the events the frames of one view
+
+
+@pytest.mark.parametrize("db", ["memory", "sqlite", "redis"], indirect=True)
+async def test_an_event_larger_than_what_is_kept_is_read_from_the_log(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per client, and not for ever, for clients that never get their hello."""
+    async with Core(db, **QUIET, **LARGE) as core:
+        seqs = [await core.say("c1", text) for text in ("small", "x" * (BYTES_MAX + 1000), "small again")]
+        await resume_while_counting(core, monkeypatch, seqs, reads_max=4)
+
+
+@pytest.mark.parametrize("db", ["memory", "sqlite", "redis"], indirect=True)
+@pytest.mark.parametrize("size", [100_000, 10])
+async def test_pages_larger_than_what_is_kept_are_read_from_the_log(
+    db: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their bytes, or because there are so many."""
+    async with Core(db, replay_page_events=100_000, **QUIET, **LARGE) as core:
+        publish = core.broker.publisher("c1").publish
+        count = 30 if size > 10 else BYTES_MAX // ENVELOPE_BYTES
+        drafts = [publish("note.said", {"text": "x" * size}) for _ in range(count)]
+        seqs = sorted(await asyncio.gather(*drafts))
+        await resume_while_counting(core, monkeypatch, seqs, reads_max=4)
+
+
+@pytest.mark.parametrize("db", ["memory", "sqlite", "redis"], indirect=True)
+async def test_a_publisher_that_fills_what_is_kept_faster_than_it_is_read_holds_nobody(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Core(db, **QUIET, **LARGE) as core:
+        seqs = await published(core)
+        conversation = await core.parts.conversations.open("c1")
+        read, reads = core.parts.log.read, 0
+
+        async def outrun(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            assert reads < 20, "it reads for ever"
+            page = await read(*args, **kwargs)
+            for _ in range(2):
+                await core.say("c1", "y" * (BYTES_MAX // 2 + 1))
+            return page
+
+        monkeypatch.setattr(core.parts.log, "read", outrun)
+        assert await core.parts.recent.resumed(conversation, seqs[0], None) is None
+        assert reads == LOADS_MAX
+
+
+async def test_conversations_that_take_the_room_from_each_other_hold_nobody(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = keeper_of(core, 1)
+    resumes = [(conv_id, (await published(core, conv_id=conv_id))[4]) for conv_id in ("c1", "c2", "c3")]
+    conversations = [(await core.parts.conversations.open(conv_id), since) for conv_id, since in resumes]
+    read, reads = core.parts.log.read, 0
+
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        page = await read(*args, **kwargs)
+        for conversation, _ in conversations:  # others come back meanwhile
+            if conversation.conv_id != args[0] and reads < 50:
+                few.drop(conversation)
+        return page
+
+    monkeypatch.setattr(core.parts.log, "read", counted)
+    await asyncio.gather(*(few.resumed(conversation, since, None) for conversation, since in conversations))
+    assert reads <= LOADS_MAX * len(conversations)
+
+
+async def test_state_that_does_not_stay_in_memory_is_asked_for_so_often_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = str(tmp_path / "broker.db")
+    async with Core(db, **QUIET) as core:
+        seqs = [await core.say("c1", f"message {n}", type="user.message") for n in range(300)]
+    async with Core(db, **QUIET) as core:
+        conversation = await core.parts.conversations.open("c1")
+        page_of, reads = core.parts.timeline.page_of, 0
+
+        async def dropped_meanwhile(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reads
+            if kwargs.get("since_version"):  # else it is the library, which looks at what a former process left
+                reads += 1
+                assert reads < 20, "it reads for ever"
+                core.parts.recent.drop(conversation)
+            return await page_of(*args, **kwargs)
+
+        monkeypatch.setattr(core.parts.timeline, "page_of", dropped_meanwhile)
+        await core.parts.recent.state_at_hand(conversation, seqs[100])
+        assert reads == LOADS_MAX

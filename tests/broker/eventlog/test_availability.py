@@ -140,10 +140,10 @@ async def test_outages_that_follow_each_other_are_over_later_and_later(store: St
     for n in range(1, 5):
         store.well = False
         store.refuse()
-        await until(lambda n=n: len(store.told) == 2 * n - 1)
+        await until(lambda n: len(store.told) == 2 * n - 1, n)
         began = loop.time()
         store.well = True
-        await until(lambda n=n: len(store.told) == 2 * n)
+        await until(lambda n: len(store.told) == 2 * n, n)
         lasted.append(loop.time() - began)
         await until(lambda: idle(store.watch))
     # Lower bounds only: the machine may be slow, never fast. The watch counts from the last trouble, a probe earlier.

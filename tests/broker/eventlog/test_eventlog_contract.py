@@ -16,6 +16,7 @@ from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed, EventLog
 from broker.eventlog.memory import MemoryEventLog
 from broker.eventlog.redis import RedisEventLog
+from broker.eventlog.requests import AlreadyAppended, Request, answer_of
 from broker.eventlog.sqlite import SqliteEventLog
 from broker.redis.connection import RedisConnection
 from broker.sequence import PER_MS, stream_id_from_seq
@@ -424,6 +425,79 @@ class TestErase:
         state = await log.state("c1")
         assert state.count == len(seqs)
         assert state.head_seq == (seqs[-1] if seqs else 0)
+
+
+def request(name: str, body: str, count: int, *, without: int = -1) -> list[Envelope]:
+    """Return the envelopes of a request of `count`, the one at place `without` dropped."""
+    places = [place for place in range(count) if place != without]
+    envelopes = [envelope() for _ in places]
+    Request(name, body).mark(envelopes, places)
+    return envelopes
+
+
+class TestRequests:
+    async def test_the_last_envelope_tells_the_whole_answer(self, log: EventLog) -> None:
+        seqs = await log.append("c1", request("r", "b", 20, without=3))
+        assert seqs == list(range(seqs[0], seqs[0] + 19))
+        assert await log.trim("c1", through=seqs[-2]) == 18
+        found = await log.find_request("c1", "r")
+        assert found is not None
+        assert answer_of(*found, 20) == ("b", [*seqs[:3], 0, *seqs[3:]])
+
+    async def test_what_is_dropped_at_the_end_is_told_too(self, log: EventLog) -> None:
+        (seq,) = await log.append("c1", request("r", "b", 2, without=1))
+        found = await log.find_request("c1", "r")
+        assert found is not None
+        assert answer_of(*found, 2) == ("b", [seq, 0])
+
+    @pytest.mark.parametrize("body", ["b", "other"])
+    async def test_a_request_is_appended_once_whole(self, log: EventLog, sink: RecordingSink, body: str) -> None:
+        first = await log.append("c1", request("r", "b", 2))
+        again = request("r", body, 3)
+        with pytest.raises(AlreadyAppended):
+            await log.append("c1", again)
+        assert [one.seq for one in again] == [0, 0, 0]
+        assert sink.seqs("c1") == await all_seqs(log) == first
+        assert (await log.state("c1")).count == 2
+
+    async def test_also_when_both_come_at_once(self, log: EventLog) -> None:
+        """Beside other appends, which are not held up: all of them may go to the store together."""
+        appends = [
+            log.append("c1", [envelope()]),
+            log.append("c1", request("r", "b", 2)),
+            log.append("c1", request("r", "b", 2)),
+            log.append("c1", request("s", "b", 2)),
+            log.append("c1", request("r", "other", 3)),
+            log.append("c1", [envelope(key="plain")]),
+        ]
+        results = await asyncio.gather(*appends, return_exceptions=True)
+        seqs = [result for result in results if isinstance(result, list)]
+        assert [isinstance(result, AlreadyAppended) for result in results] == [False, False, True, False, True, False]
+        assert await all_seqs(log) == [seq for part in seqs for seq in part]
+        found = await log.find_request("c1", "r")
+        assert found is not None
+        assert answer_of(*found, 2) == ("b", seqs[1])
+
+    async def test_names_that_begin_alike_are_different_requests(self, log: EventLog) -> None:
+        for name in ("r", "rr", "", "r ", "r\x01", "r\U0010ffff"):
+            assert await log.find_request("c1", name) is None
+            seqs = await log.append("c1", request(name, "b", 1))
+            found = await log.find_request("c1", name)
+            assert found is not None
+            assert answer_of(*found, 1) == ("b", seqs)
+
+    async def test_it_is_forgotten_with_its_last_envelope(self, log: EventLog, sink: RecordingSink) -> None:
+        seqs = await log.append("c1", request("r", "b", 2))
+        await append(log, 1)
+        await log.trim("c1", through=seqs[0])
+        assert await log.find_request("c1", "r") is not None
+        await log.trim("c1", through=seqs[1])
+        assert await log.find_request("c1", "r") is None
+        await log.append("c1", request("r", "other", 1))
+        await log.erase("c1")
+        sink.heads.clear()
+        assert await log.find_request("c1", "r") is None
+        await log.append("c1", request("r", "third", 1))
 
 
 class TestLife:

@@ -14,7 +14,7 @@ from tests.support.scripted_engine import EnginePlugin, Gate, ScriptedEngine, ca
 from broker.cli.verify import verify_conversation
 from broker.conversations.conversation import Conversation
 from broker.envelope import Draft
-from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied
+from broker.errors import Conflict, InvalidInput, NotFound, PermissionDenied, StoreError
 from broker.hookspecs import hookimpl
 from broker.library.jsonl import BadLine
 from broker.library.store import Found, LibraryEntry
@@ -176,6 +176,8 @@ async def test_every_builtin_entity_survives_a_fork(db: str) -> None:
         source, copy = await contents(core, "source"), await contents(core, "copy")
         assert copy == source
         await assert_fold_law(core, "copy")
+        await core.parts.library.import_(CALLER, await exported(core, "source"), new_id="again")
+        assert await contents(core, "again") == source
 
 
 async def test_what_is_open_in_the_middle_is_closed_in_the_copy(db: str) -> None:
@@ -255,7 +257,15 @@ def lines(*envelopes: dict[str, Any], **end: Any) -> bytes:
     return b"".join(orjson.dumps(one) + b"\n" for one in (header, *envelopes, last))
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 GOOD = {"type": "user.message", "id": "u1", "channel": "sem", "timeMs": 1, "data": {"text": "hi"}}
+LOG = {**GOOD, "type": "log", "data": {"message": "hi", "level": "info"}}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +293,17 @@ GOOD = {"type": "user.message", "id": "u1", "channel": "sem", "timeMs": 1, "data
         (lines({**GOOD, "extra": 1}), 2, "'extra'"),
         (lines(GOOD, title=5), 3, "title is 5"),
         (lines(GOOD, metadata=[]), 3, "metadata is []"),
+        (lines(GOOD, {**GOOD, "id": "u2"}, GOOD), 4, "id 'u1' is used twice"),
+        (lines(LOG, GOOD), 3, "is used twice"),
+        (
+            lines(
+                LOG,
+                LOG,
+            ),
+            3,
+            "twice",
+        ),
+        (lines(GOOD, *[{**GOOD, "id": "a", "type": "llm.final", "data": {"text": "x"}}] * 2), 4, "comes too late"),
         (lines(GOOD).replace(b'"id":"u1"', b'"id":"\xff"'), 2, "no valid JSON"),
     ],
 )
@@ -304,9 +325,43 @@ async def test_an_import_needs_a_free_id_and_bounded_metadata(db: str) -> None:
             await library.import_(CALLER, lines(GOOD), new_id="copy")
         with pytest.raises(InvalidInput, match="16384"):
             await library.import_(CALLER, lines(GOOD, metadata={"k": "x" * 20_000}), new_id="other")
+        with pytest.raises(InvalidInput, match="100 levels"):
+            await library.import_(CALLER, lines(GOOD, metadata={"a": nested(101)}), new_id="other")
         with pytest.raises(InvalidInput, match="no envelope"):
             await library.import_(CALLER, lines(), new_id="other")
         assert not (await core.broker.head("other")).exists
+
+
+async def test_what_a_log_says_of_one_id_again_is_imported_as_it_was(db: str) -> None:
+    """An export has what was corrected, came too late or could not be folded; an import of it gives the same."""
+    async with Core(db) as core:
+        for id, type, data in (
+            ("u1", "user.message", {"text": "first"}),
+            ("u1", "user.message", {"text": "corrected"}),
+            ("a", "llm.final", {"text": "x"}),
+            ("a", "llm.delta", {"delta": "late"}),
+            ("u1", "log", {"message": "no log", "level": "info"}),
+        ):
+            await core.broker.publish("c", [Draft(type, data, id)])
+        await core.parts.library.import_(CALLER, await exported(core, "c"), new_id="copy")
+        assert await contents(core, "copy") == await contents(core, "c")
+        copied = (await core.parts.log.read("copy", after=0)).envelopes
+        assert [envelope.type for envelope in copied].count("user.message") == 2
+
+
+@pytest.mark.parametrize("reborn", [False, True])
+async def test_an_export_whose_conversation_is_erased_midway_does_not_end_as_if_complete(db: str, reborn: bool) -> None:
+    async with Core(db) as core:
+        await core.broker.publish("c", [Draft("user.message", {"text": "x" * 2000}, f"u{n}") for n in range(600)])
+        file = await core.parts.library.export(CALLER, "c")
+        seen = [await anext(file) for _ in range(3)]
+        await core.broker.erase("c")
+        if reborn:
+            await core.broker.publish("c", [Draft("user.message", {"text": "new"}, "new")])
+        with pytest.raises(StoreError, match="erased while it was being read"):
+            async for line in file:
+                seen.append(line)
+        assert not any(b'"end":true' in line or b'"new"' in line for line in seen)
 
 
 class RefusesBad:
@@ -327,7 +382,9 @@ async def test_an_import_that_fails_half_way_leaves_nothing(db: str) -> None:
     many = [{**GOOD, "id": f"u{n}"} for n in range(500)]
     async with Core(db, plugins=[RefusesBad()]) as core:
         with pytest.raises(Exception, match="no"):
-            await core.parts.library.import_(CALLER, lines(*many, {**GOOD, "data": {"text": "bad"}}), new_id="copy")
+            await core.parts.library.import_(
+                CALLER, lines(*many, {**GOOD, "id": "bad", "data": {"text": "bad"}}), new_id="copy"
+            )
         assert not (await core.broker.head("copy")).exists
         assert (await core.parts.library.find(CALLER)).conversations == []
 
@@ -390,6 +447,32 @@ async def test_a_list_shows_what_the_caller_may_read(db: str) -> None:
                 await action
 
 
+async def test_a_page_has_as_many_as_asked_for(db: str) -> None:
+    """Also where some of those that were looked at are not shown, and the next page goes on right behind."""
+    async with Core(db, plugins=[Closed()]) as core:
+        for n in range(40):
+            conv_id = "private" if n == 35 else f"open{n}"
+            await core.broker.publish(conv_id, [Draft("user.message", {"text": "needle"}, "u")])
+            await asyncio.sleep(0.002)  # those of one millisecond share a seq, and so a page
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query in (None, "needle"):
+            first = await core.parts.library.find(CALLER, query=query, limit=20)
+            rest = await core.parts.library.find(CALLER, query=query, limit=20, before=first.before)
+            names = [info.entry.conv_id for page in (first, rest) for info in page.conversations]
+            assert len(first.conversations) == 20
+            assert names == [f"open{n}" for n in reversed(range(40)) if n != 35]
+
+
+async def test_emoji_and_signs_are_looked_for_and_not_ignored(db: str) -> None:
+    async with Core(db) as core:
+        await core.broker.publish("c1", [Draft("user.message", {"text": "party 🎉"}, "u")])
+        await core.broker.publish("c2", [Draft("user.message", {"text": "no party!"}, "u")])
+        await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+        for query, expected in (("🎉", ["c1"]), ("party 🎉", ["c1"]), ("party", ["c1", "c2"]), ("!", []), ("🎈", [])):
+            page = await core.parts.library.find(CALLER, query=query)
+            assert sorted(info.entry.conv_id for info in page.conversations) == expected, query
+
+
 async def test_a_conversation_without_messages_is_listed_too(db: str) -> None:
     async with Core(db) as core:
         await core.say("events-only", "x")
@@ -448,7 +531,10 @@ async def test_merge_patch(db: str) -> None:
         with pytest.raises(InvalidInput, match="metadata has"):
             await library.change(CALLER, "c", {"title": "new", "metadata": {"big": "x" * 17_000}})
         assert (await library.get(CALLER, "c")).to_wire()["title"] == "hello"
-        for title in ("", "  ", "a\nb", "x" * 201):
+        for title in ("👨\u200d👩\u200d👧 هم\u200cچنین", "日本語\u3000題", "1\u202f000"):
+            assert (await library.change(CALLER, "c", {"title": title})).to_wire()["title"] == title
+        await library.change(CALLER, "c", {"title": None})
+        for title in ("", "  ", "a\nb", "a\x1bb", "a\u202eb", "x" * 201):
             with pytest.raises(InvalidInput, match="title"):
                 await library.change(CALLER, "c", {"title": title})
         with pytest.raises(NotFound):
@@ -483,7 +569,9 @@ async def test_an_erased_conversation_leaves_no_byte_in_any_file(tmp_path: Path)
         await parts_of(broker).library.change(CALLER, erased, {"title": f"Title {MARK}", "metadata": {MARK: [MARK]}})
         answer = [e for e in await parts_of(broker).timeline.entities(erased) if e.kind == "message"][-1]
         await parts_of(broker).library.fork(CALLER, erased, answer.id, new_id="fork")
-        await broker.publish(erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")])
+        await parts_of(broker).ingest.publish(
+            erased, [Draft("llm.delta", {"delta": 7, "x": MARK}, "dead-letter")], checked=True
+        )
         await broker.publish(erased, [Draft("llm.delta", {"delta": MARK}, "growing")])
         plugin.engine._answer = lambda request: [*text(MARK)[:1], gate]
         await parts_of(broker).runs.send(CALLER, erased, f"running {MARK}")
@@ -590,3 +678,19 @@ async def test_a_long_poll_under_way_shows_nothing_of_what_was_erased(db: str) -
         await broker.erase("c")
         page = await poll
         assert not any(MARK.encode() in frame for frame in page.frames)
+
+
+async def test_imports_keep_their_times_and_are_listed_in_the_order_of_the_imports(db: str) -> None:
+    async with Core(db) as core:
+        library = core.parts.library
+        for conv_id, time_ms in (("newer", 2_000_000), ("older", 1_000_000)):
+            before_ms = core.parts.clock.wall_ms()
+            info = await library.import_(CALLER, lines({**GOOD, "timeMs": time_ms}), new_id=conv_id)
+            wire = info.to_wire()
+            assert wire["createdAtMs"] == time_ms
+            assert wire["updatedAtMs"] >= before_ms - 1000
+            page = await core.broker.doors.reading.timeline_page(CALLER, conv_id)
+            assert [entity.created_at_ms for entity in page.entities] == [time_ms]
+            await asyncio.sleep(0.002)
+        listed = (await library.find(CALLER)).conversations
+        assert [info.entry.conv_id for info in listed] == ["older", "newer"]

@@ -263,7 +263,7 @@ async def test_one_plugins_failing_hook_does_not_keep_anothers_emitters_away(hos
 
 
 async def test_an_emitter_that_ignores_its_cancellation_does_not_hold_up_the_close(host, supervisor, caplog):
-    """The wait is bounded, and what stays behind is told."""
+    """The wait is bounded, what is left behind is told, and nothing of it goes on."""
     go_on = asyncio.Event()
     running = asyncio.Event()
 
@@ -279,8 +279,34 @@ async def test_an_emitter_that_ignores_its_cancellation_does_not_hold_up_the_clo
     await supervisor.start(CONVERSATION, Recorder().publisher)
     await running.wait()
     await supervisor.stop("c1")
-    assert "emitter stubborn of c1 did not end within 0.2 s" in caplog.text
-    go_on.set()
+    told = "did not end within 0.2 s of its cancellation; left behind"
+    assert f"plugin stubborn, hook start_emitters: {told}" in caplog.text
+    assert [task for task in asyncio.all_tasks() if "stubborn" in task.get_name()] == []
+
+
+async def test_an_emitter_that_blocks_the_event_loop_is_named_and_in_the_end_not_run_any_more(host, supervisor, caplog):
+    """Between two awaits it holds every client up; nobody else would know whose it was."""
+    steps = []
+
+    class Blocking:
+        name = "blocking"
+
+        @hookimpl
+        async def start_emitters(self) -> None:
+            while True:
+                host._isolation.clock.advance(0.3)  # a manual clock: what a call of time.sleep is on a real one
+                steps.append(1)
+                await asyncio.sleep(0)
+
+    host.add(Blocking())
+    await supervisor.start(CONVERSATION, Recorder().publisher)
+    await until(lambda: host.describe()[0]["quarantined"])
+    made = len(steps)
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    assert len(steps) == made <= 10
+    assert "plugin blocking, hook start_emitters: kept the event loop for 300 ms" in caplog.text
+    assert host.describe()[0]["time"]["start_emitters"]["stalls"] == made
 
 
 async def test_an_emitter_that_fails_in_its_clean_up_does_not_come_back(host, supervisor):

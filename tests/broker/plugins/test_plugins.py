@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pytest
@@ -548,13 +548,13 @@ async def test_implementations_take_all_arguments_and_are_measured(host):
         name = "plugin"
 
         @hookimpl
-        async def authorize(self, action: str) -> bool:
+        def authorize(self, action: str) -> bool:
             return action == "read"
 
     host.add(Plugin())
     assert host.has("authorize")
     ((name, implementation),) = host.implementations("authorize")
-    answer = await implementation(principal=Principal("p"), action="read", conv_id=None, channels=[])
+    answer = implementation(principal=Principal("p"), action="read", conv_id=None, channels=[])
     assert (name, answer) == ("plugin", True)
     assert described(host, "plugin")["time"]["authorize"]["calls"] == 1
 
@@ -770,6 +770,7 @@ def test_a_hook_that_keeps_the_event_loop_waiting_is_quarantined(host, clock):
     assert described(host, "slow")["time"]["on_conversation_opened"] == {
         "calls": 4,
         "errors": 0,
+        "stalls": 3,
         "total_ms": 1000.0,
         "max_ms": 400.0,
     }
@@ -875,6 +876,128 @@ def test_one_views_failing_predicate_is_not_excused_by_anothers(host):
     assert "3 failures in a row" in described(host, "gate")["quarantined"]["build_filter"]
 
 
+def test_a_filter_that_fails_in_one_view_is_taken_out_of_that_view_alone(host):
+    """What others look at stays open, views made afterwards too; the one view is closed until the plugin is released."""
+    host.add(Gate(lambda envelope: True))
+    bad = host.guard("gate", "build_filter", lambda envelope: 1 / 0, scope="bad (sem)")
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            bad(ENVELOPE)
+    for again in (bad, host.guard("gate", "build_filter", lambda envelope: True, scope="bad (sem)")):
+        with pytest.raises(PluginError, match=r"in quarantine \(3 failures in a row"):
+            again(ENVELOPE)
+    assert described(host, "gate")["quarantined"]["build_filter"].startswith("view bad (sem): 3 failures in a row")
+    assert host.guard("gate", "build_filter", lambda envelope: True, scope="good (sem)")(ENVELOPE) is True
+    assert gate(host)(ENVELOPE) is True
+    host.release("gate")
+    assert host.guard("gate", "build_filter", lambda envelope: True, scope="bad (sem)")(ENVELOPE) is True
+
+
+def test_a_factory_that_fails_for_one_profile_is_asked_for_the_others(host):
+    class Picky:
+        name = "picky"
+        asked: ClassVar[list[str]] = []
+
+        @hookimpl
+        def build_filter(self, profile: Profile) -> Any:
+            self.asked.append(profile.name)
+            if profile.name == "bad":
+                raise RuntimeError("not this one")
+            return lambda envelope: True
+
+    def made(name: str) -> Callable[..., Any]:
+        ((plugin, fn),) = host.call_collect("build_filter", profile=Profile(name))
+        guarded: Callable[..., Any] = host.guard(plugin, "build_filter", fn, scope=name)
+        return guarded
+
+    host.add(Picky())
+    for _ in range(5):
+        with pytest.raises(PluginError):
+            made("bad")(ENVELOPE)
+        assert made("good")(ENVELOPE) is True
+    assert Picky.asked.count("bad") == 3
+    assert described(host, "picky")["quarantined"]["build_filter"].startswith("view bad: 3 failures in a row")
+
+
+def test_a_filter_that_fails_in_ever_more_views_is_taken_out_of_all(host):
+    """Clients choose views as they like; what is remembered of them stays bounded, and closed."""
+    host.add(Gate(lambda envelope: True))
+    for number in range(200):
+        bad = host.guard("gate", "build_filter", lambda envelope: 1 / 0, scope=f"view {number}")
+        for _ in range(3):
+            with pytest.raises((ZeroDivisionError, PluginError)):
+                bad(ENVELOPE)
+    assert len(described(host, "gate")["quarantined"]["build_filter"]) < 300
+    with pytest.raises(PluginError, match="in quarantine"):
+        host.guard("gate", "build_filter", lambda envelope: True, scope="view 0")(ENVELOPE)
+
+
+def slow_calls(host: PluginHost, clock: ManualClock, call_s: float, every_s: float, count: int) -> int:
+    """Call a filter that takes `call_s` once every `every_s`; return how many calls were made."""
+
+    def predicate(envelope: Envelope) -> bool:
+        clock.advance(call_s)
+        return True
+
+    filter_ = host.guard("gate", "build_filter", predicate, scope="default (sem)")
+    for made in range(count):
+        try:
+            filter_(ENVELOPE)
+        except PluginError:
+            return made
+        clock.advance(max(0.0, every_s - call_s))
+    return count
+
+
+@pytest.mark.parametrize(
+    ("call_s", "every_s", "calls"),
+    [
+        (0.2, 0.2, 3),  # 0.5 s are enough here: each call is below the limit of a stall, together they are above
+        (0.2, 1.5, 4),
+        (0.03, 0.03, 18),
+        (0.03, 1.0, 1000),  # 3 % of the time: bearable
+        (0.01, 0.01, 1000),  # a busy server, not a slow filter
+    ],
+)
+def test_calls_that_are_slow_without_stalling_add_up(host, clock, call_s, every_s, calls):
+    """A filter that takes 0.2 s per event holds every client up, whatever lies between two events."""
+    host.add(Gate(None))
+    assert slow_calls(host, clock, call_s, every_s, 1000) == calls
+    quarantined = described(host, "gate")["quarantined"]
+    if calls < 1000:
+        assert "slow calls that took" in quarantined["build_filter"]
+        assert slow_calls(host, clock, 0.0, 0.1, 5) == 0
+    else:
+        assert quarantined == {}
+
+
+def test_a_process_that_was_stopped_in_the_midst_of_a_call_quarantines_nobody(host, clock):
+    host.add(Gate(None))
+    assert slow_calls(host, clock, 600.0, 700.0, 1) == 1
+    assert described(host, "gate")["quarantined"] == {}
+    assert described(host, "gate")["time"]["build_filter"]["stalls"] == 1
+
+
+def test_a_filter_that_sleeps_and_raises_is_counted_as_both(host, clock):
+    def predicate(envelope: Envelope) -> bool:
+        clock.advance(0.3)
+        raise ValueError("and slow")
+
+    host.add(Gate(None))
+    filter_ = host.guard("gate", "build_filter", predicate)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="and slow"):
+            filter_(ENVELOPE)
+    assert "2 stalls in a row" in described(host, "gate")["quarantined"]["build_filter"]
+    assert described(host, "gate")["time"]["build_filter"] == {
+        "calls": 2,
+        "errors": 2,
+        "stalls": 2,
+        "total_ms": 600.0,
+        "max_ms": 300.0,
+    }
+
+
 async def _async_predicate(envelope: Envelope) -> bool:
     return False
 
@@ -908,9 +1031,10 @@ def test_a_guard_measures_counts_and_raises_again(host, clock):
     with pytest.raises(KeyError):
         guarded(ENVELOPE, fail=True)
     assert described(host, "gate")["time"]["build_transform"] == {
-        "calls": 1,
+        "calls": 2,
         "errors": 1,
-        "total_ms": 10.0,
+        "stalls": 0,
+        "total_ms": 20.0,
         "max_ms": 10.0,
     }
 
@@ -939,19 +1063,6 @@ def test_a_fold_is_never_quarantined_and_may_refuse_a_late_envelope(host):
     with pytest.raises(LateEnvelope):
         guarded({}, ENVELOPE)
     assert described(host, "gate")["errors"] == 10
-
-
-async def test_a_tool_may_be_async_and_is_guarded_to_its_end(host):
-    """The error comes after the first await, and still counts."""
-
-    async def tool(input: Any, context: Any) -> str:
-        await asyncio.sleep(0)
-        raise RuntimeError("tool broke")
-
-    host.add(Gate(None))
-    with pytest.raises(RuntimeError, match="tool broke"):
-        await host.guard("gate", "register_tools", tool)({}, None)
-    assert described(host, "gate")["last_error"] == "register_tools: RuntimeError: tool broke"
 
 
 def test_a_disabled_plugin_is_as_if_it_were_not_loaded(host):

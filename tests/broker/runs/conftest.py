@@ -11,7 +11,8 @@ from tests.support.run_bench import Bench
 from tests.support.run_stores import InRedis, InSqlite, OneStore, RunPlace
 
 from broker.redis.connection import RedisConnection
-from broker.runs.memory import MemoryRunStore, MemoryTurnStore
+from broker.runs.memory import MemoryRunStore
+from broker.runs.memory_turns import MemoryTurnStore
 from broker.runs.redis import RedisRunStore
 from broker.runs.redis_turns import RedisTurnStore
 from broker.runs.sqlite import SqliteRunStore

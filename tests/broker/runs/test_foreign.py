@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, text
 
 from broker.envelope import SEM, Draft, seal
 from broker.errors import EngineError
-from broker.exact_json import loads_exact, wide_integer
+from broker.exact_json import WideInteger, loads_checked, loads_exact, wide_integer
 from broker.runs.answer import StepAnswer, add_usage
 from broker.runs.engine import (
     EngineEvent,
@@ -27,7 +28,7 @@ from broker.runs.engine import (
     Usage,
 )
 from broker.runs.foreign import TextJoiner, clean_text, clean_usage, unusable
-from broker.runs.tools import Tool
+from broker.runs.tools import Tool, ToolContext
 
 LIMIT = 20_000
 
@@ -77,7 +78,11 @@ def test_halves_of_a_pair_find_each_other_in_text_and_reasoning(pieces: list[str
 
 
 def test_halves_of_a_pair_find_each_other_in_arguments() -> None:
-    events = [ToolCallStart("k", "id", "t"), ToolCallDelta("k", '{"e":"\ud83d'), ToolCallDelta("k", '\ude00"}')]
+    events: list[EngineEvent] = [
+        ToolCallStart("k", "id", "t"),
+        ToolCallDelta("k", '{"e":"\ud83d'),
+        ToolCallDelta("k", '\ude00"}'),
+    ]
     _, drafts = play(*events, ToolCallEnd("k", {"e": "😀"}), Finish("stop"))
     shown = [draft.data["patch"]["inputTextDelta"] for draft in drafts[2:4]]
     assert "".join(shown) == '{"e":"😀"}'
@@ -101,7 +106,9 @@ def test_a_joiner_gives_every_character_once() -> None:
 def test_megabytes_in_one_delta_come_in_pieces(character: str) -> None:
     """One envelope does not carry them; the run goes on all the same."""
     long = character * (5 * LIMIT)
-    events = [ReasoningDelta(long), TextDelta(long), ToolCallStart("k", "id", "t"), ToolCallDelta("k", long)]
+    events: list[EngineEvent] = [
+        ReasoningDelta(long), TextDelta(long), ToolCallStart("k", "id", "t"), ToolCallDelta("k", long)
+    ]  # fmt: skip
     answer, drafts = play(*events, ToolCallEnd("k", {"a": clean_text(long)}), Finish("stop"))
     assert deltas(drafts, "llm.delta") == deltas(drafts, "llm.thinking.delta") == clean_text(long)
     [call] = answer.main_calls
@@ -253,7 +260,12 @@ async def test_an_error_that_cannot_be_written_still_ends_the_run(failure: Excep
 
 async def test_a_tool_is_never_given_another_number_than_the_model_said() -> None:
     given: list[Any] = []
-    tool = Tool("pay", "", {"type": "object"}, lambda value, _context: given.append(dict(value)) or "paid")
+
+    def pay(value: Mapping[str, Any], _context: ToolContext) -> str:
+        given.append(dict(value))
+        return "paid"
+
+    tool = Tool("pay", "", {"type": "object"}, pay)
     exact = {"n": 2512292042121000001}
     calls = [
         [ToolCallStart(key, key, "pay"), ToolCallEnd(key, value)]
@@ -279,6 +291,26 @@ def test_integers_keep_every_digit(number: int) -> None:
     wide = not -(2**63) <= number < 2**64
     assert (wide_integer({"a": [(number,)]}) is not None) == wide
     assert (unusable({"n": number}, 10_000) is not None) == wide
+    for around in (
+        "%d",
+        "[1,%d]",
+        '{"n":%d}',
+        '{"a": {"n" : \n%d}, "b": "x"}',
+        '{"s": "1234567890123456789", "n": %d }',
+    ):
+        spelled = around % number
+        if wide:
+            with pytest.raises(WideInteger, match="beyond 64 bit"):
+                loads_checked(spelled)
+        else:
+            assert loads_checked(spelled.encode()) == json.loads(spelled)
+
+
+def test_numbers_that_are_none_are_refused_by_name() -> None:
+    why = unusable({"rows": [1.5, {"n": math.nan}], "none": None}, 10_000)
+    assert why is not None
+    assert why.startswith("holds the number nan,")
+    assert unusable({"rows": [1.5, {"n": "nan"}], "none": None}, 10_000) is None
 
 
 @pytest.mark.parametrize(

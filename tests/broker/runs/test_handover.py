@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+import redis
 from tests.broker.runs.test_store import a_run
 from tests.support.push_faults import PushFaults
 from tests.support.run_bench import ALICE, Bench, Journal
@@ -319,7 +320,7 @@ async def test_leases_are_prolonged_while_others_are_taken_over(nodes: Nodes, re
             nonlocal left_ms, renewals
             before, left_ms = left_ms, await connection.one(("PTTL", "chat:{mine}:run-lease"))
             renewals += left_ms > before
-            return renewals > 6
+            return bool(renewals > 6)
 
         await bench.until(renewed)
         assert keeper(bench).lost == 0
@@ -327,3 +328,59 @@ async def test_leases_are_prolonged_while_others_are_taken_over(nodes: Nodes, re
         gate.open()
         assert (await bench.ended(sent.run_id)).status == "finished"
         assert (await bench.ended("lost")).status == "finished"
+
+
+async def test_runs_that_await_a_person_cost_little_while_they_do(nodes: Nodes, redis_url: str) -> None:
+    """What a look and a renewal ask of Redis does not grow with what other nodes hold, and little with what is held here."""
+    plugin = nodes.agent()
+    asks, says = call("risky", {}, "c1") + text(reason="tool_calls"), text("good")
+    plugin.engine = ScriptedEngine(answer=lambda request: says if request.step else asks)
+    one = await nodes.start(plugin)
+    other = await nodes.start(nodes.agent())
+    count = 60
+    runs = [(await one.runs.send(ALICE, f"c{number}", "do it")).run_id for number in range(count)]
+    for run_id in runs:
+        await one.status(run_id, "awaiting_tool_approval")
+    await one.until(lambda: keeper(one).at_work == count)
+    await keeper(other).look()
+    await keeper(one).renew()
+
+    async def commands(work: Any) -> dict[str, int]:
+        """The commands that Redis carries out for it, those within scripts included; the fewest of some tries, since what
+        came before may not be over."""
+        found: list[dict[str, int]] = []
+        with redis.Redis.from_url(redis_url, protocol=2) as client:
+            for _ in range(10):
+                client.config_resetstat()
+                await work()
+                stats = client.info("commandstats")
+                found.append({name[8:]: one["calls"] for name, one in stats.items() if "config" not in name})
+                await asyncio.sleep(0.05)
+        return min(found, key=lambda calls: sum(calls.values()))
+
+    # Both nodes look every second for what was left: that is counted as well, and does not hang on the number of runs.
+    idle = await commands(keeper(other).look)
+    assert sum(idle.values()) <= 10, idle
+    own = await commands(keeper(one).look)
+    assert sum(own.values()) <= 10, own
+    renewal = await commands(keeper(one).renew)
+    assert renewal["evalsha"] <= 5, renewal
+    assert sum(renewal.values()) <= 2 * count + 20, renewal
+    # And all the same each of them is found: by a poke, by a renewal, and when its node goes.
+    await other.runs.approve_tools("c3", None, "alice")
+    await one.ended(runs[3])
+
+
+async def test_a_run_that_awaited_a_person_and_ended_elsewhere_is_not_held_for_ever(nodes: Nodes) -> None:
+    """Its poke is lost: the renewal sees that something changed, and the lease is let go."""
+    one, run_id = await asking(nodes)
+    other = await nodes.start(nodes.agent())
+    await one.runs.stop(drain_s=0)
+    await other.until(lambda: keeper(other)._awaiting == {"c"})
+    await keeper(other).renew()
+    ended = {"status": "failed", "terminal_published": True}
+    assert await one.store.update(run_id, frozenset({"awaiting_tool_approval"}), ended, 5) is not None
+    await keeper(other).renew()
+    await other.until(lambda: not keeper(other)._awaiting)
+    await keeper(other).renew()
+    assert keeper(other)._leases.held() == []

@@ -49,7 +49,7 @@ def test_turns_with_tools_and_opaque_data() -> None:
     messages = messages_for(
         entities, run("r2", "u2"), [run("r1", "u1")], system_prompt="be nice", opaque={"a1": [{"sig": "x"}]}
     )
-    call = {"name": "add", "input": {"a": 1}}
+    call: dict[str, Any] = {"name": "add", "input": {"a": 1}}
     assert messages == [
         ChatMessage("system", "be nice"),
         ChatMessage("user", "1+?"),

@@ -172,3 +172,46 @@ async def test_of_two_nodes_with_one_key_one_accepts(nodes: list[RedisRunStore])
         assert len(accepted) == 1
         assert all(isinstance(one, IdempotencyPending) for one in results if isinstance(one, BaseException))
     assert len(await nodes[0].queued("c")) == 10
+
+
+async def test_where_nobody_works_is_told_with_what_waits_there(nodes: list[RedisRunStore], url: str) -> None:
+    one, other, brief = nodes
+    for conv_id in ("held", "free", "over", "brief"):
+        await one.prepare(a_run(f"r-{conv_id}", conv_id), record=None, max_queued=9)
+    await one.claim("held", 1)
+    await one.update("r-over", frozenset({"queued"}), {"status": "cancelled", "terminal_published": True}, 2)
+    await brief.claim("brief", 1)
+
+    async def is_free() -> bool:
+        return "brief" in (await other.unattended()).free
+
+    await until_async(is_free)
+    found = await other.unattended()
+    assert found.open >= {"held", "free", "brief"}
+    assert found.free - {"over"} == {"free", "brief"}
+    assert [run.run_id for run in found.runs] == ["r-brief", "r-free"]
+    await one.leave(["held"])
+    assert "held" in (await other.unattended()).free
+    assert (await other.unattended()).open == {"held", "free", "brief"}, "what is over is off the list"
+
+
+async def test_many_leases_are_renewed_each_as_it_stands(nodes: list[RedisRunStore]) -> None:
+    """More than one call takes: of each it is told whether it changed, or was lost."""
+    one, other, _ = nodes
+    names = [f"c{number:03d}" for number in range(300)]
+    for conv_id in names:
+        await one.prepare(a_run(f"r-{conv_id}", conv_id), record=None, max_queued=9)
+        await one.claim(conv_id, 1)
+    assert sorted((await one.renew(names)).changed) == names  # seen for the first time
+    assert await one.renew(names) == ([], [])
+    await other.update("r-c007", ACTIVE, {"cancel_requested": True}, 2)
+    await other.update("r-c290", ACTIVE, {"cancel_requested": True}, 2)
+    for conv_id in ("c008", "c299"):
+        token = one.token(conv_id)
+        await one.leave([conv_id])
+        assert await other.take_over(conv_id) is not None
+        assert token is not None
+        one.hold(conv_id, token)  # as a node that was paused believes
+    renewed = await one.renew(names)
+    assert (sorted(renewed.lost), sorted(renewed.changed)) == (["c008", "c299"], ["c007", "c290"])
+    assert list((await other.holders(["c008"])).values()) == [other._connection.node]

@@ -36,7 +36,7 @@ def check_prompts_first(bench: Bench, conv_id: str = "c") -> None:
     began: set[str] = set()
     prompts: set[str] = set()
     for envelope in bench.journal.envelopes.get(conv_id, []):
-        run_id = envelope.data.get("runId")
+        run_id = str(envelope.data.get("runId"))
         if envelope.type == "user.message":
             assert run_id not in prompts, f"the prompt of {run_id} came twice"
             assert run_id not in began, f"the prompt of {run_id} came after its run had begun"
@@ -183,7 +183,7 @@ async def test_a_refused_prompt_is_not_made_later_by_another_node_either(nodes: 
     one = await nodes.start(answering())
     two = await nodes.start(answering())
     stubborn = Stubborn(one.runs.store)
-    one.runs._runtime.store = stubborn  # type: ignore[assignment]
+    one.runs._runtime.store = stubborn
     nodes.journal.refuse = StoreUnavailable("away")
     with pytest.raises(StoreUnavailable, match="away"):
         await one.runs.send(ALICE, "c", "pay 100")

@@ -309,7 +309,7 @@ async def test_each_event_is_published_as_it_comes() -> None:
         sent = await bench.runs.send(ALICE, "c", "hi")
         for count, gate in enumerate(gates, 1):
             await gate.reached.wait()
-            await bench.until(lambda count=count: len(bench.events("c", "llm.delta")) == count)
+            await bench.until(lambda count: len(bench.events("c", "llm.delta")) == count, count)
             gate.open()
         await bench.ended(sent.run_id)
 

@@ -125,6 +125,8 @@ async def test_one_run_at_a_time_in_order() -> None:
         ({"engine_profile": "nope"}, UnknownEngineProfile, "'nope' does not exist; known engine profiles: scripted"),
         ({"overrides": {"x": 1}}, InvalidOverrides, "override 'x' is not allowed"),
         ({"overrides": {"x": {1}}}, InvalidInput, "are no JSON"),
+        ({"overrides": {"x": [2**70]}}, InvalidInput, "are no JSON"),
+        ({"overrides": {"x": [1, float("nan")]}}, InvalidInput, "the number nan"),
     ],
 )
 async def test_bad_input_is_refused_and_leaves_nothing(
@@ -307,6 +309,11 @@ TWO = [
 async def talk(bench: Bench, prompt: str, **more: Any) -> Run:
     sent = await bench.runs.send(ALICE, "c", prompt, **more)
     return await bench.ended(sent.run_id)
+
+
+async def at_rest(bench: Bench) -> None:
+    """Wait until nothing is under way in any conversation."""
+    await bench.until(lambda: bench.runs.active == 0 and not bench.runs._queues._queues)
 
 
 async def test_an_engine_is_rebuilt_if_and_only_if_the_signature_changes() -> None:
@@ -593,13 +600,16 @@ async def test_waiting_for_a_person_is_not_the_runs_time() -> None:
 async def test_nothing_is_saved_twice() -> None:
     async with Bench(EnginePlugin()) as bench:
         await talk(bench, "a")
+        await at_rest(bench)  # the last save comes after the event by which a run is known to have ended
         # prepare + conversation, claim, plan, end, terminal published
+        await bench.until(lambda: bench.runs.stats()["saves"] >= 5)  # counted after others can read it
         assert bench.runs.stats()["saves"] == 5
         await talk(bench, "b")
+        await at_rest(bench)
         assert bench.runs.stats()["saves"] == 9
 
 
 async def test_a_line_at_rest_leaves_nothing_in_memory() -> None:
     async with Bench(EnginePlugin(), journal=Journal()) as bench:
         await talk(bench, "a")
-        await bench.until(lambda: bench.runs.active == 0 and not bench.runs._queues._queues)
+        await at_rest(bench)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from broker.errors import InvalidInput, LimitExceeded
-from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run, Verdict
+from broker.runs.state import ACTIVE, STATUSES, TERMINAL, TRANSITIONS, PendingCall, Run, RunStatus, Verdict
 from broker.runs.store import ConversationState, KeyRecord, RunStore
 from broker.runs.turns import Turn, TurnStore
 
-QUEUED = frozenset({"queued"})
+QUEUED: frozenset[RunStatus] = frozenset({"queued"})
 
 
 def a_run(run_id: str = "r1", conv_id: str = "c", **more: Any) -> Run:
@@ -195,11 +195,11 @@ async def test_of_two_racing_ends_one_wins(store: RunStore) -> None:
 
 
 @pytest.mark.parametrize("status", sorted(STATUSES))
-async def test_only_the_transitions_of_the_state_machine_exist(store: RunStore, status: str) -> None:
-    await store.prepare(a_run("r1", status=status), record=None, max_queued=9)  # type: ignore[arg-type]
+async def test_only_the_transitions_of_the_state_machine_exist(store: RunStore, status: RunStatus) -> None:
+    await store.prepare(a_run("r1", status=status), record=None, max_queued=9)
     for target in sorted(STATUSES - {status}):
         await store.prepare(a_run(f"to-{target}", f"c-{target}", status=status), record=None, max_queued=9)
-        if target in TRANSITIONS[status]:  # type: ignore[index]
+        if target in TRANSITIONS[status]:
             assert await store.update(f"to-{target}", STATUSES, {"status": target}, 2) is not None
         else:
             with pytest.raises(InvalidInput, match=f"cannot go from {status}"):

@@ -13,9 +13,10 @@ import pytest
 from tests.support.scripted_engine import EnginePlugin
 
 from broker.errors import PluginError
-from broker.plugins import PluginHost
+from broker.hookspecs import hookimpl
+from broker.plugins import IsolationLimits, PluginHost
 from broker.runs.engine import ToolCall
-from broker.runs.tool_runner import ToolRunner
+from broker.runs.tool_runner import MAX_THREADS_PER_PLUGIN, ToolRunner
 from broker.runs.tools import Tool, ToolContext
 
 OBJECT = {"type": "object"}
@@ -23,8 +24,8 @@ CONTEXT = ToolContext("c", "r", "call")
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 
-def runner(*tools: Tool) -> tuple[ToolRunner, PluginHost]:
-    host = PluginHost()
+def runner(*tools: Tool, grace_s: float = 1.0) -> tuple[ToolRunner, PluginHost]:
+    host = PluginHost(limits=IsolationLimits(grace_s=grace_s))
     host.add(EnginePlugin(tools=tools))
     return ToolRunner(host), host
 
@@ -99,6 +100,91 @@ async def test_a_thread_that_hangs_keeps_its_place_until_it_ends() -> None:
     deadline = time.monotonic() + 10
     while (await made.run(ToolCall("c", "t", {"n": 3}), CONTEXT)).error is not None:
         assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def test_waiting_for_a_turn_is_not_a_tools_own_time() -> None:
+    """Six calls of one at a time, each within its limit: all of them answer, though the last waits for longer than that."""
+    gates = [threading.Event() for _ in range(6)]
+    begun: list[int] = []
+
+    def work(given: Mapping[str, Any], _context: ToolContext) -> str:
+        begun.append(given["n"])
+        gates[given["n"]].wait(10)
+        return "done"
+
+    made, _ = runner(tool(work, timeout_s=0.4, max_concurrency=1))
+    calls = [asyncio.create_task(made.run(ToolCall(str(n), "t", {"n": n}), CONTEXT)) for n in range(6)]
+    for n in range(6):
+        while len(begun) <= n:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        gates[n].set()
+    assert [outcome.result for outcome in await asyncio.gather(*calls)] == ["done"] * 6
+    assert begun == list(range(6))
+
+
+async def test_hung_tools_of_one_plugin_leave_the_others_their_threads() -> None:
+    """A thread cannot be stopped. When all places of a plugin are held by such calls, it alone is told so, at once."""
+    released = threading.Event()
+
+    def hang(given: Mapping[str, Any], _context: ToolContext) -> str:
+        released.wait(30)
+        return "late"
+
+    class Provider:
+        def __init__(self, made: Tool) -> None:
+            self.name = made.name
+            self.made = made
+
+        @hookimpl
+        def register_tools(self) -> list[Tool]:
+            return [self.made]
+
+    host = PluginHost()
+    host.add(Provider(Tool("hang", "hangs", OBJECT, hang, timeout_s=0.05)))
+    host.add(Provider(Tool("fine", "works", OBJECT, lambda _given, _context: "fine")))
+    made = ToolRunner(host)
+    calls = [made.run(ToolCall(str(n), "hang", {}), CONTEXT) for n in range(80)]
+    outcomes = [outcome.error or "" for outcome in await asyncio.gather(*calls)]
+    assert sum("time limit of" in error for error in outcomes) == MAX_THREADS_PER_PLUGIN
+    assert sum("every place" in error for error in outcomes) == 80 - MAX_THREADS_PER_PLUGIN
+    assert (await made.run(ToolCall("x", "fine", {}), CONTEXT)).result == "fine"
+    released.set()
+    deadline = time.monotonic() + 10
+    while (await made.run(ToolCall("y", "hang", {}), CONTEXT)).error is not None:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+async def test_an_async_tool_that_swallows_its_cancellation_ends_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    went_on = 0
+
+    async def stubborn(given: Mapping[str, Any], _context: ToolContext) -> str:
+        nonlocal went_on
+        while True:
+            try:
+                await asyncio.sleep(0.01)
+                went_on += 1
+            except asyncio.CancelledError:
+                continue
+
+    made, _ = runner(tool(stubborn, timeout_s=0.05, max_concurrency=1), grace_s=0.05)
+    for _ in range(2):  # its place is free again
+        outcome = await made.run(ToolCall("a", "t", {}), CONTEXT)
+        assert outcome.error == "tool t did not answer within its time limit of 0.05 s"
+    assert "hook register_tools: did not end within 0.05 s of its cancellation; left behind" in caplog.text
+    before = went_on
+    await asyncio.sleep(0.1)
+    assert went_on == before
+
+
+async def test_an_async_tool_that_lets_out_a_cancellation_is_a_failed_tool() -> None:
+    async def lets_out(given: Mapping[str, Any], _context: ToolContext) -> str:
+        raise asyncio.CancelledError
+
+    outcome = await outcome_of(tool(lets_out))
+    assert "cancelled from within" in str(outcome.error)
 
 
 async def test_concurrency_is_limited() -> None:
@@ -123,6 +209,9 @@ async def test_long_results_are_cut_and_say_so() -> None:
     assert short.result == "ü" * 10
     cut = await outcome_of(tool(lambda _g, _c: "ü" * 10, max_output_bytes=7))
     assert cut.result == "üüü\n[cut: the first 7 of 20 bytes]"
+    family = "👨\u200d👩\u200d👧"  # 18 bytes
+    whole = await outcome_of(tool(lambda _g, _c: family * 5, max_output_bytes=50))
+    assert whole.result == f"{family * 2}\n[cut: the first 50 of 90 bytes]"
     assert cut.error is None
     structured = await outcome_of(tool(lambda _g, _c: {"k": "v" * 50}, max_output_bytes=10))
     assert structured.result == '{"k":"vvvv\n[cut: the first 10 of 58 bytes]'
@@ -205,6 +294,7 @@ async def test_a_result_fits_into_an_envelope_whatever_the_tool_may_answer() -> 
         made, _ = runner(tool(lambda _g, _c, text=text: text, max_output_bytes=10_000_000))
         outcome = await made.run(ToolCall("c", "t", {}), CONTEXT, 2_000)
         assert len(orjson.dumps(outcome.result)) <= 2_000
+        assert isinstance(outcome.result, str)
         assert outcome.result.endswith(f"of {len(text.encode())} bytes]")
         assert outcome.result.startswith(text[:50])
 

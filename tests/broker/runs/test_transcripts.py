@@ -73,16 +73,12 @@ def plugin(played: list[Exchange], system: str | None) -> EnginePlugin:
             events[-1:-1] = call(name, call_input, call_id)
             results[name].append(result)
         script.append(events)
-    tools = [
-        Tool(
-            name,
-            "",
-            {"type": "object"},
-            lambda _given, _context, name=name: results[name].popleft(),
-            max_output_bytes=1 << 20,
-        )
-        for name in results
-    ]
+
+    def tool(name: str) -> Tool:
+        given = results[name]
+        return Tool(name, "", {"type": "object"}, lambda _given, _context: given.popleft(), max_output_bytes=1 << 20)
+
+    tools = [tool(name) for name in results]
     profile = EngineProfile("p", "scripted", tools=list(results), system_prompt=system)
     return EnginePlugin(ScriptedEngine(*script), profiles=[profile], tools=tools)
 

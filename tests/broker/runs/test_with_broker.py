@@ -206,7 +206,7 @@ async def test_what_is_being_taken_over_when_a_node_stops_is_given_back(
     await first.broker.start()
     await awaiting_approval(first, "conv")
     await second.broker.start()
-    keeper: Any = second.parts.runs._leases  # type: ignore[attr-defined]
+    keeper: Any = second.parts.runs._leases
     began = asyncio.Event()
 
     async def for_ever(line: object, taken: object) -> None:

@@ -395,7 +395,12 @@ class TestClosing:
         await database.close()
         await database.close()
         await database.flush()
-        for attempt in (database.ping(), database.read(lambda c: None), database.write(lambda c: None)):
+        for attempt in (
+            database.ping(),
+            database.read(lambda c: None),
+            database.fetch("SELECT 1"),
+            database.write(lambda c: None),
+        ):
             with pytest.raises(StoreUnavailable, match="is closed: open it first"):
                 await attempt
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from broker.envelope import Envelope, encode_json
 from broker.testing import EnvelopeFactory
+from broker.timeline.budget import FACTOR, HELD_S, PATIENT_FACTOR, SLACK_BYTES
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
 from broker.timeline.handlers import TimelineHandler, new_entity
 from broker.timeline.projector import (
-    BUDGET_FACTOR,
-    BUDGET_SLACK_BYTES,
+    CACHED_BYTES,
     CACHED_ENTITIES,
     ENTITY_OVERHEAD_BYTES,
     LOGGED_DEAD_LETTERS,
@@ -69,7 +69,7 @@ def wire(timeline: ConversationTimeline) -> dict[str, Any]:
 
 def flush(timeline: ConversationTimeline, store: Store, *, everything: bool = False) -> int:
     """Save as housekeeping does; return the bytes that the texts of what was saved have."""
-    save = timeline.take_save(everything=everything)
+    save = timeline.take_save(0.0, everything=everything)
     if save is None:
         return 0
     store.take(save)
@@ -86,7 +86,7 @@ def text_bytes(entity: Entity) -> int:
 
 def bound(final_bytes: int) -> int:
     """What a finished text may have cost in all: the budget while it grew, and the final state once."""
-    return (BUDGET_FACTOR + 1) * (final_bytes + ENTITY_OVERHEAD_BYTES) + BUDGET_SLACK_BYTES
+    return (FACTOR + 1) * (final_bytes + ENTITY_OVERHEAD_BYTES) + SLACK_BYTES
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +104,7 @@ def test_shown_and_saved_bytes_are_linear_however_the_deltas_come(
         batch = [envelope("llm.delta", {"delta": letter * size}, id="m") for _ in range(count)]
         shown += sum(map(text_bytes, timeline.fold(batch)))
         if tick:
-            shown += sum(map(text_bytes, timeline.due()))
+            shown += sum(map(text_bytes, timeline.due(0.0)))
             saved += flush(timeline, store)
     final = timeline.fold([envelope("llm.final", {"finishReason": "stop"}, id="m")])
     assert [entity.id for entity in final] == ["m"], "the final state is never delayed"
@@ -123,10 +123,73 @@ def test_one_character_at_a_time_with_a_tick_after_each() -> None:
     shown = saved = 0
     for _ in range(3000):
         shown += sum(map(text_bytes, timeline.fold([envelope("llm.delta", {"delta": "x"}, id="m")])))
-        shown += sum(map(text_bytes, timeline.due()))
+        shown += sum(map(text_bytes, timeline.due(0.0)))
         saved += flush(timeline, store)
     assert 3000 < shown <= bound(3000)
     assert 3000 < saved <= bound(3000)
+
+
+TICK_S = 0.25
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 60)), min_size=1, max_size=60),
+    st.integers(0, 40_000),
+)
+def test_nothing_waits_for_growth_that_does_not_come(steps: list[tuple[int, int]], burst: int) -> None:
+    """Deltas of any size with pauses of any length: what waits is shown and saved, and each doubling of the time costs once."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    shown = saved = ticks = 0
+    size = burst
+
+    def tick() -> bool:
+        nonlocal shown, saved, ticks
+        ticks += 1
+        shown += sum(map(text_bytes, timeline.due(ticks * TICK_S)))
+        if (save := timeline.take_save(ticks * TICK_S)) is not None:
+            store.take(save)
+            timeline.saved(save)
+            saved += sum(map(text_bytes, save.entities))
+        return not timeline.pending and not timeline.dirty
+
+    timeline.fold([envelope("llm.delta", {"delta": "x" * burst}, id="m")])
+    for grown, pause in steps:
+        shown += sum(map(text_bytes, timeline.fold([envelope("llm.delta", {"delta": "x" * grown}, id="m")])))
+        size += grown
+        tick()  # what changed is looked at in any case
+        for _ in range(pause):
+            due_s = timeline.next_due_s(ticks * TICK_S)
+            before = shown, saved
+            tick()
+            if due_s is None or due_s > ticks * TICK_S:
+                assert (shown, saved) == before, "it comes when it is said to come"
+    in_all_s = ticks * TICK_S
+    while not tick():
+        # A wait is at most twice all the waits before it together.
+        assert ticks * TICK_S <= 3 * in_all_s + 8 * HELD_S
+    assert timeline.next_due_s(ticks * TICK_S) is None
+    assert str(store.entities["m"].props["text"]) == "x" * size
+    doublings = int(ticks * TICK_S / HELD_S + 1).bit_length()
+    most = (PATIENT_FACTOR + doublings) * (size + ENTITY_OVERHEAD_BYTES) + SLACK_BYTES
+    assert shown <= most
+    assert saved <= most
+
+
+def test_a_long_answer_is_seen_growing() -> None:
+    """400 bytes a second for two minutes: whoever sees only the state waits a second, or a seventh of the time so far."""
+    timeline, envelope = begun(), EnvelopeFactory()
+    last_s, waits = 0.0, []
+    shown = 0
+    for tick in range(480):
+        now_s = tick * TICK_S
+        seen = timeline.fold([envelope("llm.delta", {"delta": "x" * 100}, id="m")]) + timeline.due(now_s)
+        shown += sum(map(text_bytes, seen))
+        if seen:
+            waits.append((now_s - last_s, now_s))
+            last_s = now_s
+    assert max(wait - max(HELD_S + 2 * TICK_S, now_s / 6) for wait, now_s in waits) <= 0
+    assert shown <= (PATIENT_FACTOR + 1) * 48_000 + SLACK_BYTES
 
 
 def test_a_short_answer_is_shown_while_it_grows() -> None:
@@ -134,8 +197,8 @@ def test_a_short_answer_is_shown_while_it_grows() -> None:
     timeline, envelope = begun(), EnvelopeFactory()
     assert timeline.fold([envelope("llm.delta", {"delta": "He"}, id="m")])
     assert not timeline.fold([envelope("llm.delta", {"delta": "llo"}, id="m")]), "the tick is soon enough"
-    assert [str(entity.props["text"]) for entity in timeline.due()] == ["Hello"]
-    assert timeline.due() == []
+    assert [str(entity.props["text"]) for entity in timeline.due(0.0)] == ["Hello"]
+    assert timeline.due(0.0) == []
 
 
 def test_what_does_not_grow_is_shown_at_once_and_once() -> None:
@@ -154,7 +217,7 @@ def test_a_held_back_entity_lowers_the_floor_until_it_is_shown() -> None:
     assert timeline.shown_floor == first.seq
     timeline.fold([second := envelope("llm.delta", {"delta": "b"}, id="m")])
     assert timeline.shown_floor == first.seq
-    timeline.due()
+    timeline.due(0.0)
     assert timeline.shown_floor == second.seq
 
 
@@ -220,7 +283,7 @@ def test_many_dead_letters_cost_each_the_same_and_are_bounded() -> None:
         sys.setprofile(note)
         try:
             timeline.fold(bad)
-            save = timeline.take_save()
+            save = timeline.take_save(0.0)
             assert save is not None
             timeline.saved(save)
         finally:
@@ -267,11 +330,11 @@ def test_only_what_memory_lacks_is_asked_of_the_store() -> None:
 
 def test_nothing_changed_nothing_saved() -> None:
     timeline, store, envelope = begun(), Store(), EnvelopeFactory()
-    assert timeline.take_save() is None
+    assert timeline.take_save(0.0) is None
     timeline.fold([envelope("user.message", {"text": "hi"}, id="u")])
     flush(timeline, store)
-    assert timeline.take_save() is None
-    assert timeline.take_save(everything=True) is None
+    assert timeline.take_save(0.0) is None
+    assert timeline.take_save(0.0, everything=True) is None
     assert not timeline.dirty
 
 
@@ -296,15 +359,15 @@ def test_saves_wait_for_readers() -> None:
     timeline, envelope = begun(), EnvelopeFactory()
     timeline.fold([envelope("user.message", {"text": "hi"}, id="u")])
     timeline.readers += 1
-    assert timeline.take_save() is None
+    assert timeline.take_save(0.0) is None
     timeline.readers -= 1
-    assert timeline.take_save() is not None
+    assert timeline.take_save(0.0) is not None
 
 
 def test_what_changes_while_it_is_saved_is_saved_again() -> None:
     timeline, store, envelope = begun(), Store(), EnvelopeFactory()
     timeline.fold([envelope("user.message", {"text": "one"}, id="u")])
-    save = timeline.take_save()
+    save = timeline.take_save(0.0)
     assert save is not None
     timeline.fold([envelope("user.message", {"text": "two"}, id="u")])
     store.take(save)
@@ -318,7 +381,7 @@ def test_events_without_entities_move_the_cursor_now_and_then() -> None:
     """What opening has to fold again is bounded also where nothing changes."""
     timeline, store, envelope = begun(), Store(), EnvelopeFactory()
     timeline.fold([envelope("note.said") for _ in range(REFOLD_MAX - 1)])
-    assert timeline.take_save() is None
+    assert timeline.take_save(0.0) is None
     timeline.fold([last := envelope("note.said")])
     assert timeline.dirty
     flush(timeline, store)
@@ -337,6 +400,28 @@ def test_memory_holds_a_bounded_number_of_finished_entities() -> None:
     assert timeline.changed_since(0) is None
     assert timeline.changed_since(said[-2].seq) == [timeline.live()[said[-1].id]]
     assert timeline.missing([envelope("user.message", {"text": "again"}, id="u0")]) == {"u0"}
+
+
+def test_memory_holds_a_bounded_number_of_bytes_of_them() -> None:
+    """Of large ones few; also of those that were read from the store, and of one that changed again and again."""
+    timeline, store, envelope = begun(), Store(), EnvelopeFactory()
+    size = CACHED_BYTES // 10
+
+    def held() -> int:
+        return sum(len(entity.props_json()) for entity in timeline.live().values())
+
+    said = [envelope("user.message", {"text": "x" * size}, id=f"u{n}") for n in range(30)]
+    timeline.fold(said)
+    assert len(timeline.live()) == 30, "not before they are saved"
+    flush(timeline, store)
+    assert CACHED_BYTES - 2 * size <= held() <= CACHED_BYTES
+    assert list(timeline.live())[-1] == "u29"
+    assert timeline.changed_since(0) is None
+    timeline.adopt([f"u{n}" for n in range(9)], {f"u{n}": store.entities[f"u{n}"] for n in range(9)})
+    for n in range(3):
+        timeline.fold([envelope("user.message", {"text": f"{n}" * size}, id="u29")])
+        flush(timeline, store)
+        assert held() <= CACHED_BYTES
 
 
 def test_a_reopened_long_conversation_knows_that_it_does_not_know() -> None:
@@ -400,7 +485,7 @@ def survives(actions: list[tuple[str, str, int]], handlers: Mapping[str, Timelin
                 say("quote", id, size)
                 flush(timeline, store)
         elif kind == "save during":  # the store answers after the next envelope was folded
-            save = timeline.take_save()
+            save = timeline.take_save(0.0)
             say("llm.delta", id, size)
             if save is not None:
                 store.take(save)
@@ -466,7 +551,7 @@ def test_patches_with_ever_new_keys_cost_linear_upserts() -> None:
         envelope = Envelope("c1", "tool.delta", "t1", "sem", encode_json(data), 1, seq=n + 1)
         told += len(envelope.data_json)
         shown += sum(len(encode_json(entity.to_wire())) for entity in timeline.fold([envelope]))
-        shown += sum(len(encode_json(entity.to_wire())) for entity in timeline.due())
+        shown += sum(len(encode_json(entity.to_wire())) for entity in timeline.due(0.0))
     done = Envelope("c1", "tool.done", "t1", "sem", b"{}", 1, seq=801)
     (final,) = timeline.fold([done])
     assert final.props["step799"] == "x" * 20

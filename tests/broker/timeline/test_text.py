@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,8 +52,15 @@ def test_appending_does_not_copy_what_is_there() -> None:
     assert text._pieces is pieces
 
 
-def test_size_counts_bytes_also_of_what_is_no_utf8() -> None:
-    assert Text("äö").append("\ud800").size == 7
+def test_half_a_surrogate_pair_is_refused_and_the_text_stays_as_it_was() -> None:
+    text = Text("äö")
+    for half in ("\ud83d", "a\ude00"):
+        with pytest.raises(UnicodeEncodeError):
+            text.append(half)
+    with pytest.raises(UnicodeEncodeError):
+        Text("\ud83d")
+    assert (str(text), text.size) == ("äö", 4)
+    assert str(text.append("!")) == "äö!"
 
 
 def test_it_equals_nothing_else() -> None:

@@ -46,7 +46,8 @@ class Declaring:
     @hookimpl
     def classify(self, event_type: str) -> str | None:
         self.asked.append(event_type)
-        return self.declared.get("classify", {}).get(event_type)
+        classes: dict[str, str] = self.declared.get("classify", {})
+        return classes.get(event_type)
 
 
 def catalog(*plugins: object, **options: Any) -> Catalog:
@@ -140,7 +141,7 @@ def test_classify_is_asked_once_per_type_and_not_for_declared_ones() -> None:
 
 
 def test_classifying_into_a_channel_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(UnknownChannel, match="'nowhere'"):
+    with pytest.raises(PluginError, match="plugin 'declaring', hook classify: .*'nowhere'"):
         catalog(Declaring(classify={"a.b": "nowhere"})).channel_of("a.b")
 
 

@@ -53,6 +53,9 @@ class FakeElement extends FakeNode {
 
   #take(node) {
     node.parentNode = this;
+    // What browsers look at again with each piece: all of a text whose direction they have to find, all numbered items.
+    for (let up = this; up !== null; up = up.parentNode) if (up.attributes.dir === "auto") work.nodes += up.childNodes.length;
+    if (node.attributes?.value !== undefined) work.nodes += this.childNodes.length;
     this.childNodes.push(node);
   }
 
@@ -64,6 +67,10 @@ class FakeElement extends FakeNode {
 
   setAttribute(name, value) {
     this.attributes[name] = value;
+  }
+
+  removeAttribute(name) {
+    delete this.attributes[name];
   }
 
   addEventListener() {}

@@ -69,7 +69,8 @@ export function socketClass() {
     }
 
     hello(data = {}) {
-      this.control("ws.hello", { epoch: "e1", seq: "0", recovered: true, ...data });
+      const channels = ["control", "sem", "timeline"];
+      this.control("ws.hello", { epoch: "e1", seq: "0", recovered: true, channels, ...data });
     }
 
     event(seq, prev, type = "llm.delta", data = {}, id = "m1") {

@@ -6,7 +6,7 @@ import { workOf } from "./work.mjs";
 installDocument();
 const { inlineNodes } = await import("../../../src/transports/ui/inline.js");
 const { MarkdownStream } = await import("../../../src/transports/ui/markdown.js");
-const MODULES = ["markdown.js", "inline.js", "emphasis.js", "table.js", "dom.js"].map((name) => `/ui/${name}`);
+const MODULES = ["markdown.js", "inline.js", "emphasis.js", "table.js", "code.js", "direction.js", "dom.js"].map((name) => `/ui/${name}`);
 
 function draw(text, { size = Infinity, finish = true } = {}) {
   const root = document.createElement("div");

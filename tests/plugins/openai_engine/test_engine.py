@@ -10,7 +10,8 @@ from contextlib import aclosing
 import pytest
 from plugins.openai_engine.engine import OpenAIEngine
 from plugins.openai_engine.settings import EngineConfig
-from tests.plugins.openai_engine.answers import HELLO, ask, engine, fold, tcp_server
+from tests.plugins.openai_engine.answers import HELLO, ask, engine, tcp_server
+from tests.support.engine_answers import fold
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 from broker.errors import EngineError

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plugins.openai_engine.answers import HELLO, fold
+from tests.plugins.openai_engine.answers import HELLO
+from tests.support.engine_answers import fold
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 from broker.plugins import PluginHost

@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from tests.plugins.openai_engine.answers import HELLO, Answer, ask, tcp_server
+from tests.plugins.openai_engine.answers import HELLO, ask, tcp_server
+from tests.support.engine_answers import Answer
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 from broker.runs.engine import EngineRequest, ToolSpec

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plugins.openai_engine.answers import Answer, ask, fold
+from tests.plugins.openai_engine.answers import ask
+from tests.support.engine_answers import Answer, fold
 from tests.support.recorded_provider import Exchange, RecordedProvider
 
 from broker.errors import EngineError

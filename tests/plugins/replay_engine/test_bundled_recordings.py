@@ -12,7 +12,8 @@ from plugins.replay_engine.engine import ReplayEngine
 from plugins.replay_engine.make_recordings import DEMOS, Demo, encoded, source, tokens
 from plugins.replay_engine.recordings import Library
 from plugins.replay_engine.settings import TOOLS, ReplayConfig
-from tests.plugins.replay_engine.playing import play, play_loop, request
+from tests.plugins.replay_engine.playing import play_loop, request
+from tests.support.engine_answers import play
 
 from broker.runs.tools import ToolContext
 from plugins import basic_tools
@@ -36,7 +37,7 @@ async def test_every_recording_plays_to_its_end(library: Library, demo: Demo):
     answer = await play(engine(library, demo.name), request("whatever"))
     assert answer.text.get(0, "") == source(demo.text)
     assert answer.reasoning.get(0, "") == source(demo.reasoning)
-    assert list(answer.calls.values()) == [
+    assert [[call.id, call.name, call.input] for call in answer.calls.values()] == [
         [call.id, call.name, orjson.loads("".join(call.fragments)) if demo.error is None else None]
         for call in demo.calls
     ]
@@ -79,7 +80,7 @@ def test_what_was_asked_for_is_there():
 async def test_tool_loop_goes_on_where_the_tools_left_it(library: Library):
     """The step says which recording of the loop is played; after the last one the run just ends."""
     first, second = await play_loop(engine(library), "What is 47 × 1234, and what time is it in Tokyo?")
-    assert [name for _, name, _ in first.calls.values()] == ["calculator", "clock"]
+    assert [call.name for call in first.calls.values()] == ["calculator", "clock"]
     assert first.finish == {0: "tool_calls"}
     assert "57,998" in second.text[0]
     beyond = await play(engine(library, "04"), request("x", step=2))

@@ -14,7 +14,8 @@ from plugins.replay_engine.engine import ReplayEngine
 from plugins.replay_engine.pacing import FIRST_GAP_S, MAX_GAP_S, MEDIAN_GAP_S, Pacing
 from plugins.replay_engine.recordings import Library
 from plugins.replay_engine.settings import ReplayConfig, ReplaySettings
-from tests.plugins.replay_engine.playing import Answer, play, play_loop, request
+from tests.plugins.replay_engine.playing import play_loop, request
+from tests.support.engine_answers import Answer, play
 
 import plugins.replay_engine as plugin
 from broker.errors import EngineError, PluginError
@@ -23,7 +24,7 @@ from broker.runs.engine import EnginePlan
 
 def body(*deltas: dict[str, Any], finish: str | None = "stop", done: bool = True) -> str:
     """Return a stream with these deltas."""
-    choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
+    choices: list[list[dict[str, Any]]] = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
     if finish:
         choices.append([{"index": 0, "delta": {}, "finish_reason": finish}])
     frames = [json.dumps({"choices": choice}) for choice in choices] + (["[DONE]"] if done else [])
@@ -97,7 +98,7 @@ async def test_each_piece_comes_after_its_gap(folder: Folder):
 
     answer = Answer()
     async for event in folder.engine(speed=1.0, sleep=sleep).stream(request("x")):
-        answer.add(event)
+        answer.take(event)
         seen.append(type(event).__name__)
     assert seen[:4] == ["gap", "TextDelta", "gap", "TextDelta"]
 
@@ -336,7 +337,11 @@ async def test_real_recordings_play_like_their_reference(shared_dir: Path):
                 assert (text, reasoning) == (choice["text"], choice["reasoning"]), name
             if answer.error is None:
                 assert answer.finish[index] == choice["finish_reason"], name
-                calls = [tuple(call) for key, call in answer.calls.items() if key.startswith(f"{index}:")]
+                calls = [
+                    (call.id, call.name, call.input)
+                    for key, call in answer.calls.items()
+                    if key.startswith(f"{index}:")
+                ]
                 assert calls == expected_calls(choice), name
         if reference["usage"]:
             assert answer.usage is not None, name

@@ -228,10 +228,16 @@ async def test_a_list_is_published_as_a_whole_or_not_at_all(client: httpx.AsyncC
 
 
 async def test_a_repeated_publish_key_publishes_once(client: httpx.AsyncClient) -> None:
-    key = {"headers": {"idempotency-key": "p1"}}
+    key: dict[str, Any] = {"headers": {"idempotency-key": "p1"}}
     first, again = (await publish(client, **key)).json(), (await publish(client, **key)).json()
     assert first == again
     assert problem(await publish(client, message="other", **key)) == (422, "idempotency-mismatch")
+    item = {"conv_id": "c1", "type": "note.said", "id": "n", "channel": "sem", "data": {"n": 1}}
+    answer = (await client.post("/api/publish", json=item, headers={"idempotency-key": "p2"})).json()
+    for other in ({"id": "n2"}, {"channel": "debug.trace"}, {"data": {"n": True}}, {"data": {"n": 1.0}}):
+        refused = await client.post("/api/publish", json={**item, **other}, headers={"idempotency-key": "p2"})
+        assert problem(refused) == (422, "idempotency-mismatch"), other
+    assert (await client.post("/api/publish", json=[item], headers={"idempotency-key": "p2"})).json() == answer
 
 
 async def test_data_is_checked_against_its_declared_type(client: httpx.AsyncClient) -> None:
@@ -385,6 +391,8 @@ async def test_foreign_pages_are_refused_whatever_they_ask(client: httpx.AsyncCl
         (b'{"prompt": "\\ud800"}', 400, "malformed-json"),
         (b"[" * 2000 + b"]" * 2000, 400, "malformed-json"),
         (b'{"prompt": "\xff"}', 400, "malformed-json"),
+        (b'{"prompt": "x", "overrides": {"n": 123456789012345678901}}', 422, "integer-too-wide"),
+        (b'{"prompt": "x", "overrides": {"n": -9223372036854775809}}', 422, "integer-too-wide"),
         (b"[]", 422, "invalid-fields"),
         (b'"text"', 422, "invalid-fields"),
         (b"{}", 422, "invalid-fields"),
@@ -394,11 +402,54 @@ async def test_foreign_pages_are_refused_whatever_they_ask(client: httpx.AsyncCl
         (b'{"prompt": ""}', 400, "invalid-input"),
         (b'{"prompt": "x", "conv_id": "a b"}', 400, "invalid-conversation-id"),
         (b'{"prompt": "x", "overrides": {"key": "mine"}}', 400, "invalid-overrides"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 101 + b"]" * 101 + b"}}", 400, "invalid-input"),
+        (b'{"prompt": "x", "overrides": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}", 400, "invalid-input"),
     ],
 )
 async def test_a_body_that_does_not_fit(client: httpx.AsyncClient, body: bytes, status: int, code: str) -> None:
     answer = await client.post("/chat", content=body, headers={"content-type": "application/json"})
     assert problem(answer) == (status, code)
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2512292042121000001, 2**63, 2**64 - 1, -(2**63)])
+async def test_integers_keep_their_digits_on_every_way(client: httpx.AsyncClient, number: int) -> None:
+    """Published, read, in the timeline, in metadata, in an export, and imported again."""
+    data = {"text": "x", "idempotencyKey": "k", "attachments": [{"n": number}]}
+    body = {"conv_id": "c1", "type": "user.message", "id": "m", "data": data}
+    assert (await client.post("/api/publish", json=body)).status_code == 200
+    assert (await client.patch("/api/conversations/c1", json={"metadata": {"n": number}})).status_code == 200
+    spelled = b'{"n":%d}' % number
+    exported = await client.get("/api/conversations/c1/export")
+    headers = {"content-type": "application/jsonl"}
+    url = "/api/conversations/import?conv_id=c2"
+    assert (await client.post(url, content=exported.content, headers=headers)).status_code == 201
+    for conv_id in ("c1", "c2"):
+        for path in (
+            f"/api/messages?conv_id={conv_id}&channels=sem,timeline",
+            f"/api/timeline?conv_id={conv_id}",
+            f"/api/conversations/{conv_id}",
+            f"/api/conversations/{conv_id}/export",
+        ):
+            assert spelled in (await client.get(path)).content, path
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**40 + 1])
+async def test_integers_that_would_lose_digits_are_refused_by_every_door(
+    client: httpx.AsyncClient, number: int
+) -> None:
+    body = {"conv_id": "c1", "type": "note.said", "data": {"n": [number]}}
+    assert problem(await client.post("/api/publish", json=body)) == (422, "integer-too-wide")
+    await publish(client)
+    change = {"metadata": {"n": number}}
+    refused = await client.patch("/api/conversations/c1", json=change)
+    assert problem(refused) == (422, "integer-too-wide")
+    assert str(number) in refused.json()["detail"]
+    lines = (await client.get("/api/conversations/c1/export")).text.replace('"message":"hi"', f'"message":{number}')
+    assert str(number) in lines
+    headers = {"content-type": "application/jsonl"}
+    imported = await client.post("/api/conversations/import?conv_id=c3", content=lines, headers=headers)
+    assert problem(imported) == (400, "bad-import")
+    assert f"line 2: the integer {number}" in imported.json()["detail"]
 
 
 async def test_wrong_fields_are_named_with_value_and_expectation(client: httpx.AsyncClient) -> None:

@@ -197,10 +197,22 @@ async def test_an_import_is_refused_with_its_line_or_size(client: httpx.AsyncCli
     bad = await client.post(url, content=b'{"format":"conversation-broker.conversation","version":1}\nx', headers=JSONL)
     assert problem(bad) == (400, "bad-import")
     assert bad.json()["line"] == 2
-    assert problem(await client.post(url, content=b"x" * 20_001, headers=JSONL)) == (413, "body-too-large")
+    large = await client.post(url, content=b"x" * 20_001, headers=JSONL)
+    assert problem(large) == (413, "body-too-large")
+    assert "BROKER_MAX_IMPORT_BYTES" in large.json()["detail"]
     assert problem(await client.post(url, json={}))[0] == 415
     assert problem(await client.post(f"{url}?conv_id=-bad", content=b"", headers=JSONL))[0] == 400
     assert await listed(client) == []
+
+
+@pytest.mark.parametrize("levels", [101, 300, 1000])
+async def test_metadata_that_is_nested_deep_is_refused(client: httpx.AsyncClient, levels: int) -> None:
+    await say(client, "c1", "hello")
+    body = b'{"metadata":{"a":' + b'{"a":' * levels + b"1" + b"}" * levels + b"}}"
+    answer = await client.patch("/api/conversations/c1", content=body, headers={"content-type": "application/json"})
+    assert problem(answer) == (400, "invalid-input")
+    assert "100 levels" in answer.json()["detail"]
+    assert (await client.get("/api/conversations/c1")).json()["metadata"] == {}
 
 
 async def test_an_export_shows_no_more_than_the_profile(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.support.broker_process import BrokerProcess, broker_command, clean_en
 from broker.envelope import Envelope
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
-from broker.security import Credentials, Principal
+from broker.security import SYSTEM, Credentials, Principal
 from broker.settings import Settings
 from transports.app import create_app
 
@@ -89,6 +89,36 @@ async def test_a_mended_plugin_is_released(client: httpx.AsyncClient, breaking: 
     assert (answer.status_code, answer.json()["released"], answer.json()["plugin"]["quarantined"]) == (200, True, {})
     assert await said(client) == 180
     assert (await client.post("/api/debug/plugins/breaking/release")).json()["released"] is False
+
+
+async def test_a_filter_that_fails_for_one_profile_leaves_the_others_open(tmp_path: Path) -> None:
+    """Also views that nobody had looked through before: another profile, or the same one with other channels."""
+
+    class Partial:
+        name = "partial"
+
+        @hookimpl
+        def build_filter(self, profile: Profile) -> Any:
+            return lambda envelope: 1 / 0 if profile.name == "text" else True
+
+    app = create_app(Settings(db=":memory:", plugins_dir=str(tmp_path / "none")), plugins=[Partial()])
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client,
+    ):
+        drafts = [{"conv_id": "c1", "type": "llm.delta", "data": {"delta": str(n)}} for n in range(60)]
+        await client.post("/api/publish", json=drafts)
+
+        async def shown(query: str) -> int:
+            frames = (await client.get(f"/api/messages?conv_id=c1&limit=1000&{query}")).json()["frames"]
+            return len([frame for frame in frames if frame["event"]["type"] == "llm.delta"])
+
+        assert await shown("profile=text") == 0
+        described = {one["name"]: one for one in app.state.broker.doors.offers.plugins(SYSTEM)}
+        assert described["partial"]["quarantined"]["build_filter"].startswith("view text (sem): 50 failures in a row")
+        assert await shown("profile=default&channels=sem") == 60
+        assert await shown("profile=default&channels=sem,control") == 60
+        assert await shown("profile=text") == 0
 
 
 async def test_a_plugin_is_switched_off_and_on(client: httpx.AsyncClient) -> None:

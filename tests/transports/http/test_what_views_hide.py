@@ -19,7 +19,7 @@ from broker.profiles import Profile
 from broker.security import Principal
 
 PIN = "swordfish"
-SECRET_EVENTS = [
+SECRET_EVENTS: list[tuple[str, dict[str, Any], str]] = [
     ("user.message", {"text": f"{PIN} is my number"}, "u-secret"),
     ("llm.final", {"text": f"so {PIN} it is"}, "a-secret"),
     ("log", {"message": f"used {PIN}", "level": "info"}, "l-secret"),

@@ -158,7 +158,7 @@ class AnswerReader:
                 yield from self._take_choice(entry, position)
 
     def end(self) -> Iterator[EngineEvent]:
-        """Take note that the stream is over and yield what was held back.
+        """Note that the stream is over and yield what was held back.
 
         Raises EngineError(kind="cut") if the answer is not complete.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from broker.redis.connection import RedisConnection
 from broker.sqlite.database import Database
@@ -16,7 +18,7 @@ from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.redis import RedisTimelineStore
 from broker.timeline.sqlite import _PAGE_BY_VERSION, SqliteTimelineStore
-from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave, TimelineStore
+from broker.timeline.store import DEAD_LETTERS_KEPT, DeadLetter, TimelineSave, TimelineStore, stored_page
 from broker.timeline.text import Text
 
 
@@ -118,6 +120,58 @@ async def test_entities_are_listed_by_position(store: TimelineStore) -> None:
     assert await store.page("c1", since_version=9) == []
 
 
+async def test_entities_up_to_a_version_are_listed(store: TimelineStore) -> None:
+    """What changed later is for a later page, wherever it stands."""
+    await save(
+        store, "c1", entity("q1", 1), entity("a1", 9, 2), entity("q2", 3), entity("a2", 8, 4), entity("q3", 7, 5)
+    )
+    assert ids(await store.page("c1", upto_version=8)) == ["q1", "q2", "a2", "q3"]
+    assert ids(await store.page("c1", since_version=3, upto_version=8)) == ["a2", "q3"]
+    assert ids(await store.page("c1", since_version=3, upto_version=8, after_position=4)) == ["q3"]
+    assert ids(await store.page("c1", since_version=7, upto_version=7)) == []
+    assert ids(await store.page("c1", upto_version=4)) == ["q1", "q2"]
+
+
+@pytest.mark.parametrize("since", [0, 1])
+async def test_pages_end_by_their_bytes_as_by_their_count(store: TimelineStore, since: int) -> None:
+    """And say whether more follows: by position, and by version."""
+    await save(
+        store, "c1", *(entity(f"m{n}", n, text="x" * 1000) for n in range(2, 8)), entity("m1", 1, text="x" * 5000)
+    )
+    ask = {"after_position": 1, "since_version": 1} if not since else {"since_version": 1}
+
+    async def page(**bounds: int) -> tuple[list[str], bool]:
+        found = await store.page("c1", **ask, **bounds)
+        return ids(found), found.more
+
+    assert await page() == ([f"m{n}" for n in range(2, 8)], False)
+    assert await page(limit=6) == ([f"m{n}" for n in range(2, 8)], False)
+    assert await page(limit=5) == ([f"m{n}" for n in range(2, 7)], True)
+    assert await page(max_bytes=1) == (["m2"], True)
+    assert await page(max_bytes=2500) == (["m2", "m3", "m4"], True)
+    assert await page(max_bytes=2500, limit=2) == (["m2", "m3"], True)
+    assert await page(max_bytes=7000) == ([f"m{n}" for n in range(2, 8)], False)
+    large = await store.page("c1", max_bytes=4000)
+    assert (ids(large), large.more) == (["m1"], True)
+
+
+async def test_the_last_page_says_that_it_is_the_last(store: TimelineStore) -> None:
+    await save(store, "c1", entity("m1", 1, text="x" * 1000), entity("m2", 2, text="x" * 1000))
+    last = await store.page("c1", after_position=1, max_bytes=1)
+    assert (ids(last), last.more) == (["m2"], False)
+    assert not (await store.page("c1", after_position=2)).more
+    assert not (await store.page("nobody")).more
+
+
+async def test_what_stands_together_stays_together_however_large(store: TimelineStore) -> None:
+    await save(store, "c1", *(entity(f"m{n}", n, 1, text="x" * 1000) for n in range(1, 7)), entity("last", 9))
+    entities, horizon = await stored_page(store, "c1", limit=2, max_bytes=2500)
+    assert ids(entities)[:6] == [f"m{n}" for n in range(1, 7)]
+    assert horizon == (None if "last" in ids(entities) else 1)
+    entities, horizon = await stored_page(store, "c1", after_position=1, limit=2, max_bytes=2500)
+    assert (ids(entities), horizon) == (["last"], None)
+
+
 async def test_conversations_are_apart(store: TimelineStore) -> None:
     await store.save(
         [
@@ -209,11 +263,60 @@ async def test_a_page_since_a_version_uses_the_index_on_versions(tmp_path: Path)
     """Who was away a moment must not cost a walk over a conversation of many thousand entities."""
     database = Database(tmp_path / "timeline.sqlite3")
     await SqliteTimelineStore(database).open()
-    parameters = {"conv_id": "c1", "after": 0, "since": 5, "limit": 1000}
+    parameters = {"conv_id": "c1", "after": 0, "since": 5, "upto": 9, "limit": 1000, "max_bytes": 1000}
 
     def plan(connection: sqlite3.Connection) -> str:
         rows = connection.execute("EXPLAIN QUERY PLAN " + _PAGE_BY_VERSION, parameters).fetchall()
         return " ".join(str(row[3]) for row in rows)
 
-    assert "entity_by_version (timeline=? AND version>?)" in await database.read(plan)
+    assert "entity_by_version (timeline=? AND version>? AND version<?)" in await database.read(plan)
     await database.close()
+
+
+async def test_a_page_is_the_first_by_position_of_what_is_newer_however_much_that_is(
+    store: TimelineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by version or by position, in one call or several: the same page."""
+    monkeypatch.setattr("broker.timeline.redis._LOOKED_AT", 8)
+    monkeypatch.setattr("broker.timeline.sqlite._FEW_PAGES", 2)
+    draw = random.Random(7)
+    known = []
+    for number in range(60):
+        position = number // 2 + 1  # two share each
+        known.append(
+            entity(f"m{number:02d}", position + draw.choice([0, 0, 0, draw.randrange(80)]), position, text="x")
+        )
+    await save(store, "c1", *known)
+    for since in (0, 1, 5, 20, 40, 70, 99, 110):
+        for after in (0, 3, 15, 29, 30, 31):
+            for limit in (1, 2, 7, 30, 100):
+                newer = [one for one in known if one.version > since and one.position > after]
+                expected = sorted(newer, key=lambda one: (one.position, one.id))[:limit]
+                assert ids(await store.page("c1", since_version=since, after_position=after, limit=limit)) == ids(
+                    expected
+                )
+
+
+async def test_a_page_of_a_long_timeline_costs_redis_a_page(redis_url: str) -> None:
+    """Not all of it in one call, in which nobody else is served."""
+    connection = RedisConnection(redis_url)
+    store = RedisTimelineStore(connection)
+    for start in range(1, 5001, 500):
+        await save(store, "c1", *(entity(f"m{n}", n, text="x" * 100) for n in range(start, start + 500)))
+    await store.page("c1", limit=1)  # the script is known then
+    with redis.Redis.from_url(redis_url, protocol=2) as client:
+        for since, after, limit, calls, most in (
+            (1, 0, 10, 1, 300),  # nearly all are newer: the first few by position
+            (4990, 0, 10, 1, 20),  # few are newer
+            (4000, 0, 1000, 1, 1100),
+            (4000, 0, 10, 20, 4200),  # many, which stand at the end: a part per call
+            (0, 2000, 10, 1, 300),
+        ):
+            client.config_resetstat()
+            found = await store.page("c1", since_version=since, after_position=after, limit=limit)
+            assert ids(found) == [f"m{max(since, after) + n}" for n in range(1, limit + 1)]
+            stats = client.info("commandstats")
+            assert stats["cmdstat_evalsha"]["calls"] <= calls
+            assert stats["cmdstat_hget"]["calls"] <= most
+            assert stats["cmdstat_hget"]["calls"] / stats["cmdstat_evalsha"]["calls"] <= max(300, 1.1 * limit)
+    await connection.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tests.plugins.openai_engine.answers import Answer, Call
+from tests.support.engine_answers import Answer, Call
 
 from broker.errors import EngineError
 from broker.runs.chat_completions.answer import AnswerReader

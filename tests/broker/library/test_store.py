@@ -89,12 +89,53 @@ async def test_search_wants_every_word_and_takes_beginnings(store: LibraryStore)
         ("x" * 100, "x" * 90),
         ("a_b c-d 1.5", "c d 5"),
         ("emoji 👍 here", "here"),
+        ("emoji 👍 here", "👍"),
+        ("well done👍🏽!", "👍"),
+        ("well done 👍", "👍🏽 done"),
+        ("❤ and ☀️", "❤️ ☀"),
+        ("she is an 👩‍🚀 from 🇩🇪🇫🇷", "👩‍🚀 🇫🇷"),
+        ("number 1️⃣", "1"),
+        ("5 € → 3 £", "€ →"),
+        ("यह हिन्दी है", "हिन्दी"),
+        ("यह हिन्दी है", "हिन्"),
+        ("தமிழ் மொழி", "தமிழ்"),
+        ("ดื่มน้ำเย็น", "น้ำ"),
+        ("မြန်မာဘာသာ", "ဘာသာ"),
+        ("İstanbul'da", "istanbul"),
+        ("istanbul", "İSTANBUL"),
+        ("ISPARTA", "ısparta"),
+        ("cafe\u0301 ẹ\u0301kọ\u0301", "café ẹkọ"),
+        ("a\u0323\u0302 x\u0302", "ậ x"),
+        ("שָׁלוֹם", "שלום"),
+        ("عَرَبِيّ", "عربي"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("か\u3099くせい", "がく"),
+        ("각", "\u1100\u1161\u11a8"),
     ],
 )
 async def test_search_in_any_script(store: LibraryStore, text: str, query: str) -> None:
     await store.note({}, [message("c", 1, text)])
     assert await found(store, query) == ["c"]
     assert all(len(term) <= MAX_TERM_CHARS for term in terms_of(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("यह हाथ", "हिन्दी"),
+        ("हद नद दह", "हिन्दी"),
+        ("นำไป", "น้ำ"),
+        ("i stanbul", "istanbul"),
+        ("👩 and the moon", "👩‍🚀"),
+        ("🇩🇪🇫🇷", "🇪🇫"),
+        ("👍", "👎"),
+        ("cafe", "café"),
+    ],
+)
+async def test_a_search_finds_nothing_else(store: LibraryStore, text: str, query: str) -> None:
+    await store.note({}, [message("c", 1, text)])
+    assert await found(store, query) == []
+    assert await found(store, text) == ["c"]
 
 
 async def test_a_title_is_found_as_long_as_it_is_the_title(store: LibraryStore) -> None:
@@ -202,6 +243,10 @@ def test_titles_are_one_short_line() -> None:
     assert long is not None
     assert long.endswith("word…")
     assert len(long) <= TITLE_CHARS
+    family = "👨\u200d👩\u200d👧"
+    pictures = title_from(family * 60)
+    assert pictures is not None
+    assert pictures.rstrip("…") == family * 15
     unspaced = title_from("长" * 300)
     assert unspaced is not None
     assert len(unspaced) == TITLE_CHARS
