@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,12 +46,24 @@ async def test_the_readme_plugin_works(tmp_path: Path) -> None:
     host.close()
 
 
+async def test_the_example_of_hiding_works() -> None:
+    """A filter written for events alone, proven by `assert_hidden`; without the filter the same proof fails."""
+    block = next(block for block in python_blocks(ROOT / "docs/reference/hooks.md") if "assert_hidden" in block)
+    scope: dict[str, Any] = {}
+    exec(block, scope)
+    await scope["test_pins_are_hidden"]()
+    open_block = block.replace('"PIN" not in', '"PIN" in')
+    exec(open_block, scope)
+    with pytest.raises(AssertionError, match="is told by: live frames"):
+        await scope["test_pins_are_hidden"]()
+
+
 RUN = {
     "README.md": 2,  # embedding: tests/e2e/test_mounting.py; the plugin: here
     "docs/how-to/approve-tools.md": 1,  # tests/e2e/test_how_to_pages.py
     "docs/how-to/bring-your-own-engine.md": 1,
     "docs/how-to/embed.md": 3,  # tests/e2e/test_mounting.py
-    "docs/reference/hooks.md": 32,  # tests/e2e/test_hook_examples.py, tests/broker/test_hookspecs.py
+    "docs/reference/hooks.md": 33,  # tests/e2e/test_hook_examples.py, tests/broker/test_hookspecs.py; hiding: here
 }
 """Python examples by page, and the tests that run them."""
 

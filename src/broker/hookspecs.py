@@ -472,6 +472,7 @@ async def authorize(principal: Principal, action: Action, conv_id: str | None, c
     Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
     When: once per request; once per connection and again on each change of its view. Once more, one by one where that
         is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
+        For every connection again when a plugin is switched; who is refused then is closed with 4403.
     Blocking: wait with `await`; answer from memory where you can.
     Arguments:
         principal: who asks.
@@ -727,7 +728,13 @@ def build_filter(profile: Profile) -> Callable[[Envelope], bool] | None:
     Arguments:
         profile: name, channels, options and permission of the profile, frozen.
     Returns: a predicate: True to show, False (or nothing) to withhold; anything else is an error. All plugins are asked;
-        one False is enough. None: no opinion, and no cost per envelope.
+        one False is enough. None: no opinion, and no cost per envelope. It holds for whatever is made of events,
+        too: an entity is shown where its
+        `timeline.upsert` passes and every event passes by which it can be told (a finished message as its
+        `user.message` or `llm.final`, a call as its `tool.…`; of a plugin's own types one event each, with the
+        entity's props as data). Titles and search are made of what the profile `default` shows, and the state of
+        runs is seen through it: a filter for another profile alone leaves these as they are.
+        `broker.testing.assert_hidden` proves that a filter holds.
     Raises: an exception of the predicate withholds that envelope from this view; one of the factory withholds
         all envelopes from it until it is compiled again. Both are reported under the plugin's name. A predicate that
         keeps failing or stalling in a view is quarantined there: it is not called for that view any more, which withholds
@@ -752,7 +759,10 @@ def build_transform(profile: Profile) -> Callable[[Envelope], Envelope] | None:
         profile: name, channels, options and permission of the profile, frozen.
     Returns: a function `envelope -> envelope`; return `envelope.with_data({...})` to change something, the same object to
         change nothing, never another `seq`. What you change in `envelope.data` in place is changed for this view alone.
-        None: no opinion, no cost.
+        None: no opinion, no cost. It holds for whatever is made of events, too: one that leaves a `timeline.upsert` as it
+        is, is applied to the events by which the entity can be told (see `build_filter`), and the entity is shown
+        as they then fold; of an upsert it may change the entity's `id`, `kind` and `props`, not its version and
+        position. `broker.testing.assert_hidden` proves that a mask holds.
     Raises: as for `build_filter`: the envelope is withheld, since the original may hold what was to be
         redacted.
     Example:

@@ -26,14 +26,23 @@ from broker.api import SubscribeRequest, Subscription
 from broker.assembly.parts import Parts
 from broker.broker import ConversationWSBroker
 from broker.clock import Clock, SystemClock
-from broker.envelope import SEM, Envelope, encode_json
+from broker.envelope import SEM, Draft, Envelope, encode_json
 from broker.plugins import PluginHost
 from broker.security import SYSTEM, Principal
 from broker.sequence import PER_MS
 from broker.settings import Settings, load_settings
 
-__all__ = ["CapturingConnection", "CapturingPool", "EnvelopeFactory", "MemoryBroker", "memory_broker", "parts_of"]
+__all__ = [
+    "CapturingConnection",
+    "CapturingPool",
+    "EnvelopeFactory",
+    "MemoryBroker",
+    "assert_hidden",
+    "memory_broker",
+    "parts_of",
+]
 
+GUEST = Principal("guest")
 FIRST_MS = 1_763_690_000_000
 WAIT_S = 5.0
 
@@ -248,6 +257,54 @@ class MemoryBroker:
     ) -> int:
         """Publish one envelope and return its seq. draft: `id`, `channel`, `dedupe_key`."""
         return await self.broker.publisher(conv_id).publish(type, data, **draft)
+
+
+async def assert_hidden(
+    *plugins: Any,
+    secret: str,
+    drafts: Sequence[Draft],
+    profile: str = "default",
+    principal: Principal = GUEST,
+    settings: Settings | None = None,
+) -> None:
+    """Fail unless `secret`, which `drafts` hold, reaches nobody with this profile by any door: neither in events nor in what
+    is made of them.
+
+    For tests of filters and transforms. Publishes the drafts into a broker with these plugins and looks at live frames,
+    replay, hydration, polls, the timeline, exports, the state of runs, the title and search. Raises AssertionError that names
+    the doors; the errors of the broker where a door cannot be asked.
+    """
+    async with memory_broker(*plugins, settings=settings) as running:
+        conv_id, doors = "c1", running.broker.doors
+        live = await running.connect(conv_id, principal=principal, profile=profile, hydrate=True)
+        for draft in drafts:
+            await running.broker.publish(conv_id, [draft])
+            await running.parts.housekeeping.tick()
+        await running.parts.housekeeping.save(running.parts.conversations.all(), everything=True)
+        said: dict[str, bytes] = {"live frames": b"".join(live.texts)}
+        ways: dict[str, dict[str, Any]] = {"replay": {"since": 0}, "hydration": {"hydrate": True}}
+        for door, asked in ways.items():
+            connection = await running.connect(conv_id, principal=principal, profile=profile, **asked)
+            await connection.wait_for("ws.caught_up")
+            said[door] = b"".join(connection.texts)
+        request = SubscribeRequest(conv_id, profile=profile, since=0)
+        poll = await doors.reading.messages(principal, request, limit=1000, wait_s=0)
+        said["/api/messages"] = b"".join(poll.frames)
+        page = await doors.reading.timeline_page(principal, conv_id, profile=profile)
+        said["/api/timeline"] = b"".join([one.json for one in page.seen])
+        lines = await doors.library.export(principal, conv_id, profile=profile)
+        said["export"] = b"".join([line async for line in lines])
+        said["state"] = orjson.dumps((await doors.prompts.state(principal, conv_id))[0])
+        said["title"] = orjson.dumps((await doors.library.get(principal, conv_id)).to_wire())
+        if (await doors.library.find(principal, query=secret)).conversations:
+            said["search"] = secret.encode()
+    told = [door for door, text in said.items() if secret.encode() in text]
+    if told:
+        raise AssertionError(
+            f"{secret!r} is told by: {', '.join(told)}. What hides or masks an event is asked about what is made of it as well: "
+            "as an event of each of its types with the entity's props as data, and as timeline.upsert. Titles, search and "
+            "the state of runs are seen through the profile 'default'"
+        )
 
 
 @asynccontextmanager

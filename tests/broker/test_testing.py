@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 import broker.testing
-from broker.envelope import Envelope
+from broker.envelope import Draft, Envelope
 from broker.errors import PluginError, UnknownProfile
 from broker.hookspecs import hookimpl
 from broker.profiles import Profile
 from broker.publisher import Publisher
-from broker.testing import CapturingConnection, EnvelopeFactory, memory_broker
+from broker.testing import CapturingConnection, EnvelopeFactory, assert_hidden, memory_broker
+from broker.timeline.handlers import TimelineHandler, new_entity
 from transports.pool import ConnectionPool, Message
 
 
@@ -116,6 +117,53 @@ def test_made_envelopes_have_rising_places():
     assert first.seq < second.seq
     assert first.seq > 1_700_000_000_000 * 1_000_000
     assert second.data == {"text": "x"}
+
+
+class PrivateNotes:
+    """Entities of a plugin's own kind, and a filter that looks at something of the event which the entity does not have."""
+
+    name = "private_notes"
+
+    def __init__(self, *, keeps_level: bool) -> None:
+        self.keeps_level = keeps_level
+
+    @hookimpl
+    def register_timeline_handlers(self) -> list[TimelineHandler]:
+        def fold(entities: Any, envelope: Envelope) -> Any:
+            level = {"level": envelope.data["level"]} if self.keeps_level else {}
+            return [new_entity(envelope, "note", text=envelope.data["text"], **level)]
+
+        return [TimelineHandler("note.added", fold)]
+
+    @hookimpl
+    def build_filter(self, profile: Profile) -> Any:
+        return lambda envelope: envelope.data.get("level") != "private"
+
+
+class OneProfile:
+    """Hides prompts in one profile alone."""
+
+    name = "one_profile"
+
+    @hookimpl
+    def register_profiles(self) -> list[Profile]:
+        return [Profile("support")]
+
+    @hookimpl
+    def build_filter(self, profile: Profile) -> Any:
+        return (lambda envelope: envelope.type != "user.message") if profile.name == "support" else None
+
+
+NOTE = [Draft("note.added", {"text": "swordfish", "level": "private"}, "n1")]
+PROMPT = [Draft("user.message", {"text": "swordfish"}, "u1")]
+
+
+async def test_a_filter_that_holds_for_events_alone_is_refused() -> None:
+    await assert_hidden(PrivateNotes(keeps_level=True), secret="swordfish", drafts=NOTE)
+    with pytest.raises(AssertionError, match=r"'swordfish' is told by: live frames, .*hydration.*/api/timeline"):
+        await assert_hidden(PrivateNotes(keeps_level=False), secret="swordfish", drafts=NOTE)
+    with pytest.raises(AssertionError, match=r"'swordfish' is told by: title, search\."):
+        await assert_hidden(OneProfile(), secret="swordfish", drafts=PROMPT, profile="support")
 
 
 async def test_the_example_of_the_module_runs() -> None:

@@ -7,7 +7,7 @@ Entities are read by their versions, as far as the events of the page reach, and
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
@@ -84,7 +84,10 @@ class Polls:
         notices: Notices,
         phase: Phase,
         clock: Clock,
+        again: Callable[[View], View],
     ) -> None:
+        """again: returns a view as plugins make it now: they may be switched while a poll waits."""
+        self._again = again
         self._conversations = conversations
         self._log = log
         self._reader = reader
@@ -101,6 +104,7 @@ class Polls:
             conversation = await self._conversations.open(request.conv_id)
             conversation.holds += 1
             try:
+                poll.view = view = self._again(view)
                 if wait_s >= GAP_S and time.monotonic() >= deadline_s:
                     poll.late_after_s = began_s - GAP_S
                 page = await self._page(conversation, poll)

@@ -5,14 +5,18 @@ Each part calls a function that it was given here, and knows nothing of who else
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from broker.assembly.parts import Parts
 from broker.conversations.conversation import Conversation
 from broker.conversations.follower import LocalFollower
 from broker.delivery.subscription import Subscription
+from broker.errors import BrokerError, PermissionDenied
 from broker.eventlog.base import Committed, SharedLog
 from broker.interfaces import OpenConversation
+
+logger = logging.getLogger(__name__)
 
 
 def wire(parts: Parts) -> None:
@@ -24,6 +28,7 @@ def wire(parts: Parts) -> None:
     parts.coordinator.on_lost = parts.conversations.on_lost = wiring.log_was_reset
     parts.subscriptions.on_opened = wiring.connection_opened
     parts.subscriptions.on_closed = wiring.connection_closed
+    parts.subscriptions.again = parts.views.again
     parts.ingest.still_working = lambda: bool(parts.runs.active)
     if isinstance(parts.log, SharedLog):
         parts.log.follow(LocalFollower(parts.conversations, wiring.log_was_reset))
@@ -43,12 +48,27 @@ def committed(parts: Parts) -> Callable[[list[Committed]], None]:
 
 
 def plugins_changed(parts: Parts) -> None:
-    """A plugin was loaded, or switched on or off: what was compiled with it is void."""
+    """A plugin was loaded, or switched on or off: what was compiled with it is void, live views as well."""
     parts.views.forget()
     parts.catalog.forget()
     parts.ingest.look_again()
     parts.observers.look_again()
     parts.runs.reload()
+    for subscription in parts.registry.all():
+        parts.view_changes.renew(subscription)
+    if len(parts.registry):
+        parts.tasks.spawn(_ask_again(parts))
+
+
+async def _ask_again(parts: Parts) -> None:
+    """Ask for every connection whether it may still read what it reads, and close those that may not."""
+    for subscription in parts.registry.all():
+        try:
+            await parts.view_changes.ask_again(subscription)
+        except PermissionDenied:
+            await parts.subscriptions.dismiss(subscription, 4403, "not permitted any more")
+        except BrokerError as exc:
+            logger.warning("connection %s could not be asked about anew: %s", subscription.connection_id, exc)
 
 
 class _Wiring:

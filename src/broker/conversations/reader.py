@@ -14,6 +14,8 @@ from broker.timeline.store import PAGE_BYTES, TimelineStore, stored_page
 from broker.views.frames import SeenEntity, entities_as_seen
 from broker.views.view import View
 
+SEEN_AT_ONCE = 256
+"""Entities that are shown through a view in one turn of the event loop."""
 _PAGE_ENTITIES = 256
 """Of a whole timeline that is read in pages: decoding more would hold the event loop."""
 
@@ -87,7 +89,11 @@ class TimelineReader:
         """As `page`, with what `view` hides left out and what it changes changed, as in `timeline.upsert` frames (I14)."""
         while True:
             page = await self.page(conv_id, since_version=since_version, after_position=after_position, limit=limit)
-            seen = entities_as_seen(conv_id, view, page.entities)
+            seen: list[SeenEntity] = []
+            for start in range(0, len(page.entities), SEEN_AT_ONCE):
+                if start:
+                    await asyncio.sleep(0)  # filters and transforms take their time: others have their turn
+                seen += entities_as_seen(conv_id, view, page.entities[start : start + SEEN_AT_ONCE])
             if seen or not page.more:
                 return SeenPage(page.conv_id, page.version, page.epoch, seen, page.more)
             after_position = page.entities[-1].position  # all hidden: such a page could not be gone on from

@@ -19,6 +19,7 @@ from broker.delivery.subscription import Subscription
 from broker.errors import InvalidInput, Unavailable
 from broker.phase import Phase
 from broker.views.frames import Message, control_message, reset_message, through_message
+from broker.views.view import View
 
 
 class Subscriptions:
@@ -49,6 +50,8 @@ class Subscriptions:
         self._clock = clock
         self._phase = phase
         self.parked_total = 0
+        self.again: Callable[[View], View] = lambda view: view
+        """Returns a view as plugins make it now: they may be switched between admission and subscription."""
         self.on_opened: Callable[[Subscription], None] = lambda subscription: None
         self.on_closed: Callable[[Subscription, str], None] = lambda subscription, reason: None
         pool.bind(self)
@@ -66,7 +69,7 @@ class Subscriptions:
         request = admitted.request
         conversation = await self._conversations.open(admitted.conv_id)
         self._check_not_draining()  # again: who comes later than `close` would be told nothing
-        subscription = Subscription(connection_id, conversation, request, admitted.view, admitted.principal)
+        subscription = Subscription(connection_id, conversation, request, self.again(admitted.view), admitted.principal)
         self._registry.add(subscription)
         conversation.subscriptions += 1
         try:
@@ -199,9 +202,13 @@ class Subscriptions:
     async def close_conversation(self, conv_id: str, code: int, reason: str) -> None:
         """End every subscription of a conversation, for good."""
         for subscription in self._registry.of_conversation(conv_id):
-            self._notices.bye(subscription, reason, reconnect=False)
-            self._pool.close(subscription.connection_id, code, reason)
-            await self.close_one(subscription, reason)
+            await self.dismiss(subscription, code, reason)
+
+    async def dismiss(self, subscription: Subscription, code: int, reason: str) -> None:
+        """End a subscription for good: its client is told not to come back."""
+        self._notices.bye(subscription, reason, reconnect=False)
+        self._pool.close(subscription.connection_id, code, reason)
+        await self.close_one(subscription, reason)
 
     def send_back(self, conv_id: str, reason: str) -> list[Subscription]:
         """Close a conversation's connections so that they come back and are told where they stand; return those closed."""

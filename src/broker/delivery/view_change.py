@@ -12,6 +12,8 @@ from broker.delivery.start import Starts
 from broker.delivery.subscription import Subscription
 from broker.delivery.viewed import STRETCHES_MAX
 from broker.errors import LimitExceeded
+from broker.tasks import Tasks
+from broker.views.compiler import ViewCompiler
 from broker.views.frames import control_message, through_message
 from broker.views.view import View
 
@@ -20,9 +22,18 @@ class ViewChanges:
     """Changes the views of subscriptions, one change after another for each."""
 
     def __init__(
-        self, admission: Admission, starts: Starts, recovery: Recovery, dispatcher: Dispatcher, pool: Pool
+        self,
+        admission: Admission,
+        views: ViewCompiler,
+        starts: Starts,
+        recovery: Recovery,
+        dispatcher: Dispatcher,
+        pool: Pool,
+        tasks: Tasks,
     ) -> None:
         self._admission = admission
+        self._views = views
+        self._tasks = tasks
         self._starts = starts
         self._recovery = recovery
         self._dispatcher = dispatcher
@@ -49,7 +60,55 @@ class ViewChanges:
             back = await self._starts.reaching_back(subscription.conversation, since) if since is not None else None
             await self._recovery.end(subscription)
             if subscription.status != "closed":
-                self._change(subscription, view, back)
+                self._change(subscription, self._views.again(view), back)
+
+    def renew(self, subscription: Subscription) -> None:
+        """Plugins changed: from this moment on a connection gets what its view shows now, as a change of view in place.
+
+        What is being sent to it through the view as it was is cut off; it goes on from there.
+        """
+        view = self._views.again(subscription.view)
+        if subscription.status == "closed":
+            return
+        if view.key == subscription.view.key or subscription.status == "starting":
+            subscription.view = view  # nobody was told of the one before, or it shows the same
+            audience = subscription.conversation.audiences.get(view.key)
+            if audience is not None:
+                audience.view = view
+            return
+        if subscription.task is None and (subscription.changing is None or not subscription.changing.locked()):
+            self._change(subscription, view, None)
+            return
+        if subscription.task is not None:
+            subscription.task.cancel()
+        self._tasks.spawn(self._renew(subscription))
+
+    async def ask_again(self, subscription: Subscription) -> None:
+        """Ask whether a connection may still read what its view shows: who answers that may have been switched.
+
+        Raises PermissionDenied where it may not; what to do then is the caller's business. StoreError.
+        """
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        async with subscription.changing:
+            old = subscription.view
+            names = ",".join(old.channel_names)
+            if not names:
+                return
+            view = await self._admission.view(subscription.principal, subscription.conv_id, old.profile.name, names)
+            if view.key != subscription.view.key:
+                await self._recovery.end(subscription)
+                if subscription.status != "closed":
+                    self._change(subscription, self._views.again(view), None)
+
+    async def _renew(self, subscription: Subscription) -> None:
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        async with subscription.changing:
+            view = self._views.again(subscription.view)
+            await self._recovery.end(subscription)
+            if subscription.status != "closed" and (subscription.status != "live" or view.key != subscription.view.key):
+                self._change(subscription, self._views.again(view), None)
 
     def _change(self, subscription: Subscription, view: View, back: int | None) -> None:
         conversation = subscription.conversation

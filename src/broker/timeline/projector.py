@@ -171,8 +171,14 @@ class ConversationTimeline:
     def _fold_one(self, handler: TimelineHandler, envelope: Envelope) -> list[str]:
         try:
             keys = handler.keys(envelope)
-            known = {id: self._entities[id] for id in keys if id in self._entities}
-            if self._contained(keys, known, envelope.seq):
+            if len(keys) == 1:  # nearly always, and without a call
+                one = self._entities.get(keys[0])
+                known = {} if one is None else {one.id: one}
+                contained = one is not None and one.version >= envelope.seq
+            else:
+                known = {id: self._entities[id] for id in keys if id in self._entities}
+                contained = self._contained(keys, known, envelope.seq)
+            if contained:
                 return self._first_seen(keys) if self._ahead else []
             if len(keys) > 1:  # also if it changes nothing now: over a newer state of one of them it might
                 self._linked_seq = envelope.seq

@@ -90,6 +90,9 @@ class ViewCompiler:
         readable: frozenset[str] | None = frozenset(self.may_see(principal)) - denied
         if readable == folded:
             readable = None
+        return self._kept(profile, events, state, readable)
+
+    def _kept(self, profile: Profile, events: frozenset[str], state: bool, readable: frozenset[str] | None) -> View:
         cached = self._views.get((profile.name, events, state, readable))
         if cached is None:
             if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
@@ -97,6 +100,10 @@ class ViewCompiler:
             cached = self._build(profile, events, state, readable)
             self._views[(profile.name, events, state, readable)] = cached
         return cached
+
+    def again(self, view: View) -> View:
+        """Return a view as plugins make it now, with the same profile and channels."""
+        return self._kept(view.profile, view.channels, view.shows_state, view.readable)
 
     def may_see(self, principal: Principal) -> list[str]:
         """Return the channels, of those that anything is folded from, for which the caller has the permission."""
@@ -149,6 +156,8 @@ class ViewCompiler:
             filters=tuple(guard(name, "build_filter", fn, scope=scope) for name, fn in filters),
             transforms=tuple(guard(name, "build_transform", fn, scope=scope) for name, fn in transforms),
             merges={name: known.merge for name, known in self._catalog.event_types.items() if known.merge is not None},
+            own_filters=tuple(fn for _, fn in filters),
+            own_transforms=tuple(fn for _, fn in transforms),
             readable=readable,
             state_look=_digest(look),
         )

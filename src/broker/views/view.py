@@ -12,6 +12,7 @@ from broker.errors import quoted
 from broker.profiles import Profile, SlowPolicy
 from broker.timeline.entity import Entity
 from broker.timeline.sources import Sources
+from broker.views.retold import changed, retold
 from broker.views.upsert import Upsert
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class View:
     callers may see, in this view or another, None: all that anything is folded from. What was made of other channels is not
     shown (I14), while a view that leaves a channel out by choice has the state all the same. plain: whether the channel
     alone decides what it shows, and everything is shown as it is. state_is_plain: whether it shows every entity as it is.
+    own_filters, own_transforms: filters and transforms as plugins returned them, without the guard that counts their errors.
     state_look: equal where two views show all entities alike, whatever events they show.
     """
 
@@ -42,14 +44,19 @@ class View:
     filters: tuple[Filter, ...]
     transforms: tuple[Transform, ...]
     merges: dict[str, Merge]
+    own_filters: tuple[Filter, ...] = ()
+    own_transforms: tuple[Transform, ...] = ()
     readable: frozenset[str] | None = None
     state_look: str = ""
     _types: dict[str, bool] = field(default_factory=dict)
     _sources: dict[Sources, bool] = field(default_factory=dict)
+    _not_asked: set[str] = field(default_factory=set)
     plain: bool = field(init=False)
     state_is_plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.own_filters = self.own_filters or self.filters
+        self.own_transforms = self.own_transforms or self.transforms
         as_it_is = not self.filters and not self.transforms and self.profile.event_types is None
         self.plain = as_it_is
         self.state_is_plain = as_it_is and self.readable is None and self.profile.kinds is None
@@ -87,8 +94,11 @@ class View:
 
     def shape(self, envelope: Envelope) -> Envelope | None:
         """Apply the transforms. None: one raised, or tampered with the envelope's place; the envelope is withheld."""
+        return self._shaped(envelope, self.transforms)
+
+    def _shaped(self, envelope: Envelope, transforms: Sequence[Transform]) -> Envelope | None:
         shaped, seq = envelope, envelope.seq
-        for transform in self.transforms:
+        for transform in transforms:
             try:
                 shaped = transform(shaped)
             except Exception:  # reported under the plugin's name by its guard
@@ -115,9 +125,33 @@ class View:
             return None
         if self.state_is_plain:
             return upsert
-        if not self.admits_entity(upsert.entity) or (self.filters and not self._passes(upsert)):
+        if not self.admits_entity(upsert.entity) or (self.filters and not self._passes_state(upsert)):
             return None
         return self._shape_state(upsert) if self.transforms else upsert
+
+    def _passes_state(self, upsert: Upsert) -> bool:
+        """Ask the filters about an upsert, and about the events that tell the same."""
+        if not self._passes(upsert):
+            return False
+        told = retold(upsert.conv_id, upsert.entity)
+        if not all(self._passes(event) for event in told.made):
+            return False
+        try:
+            return all(keep(event) for keep in self.own_filters for event in told.supposed)
+        except Exception as exc:  # no fault of the plugin's: no such event was published
+            self._cannot_ask(upsert.entity, exc)
+            return False
+
+    def _cannot_ask(self, entity: Entity, exc: Exception) -> None:
+        if entity.kind in self._not_asked or len(self._not_asked) >= 100:
+            return  # said once
+        self._not_asked.add(entity.kind)
+        logger.warning(
+            "view %s: a filter or transform cannot take the props of an entity of kind %s as an event of its types; withheld: %s",
+            self.profile.name,
+            quoted(entity.kind),
+            exc,
+        )
 
     def admits_entity(self, entity: Entity) -> bool:
         """Decide whether an entity was made only of what this view's callers may see."""
@@ -152,11 +186,47 @@ class View:
         )
 
     def _shape_state(self, upsert: Upsert) -> Envelope | None:
-        """Apply the transforms to an upsert. None as for `shape`, and where what they return is no entity of that place."""
-        shaped = self.shape(upsert)
-        if shaped is None or shaped.data_json is upsert.data_json:
-            return shaped
-        entity, was = shaped.data.get("entity"), upsert.entity
+        """Apply the transforms to an upsert, one after the other; one that leaves it as it is, to the events that tell it.
+
+        So a transform that was written for events holds for state, and one that knows of upserts is applied once. None as
+        for `shape`, and where what they return is no entity of that place.
+        """
+        shown: Envelope = upsert
+        for number, transform in enumerate(self.transforms):
+            shaped = self._shaped(shown, (transform,))
+            if shaped is None:
+                return None
+            if shaped is shown or shaped.data_json == shown.data_json:
+                entity = _entity_in(shown, upsert.entity)
+                seen = self._shape_events(upsert.conv_id, entity, number)
+                if seen is None:
+                    return None
+                shown = shown if seen is entity else Upsert(upsert.conv_id, seen)
+            elif self._is_of(upsert.entity, shaped):
+                shown = shaped
+            else:
+                return None
+        return shown
+
+    def _shape_events(self, conv_id: str, entity: Entity, number: int) -> Entity | None:
+        """Return an entity as the transform `number` makes it by what it does to the events that tell the same."""
+        told = retold(conv_id, entity)
+        made: list[Envelope] = []
+        for event in told.made:
+            shaped = self._shaped(event, (self.transforms[number],))
+            if shaped is None:
+                return None
+            made.append(shaped)
+        try:
+            supposed = [self.own_transforms[number](event) for event in told.supposed]
+            return changed(told, made, supposed)
+        except Exception as exc:
+            self._cannot_ask(entity, exc)
+            return None
+
+    def _is_of(self, was: Entity, shaped: Envelope) -> bool:
+        """Say whether what a transform returned for the upsert of `was` is one of that entity's place."""
+        entity = shaped.data.get("entity")
         fits = (
             isinstance(entity, dict)
             and isinstance(entity.get("id"), str)
@@ -165,11 +235,11 @@ class View:
             and (entity.get("version"), entity.get("position")) == (str(was.version), str(was.position))
         )
         if fits:
-            return shaped
+            return True
         logger.error(
             "view %s: a transform left no entity %s of a timeline.upsert; withheld", self.profile.name, quoted(was.id)
         )
-        return None
+        return False
 
     def show_merged(self, envelopes: Sequence[Envelope]) -> list[Envelope]:
         """Return a stretch of the log as this view shows it to a connection that is behind: neighbours joined.
@@ -209,6 +279,14 @@ class View:
         except Exception:
             logger.exception("merge of %s failed; sent unmerged", second.type)
             return None
+
+
+def _entity_in(upsert: Envelope, entity: Entity) -> Entity:
+    """Return `entity` as an upsert of it has it by now."""
+    if isinstance(upsert, Upsert):
+        return upsert.entity
+    wire = upsert.data["entity"]
+    return replace(entity, id=wire["id"], kind=wire["kind"], props=wire["props"])
 
 
 def _can_be_framed(envelope: Envelope) -> bool:
