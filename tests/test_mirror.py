@@ -47,6 +47,14 @@ EACH_RUN_STORE = "one contract for every store of runs and turns"
 OVER_HTTP = "its routes are asked over HTTP"
 
 ELSEWHERE: dict[str, By] = {
+    # -- what is tested together with the rooms around it
+    "broker/pauses.py": By("broker/library/test_turns_of_the_loop.py", "turns between the steps"),
+    "broker/timeline/budget.py": By(
+        "broker/timeline/test_projector.py broker/delivery/test_held_back.py", "upserts that wait"
+    ),
+    "broker/views/retold.py": By(
+        "transports/http/test_what_plugins_mask.py", "state under filters for events", "/api/timeline"
+    ),
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),
     "broker/copies.py": By(
@@ -116,11 +124,6 @@ ELSEWHERE: dict[str, By] = {
         f"broker/timeline/test_prompt_order.py {LIBRARY}", "forks and exports of what was trimmed", "fork"
     ),
     "broker/timeline/redis.py": By("broker/timeline/test_store.py", "one contract for every timeline store"),
-    "broker/timeline/sources.py": By(
-        "transports/http/test_what_views_hide.py",
-        "who may not see an event does not see what became of it",
-        "/api/timeline",
-    ),
     "broker/timeline/sqlite.py": By("broker/timeline/test_store.py", "one contract for every timeline store"),
     # -- runs
     "broker/runs/actions.py": By(RUNS, "what people do to runs", ".approve_tools("),
@@ -261,7 +264,6 @@ ELSEWHERE: dict[str, By] = {
     ),
     "broker/library/jsonl.py": By(LIBRARY, "lines that are good, bad, and cut off"),
     "broker/library/memory.py": By("broker/library/test_store.py", EACH_LIBRARY),
-    "broker/library/pauses.py": By("broker/library/test_turns_of_the_loop.py", "long work lets others have their turn"),
     "broker/library/redis_index.py": By("broker/library/test_redis.py", "words, shards, what an erasure leaves"),
     "broker/library/redis_scripts.py": By("broker/library/test_redis.py", "entries that several nodes write"),
     "broker/library/sqlite.py": By("broker/library/test_store.py", EACH_LIBRARY),

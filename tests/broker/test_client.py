@@ -72,12 +72,12 @@ def test_a_reset_begins_anew_with_the_state() -> None:
 
 def test_a_changed_view_sets_the_position_and_may_void_the_state() -> None:
     cursor = Cursor(last=60, epoch="e1", versions={"m": 55})
-    assert judged(cursor, frame("ws.profile", profile="debug", **{"from": "10"})) == "take"
+    assert judged(cursor, frame("ws.profile", profile="debug", from_="10")) == "take"
     assert (cursor.last, cursor.versions, cursor.incomplete) == (10, {"m": 55}, False)
-    assert judged(cursor, frame("ws.profile", profile="masked", stateAnew=True, **{"from": "60"})) == "take"
+    assert judged(cursor, frame("ws.profile", profile="masked", stateAnew=True, from_="60")) == "take"
     assert (cursor.last, cursor.versions, cursor.incomplete) == (60, {}, True)
     assert judged(cursor, frame("timeline.upsert", 55, entity={"id": "m"}, version="55")) == "take"
-    assert judged(cursor, frame("ws.caught_up", seq="60")) == "take"
+    assert judged(cursor, frame("ws.caught_up", seq_="60")) == "take"
     assert not cursor.incomplete
 
 

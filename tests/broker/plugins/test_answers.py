@@ -501,7 +501,7 @@ async def test_what_a_policy_makes_up_is_its_own_fault_and_what_it_takes_over_th
         with pytest.raises(PluginError, match=f"plugin 'odd', hook resolve_request: .*{told}"):
             await running.parts.runs.send(Principal("ann"), "c1", "hi")
         assert described(running.parts.plugins)["errors"] == 1
-        same = {"engine_profile": answer.engine_profile, "overrides": answer.overrides}
+        same: dict[str, Any] = {"engine_profile": answer.engine_profile, "overrides": answer.overrides}
         with pytest.raises(InvalidInput):
             await running.parts.runs.send(Principal("ann"), answer.conv_id, "hi", **same)
         assert described(running.parts.plugins)["errors"] == 1

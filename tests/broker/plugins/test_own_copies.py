@@ -436,7 +436,7 @@ class Approving(ToolCaller):
         return [Tool("ruin", "ruins", {"type": "object"}, self.ruin, requires_approval=True)]
 
     @hookimpl
-    def resolve_request(self, request: RunRequest) -> None:
+    def resolve_request(self, request: RunRequest) -> Any:
         return None
 
     def ruin(self, input: Any, context: Any) -> str:
