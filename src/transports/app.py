@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,14 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     own_routes = APIRouter(tags=["plugins"])
     made.plugins.call_collect("register_routes", router=own_routes)
     app.include_router(own_routes)
-    made.plugins.call_collect(
-        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool, places)
-    )
+    for plugin, register in made.plugins.implementations("register_transports"):
+        report = partial(made.plugins.report, plugin, "register_transports")
+        try:
+            register(
+                app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool, places, report=report)
+            )
+        except (Exception, SystemExit) as exc:
+            report(exc)
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
