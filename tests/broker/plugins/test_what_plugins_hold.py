@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sqlite3
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import State
 from starlette.testclient import TestClient
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call, text
 
@@ -53,6 +55,7 @@ STORES = (EventLog, RunStore, TimelineStore)
 """Protocols: what has all their methods is one of them, whatever its class."""
 LEAVES = (str, bytes, int, float, bool, type(None), type, Path)
 OBJECTS_MAX = 20_000
+SOURCES = Path(hookspecs.__file__).parent
 HOOKS = sorted(
     name for name, member in vars(hookspecs).items() if inspect.isfunction(member) and hasattr(member, "broker_spec")
 )
@@ -103,6 +106,8 @@ def everything_behind(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
         found.append((way, value))
         if isinstance(value, Mapping):
             waiting.extend((f"{way}[{key!r}]", item) for key, item in list(value.items()))
+        elif isinstance(value, State):  # its attributes are not told by `dir`
+            waiting.extend((f"{way}.{name}", item) for name, item in value._state.items())
         elif isinstance(value, list | tuple | set | frozenset | deque):
             waiting.extend((f"{way}[{index}]", item) for index, item in enumerate(list(value)))
         elif not callable(value) or not inspect.isroutine(value):
@@ -168,6 +173,17 @@ def test_every_hook_with_arguments_was_looked_at(collected: dict[str, Any]) -> N
     silent = {name for name in HOOKS if inspect.signature(getattr(hookspecs, name)).parameters} - asked
     # Called by the command line alone, and when a conversation has been idle for long.
     assert silent <= {"register_commands", "on_conversation_closed"}
+
+
+def test_only_dispatch_hands_bytes_to_the_pool() -> None:
+    callers = {
+        path.relative_to(SOURCES).as_posix()
+        for path in SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("broadcast", "send_to_one")
+    }
+    # The pool for tests in memory writes to itself.
+    assert callers == {"delivery/dispatch.py", "testing.py"}
 
 
 def _has_all(value: Any, protocol: type) -> bool:
