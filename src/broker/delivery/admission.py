@@ -86,7 +86,9 @@ class Admission:
         Raises TypeError for what `admit` did not return here, LimitExceeded for what has been used.
         """
         if type(admitted) is not Admitted or getattr(admitted, "_made_by", None) is not self:
-            raise TypeError(f"subscribe takes what this broker's admit returned, not {quoted(admitted)}: ask admit first")
+            raise TypeError(
+                f"subscribe takes what this broker's admit returned, not {quoted(admitted)}: ask admit first"
+            )
         if admitted._used:
             raise LimitExceeded(f"conversation {admitted.conv_id!r}: one connection per admission, ask admit again")
         admitted._used = True

@@ -258,7 +258,7 @@ async def test_nobody_subscribes_who_was_not_let_in() -> None:
             with pytest.raises(TypeError, match="ask admit first"):
                 await following.subscribe(peer.id, forged)
         with pytest.raises(TypeError, match=r"made by Admission\.admit alone"):
-            Admitted(CALLER, SubscribeRequest("c1"), view, made_by=object())
+            Admitted(CALLER, SubscribeRequest("c1"), view, made_by=object())  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"made by Prompts\.acting alone"):
             Acting(core.parts.runs, None, "c1", CALLER, made_by=object())  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"made by Operators\.admit alone"):

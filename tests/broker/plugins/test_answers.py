@@ -216,7 +216,9 @@ WRONG_FIELDS: list[tuple[str, Callable[[], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("hook", "answer", "told"), WRONG_FIELDS, ids=lambda part: "answer" if callable(part) else str(part)[:30])
+@pytest.mark.parametrize(
+    ("hook", "answer", "told"), WRONG_FIELDS, ids=lambda part: "answer" if callable(part) else str(part)[:30]
+)
 async def test_the_fields_of_an_answer_are_checked_too(hook: str, answer: Callable[[], Any], told: str) -> None:
     """The right class with the wrong content is no better: permissions given as a text contain 'debug' in 'nodebug'."""
     host = host_with(plugin_with(hook, answer))
@@ -261,6 +263,28 @@ def test_a_predicate_that_forgets_to_return_withholds_without_being_an_error() -
     host = host_with(plugin_with("build_filter", lambda: call))
     assert not host.guard("odd", "build_filter", call)(ENVELOPE)
     assert described(host)["errors"] == 0
+
+
+class AnswersEverything:
+    """Has every attribute that it is asked for, as proxies and mocks do, and spoils what it is handed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return True
+
+    def __call__(self, envelope: Envelope) -> Any:
+        envelope.data["spoiled"] = True
+        return "yes"
+
+
+@pytest.mark.parametrize("hook", ["build_filter", "build_transform"])
+def test_a_callable_that_has_every_attribute_is_guarded_as_any_other(hook: str) -> None:
+    """It is no stand-in of ours, which nobody has to watch."""
+    made = AnswersEverything()
+    host = host_with(plugin_with(hook, lambda: made))
+    with pytest.raises(PluginError):
+        host.guard("odd", hook, made)(ENVELOPE)
+    assert described(host)["errors"] == 1
+    assert "spoiled" not in ENVELOPE.data
 
 
 class Changing(Envelope):
