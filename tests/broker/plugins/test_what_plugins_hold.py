@@ -7,7 +7,7 @@ import inspect
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +189,35 @@ def test_only_dispatch_hands_bytes_to_the_pool() -> None:
 def _has_all(value: Any, protocol: type) -> bool:
     names = [name for name, member in vars(protocol).items() if inspect.isfunction(member) and not name.startswith("_")]
     return all(callable(getattr(value, name, None)) for name in names)
+
+
+class Routes:
+    """Adds a route, then does as it likes with what it was given."""
+
+    def __init__(self, name: str, spoil: Callable[[Any], object]) -> None:
+        self.name = name
+        self._spoil = spoil
+
+    @hookimpl
+    def register_routes(self, router: Any) -> None:
+        @router.get(f"/api/of/{self.name}")
+        async def of() -> dict[str, str]:
+            return {"of": self.name}
+
+        self._spoil(router)
+
+
+def test_each_plugin_has_a_router_of_its_own(tmp_path: Path) -> None:
+    """One that clears it, or tries to end the process, takes no other's routes away."""
+
+    def clear(router: Any) -> None:
+        router.routes.clear()
+
+    def leave(router: Any) -> None:
+        raise SystemExit(3)
+
+    plugins = [Routes("late", id), Routes("leaves", leave), Routes("clears", clear), Routes("early", id)]
+    app = create_app(Settings(db=":memory:", plugins_dir=str(tmp_path / "none")), plugins=plugins)
+    with TestClient(app, base_url="http://localhost") as client:
+        answers = {name: client.get(f"/api/of/{name}").status_code for name in ("late", "leaves", "clears", "early")}
+    assert answers == {"late": 200, "leaves": 200, "clears": 404, "early": 200}
