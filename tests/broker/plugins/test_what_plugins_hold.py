@@ -200,10 +200,10 @@ class Routes:
 
     @hookimpl
     def register_routes(self, router: Any) -> None:
-        @router.get(f"/api/of/{self.name}")
         async def of() -> dict[str, str]:
             return {"of": self.name}
 
+        router.add_api_route(f"/api/of/{self.name}", of)
         self._spoil(router)
 
 
