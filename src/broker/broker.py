@@ -67,7 +67,11 @@ class ConversationWSBroker:
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open the stores, start the timers, settle runs that a former process left behind. Raises StoreError."""
+        """Open the stores, start the timers, settle runs that a former process left behind.
+
+        Does nothing when started. What fails, or is cancelled, is stopped: nothing stays open, and a new broker has to be
+        made. Raises StoreError, Unavailable for a broker that was stopped.
+        """
         await self._lifecycle.start()
 
     async def start_when_possible(self) -> None:
@@ -81,7 +85,7 @@ class ConversationWSBroker:
     async def stop(self, *, drain_s: float = 5.0) -> None:
         """Tell clients to come back elsewhere, end runs within `drain_s` seconds, save everything, close the stores.
 
-        Safe to repeat.
+        Safe to repeat. Where one part cannot be stopped, the others are all the same; then its error is raised.
         """
         await self._lifecycle.stop(drain_s=drain_s)
 

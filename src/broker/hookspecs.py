@@ -439,7 +439,7 @@ async def on_shutdown(broker: Broker) -> None:
 async def authenticate(credentials: Credentials) -> Principal | None:
     """Say who is asking.
 
-    Called by: ConversationWSBroker.authenticate, for HTTP, WebSocket and SSE alike.
+    Called by: `broker.plugins.access`, for HTTP, WebSocket and SSE alike.
     When: once per HTTP request and once per connection.
     Blocking: wait with `await`; look keys up from memory where you can, this is paid by every request.
     Arguments:
@@ -469,7 +469,7 @@ async def authenticate(credentials: Credentials) -> Principal | None:
 async def authorize(principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str]) -> bool | None:
     """Say whether a caller may do something. All plugins must allow it.
 
-    Called by: ConversationWSBroker.authorize, before every read, publish, prompt, action and subscription.
+    Called by: `broker.plugins.access`, before every read, publish, prompt, action and subscription.
     When: once per request; once per connection and again on each change of its view. Once more, one by one where that
         is refused, about channels that a view with state leaves out: what was made of their events may be in the state.
         For every connection again when a plugin is switched; who is refused then is closed with 4403.
@@ -629,7 +629,7 @@ def on_conversation_closed(conversation: OpenConversation, reason: str) -> None:
 def on_connection_opened(connection: OpenConnection) -> None:
     """Observe that a client subscribed to a conversation: presence, audit.
 
-    Called by: ConversationWSBroker.subscribe.
+    Called by: `broker.delivery`, once a subscription stands.
     When: once per connection, after it was let in.
     Blocking: no. It runs on the event loop; hand work to a task.
     Arguments:
@@ -650,7 +650,7 @@ def on_connection_opened(connection: OpenConnection) -> None:
 def on_connection_closed(connection: OpenConnection, reason: str) -> None:
     """Observe that a client went away.
 
-    Called by: ConversationWSBroker.unsubscribe.
+    Called by: `broker.delivery`, once a subscription that stood has ended.
     When: once for each `on_connection_opened`.
     Blocking: no. It runs on the event loop.
     Arguments:

@@ -115,6 +115,8 @@ view and this function, so make it a function of the module, not one per connect
 class Connection(Protocol):
     """A connection that a plugin's transport has added. Use it as `async with`: the end of the block forgets it.
 
+    It is forgotten by itself as well once nothing more is sent on it.
+
     connection_id: as operators see it. writable: whether it keeps up. buffered_bytes: framed, not sent yet.
     """
 
@@ -128,12 +130,13 @@ class Connection(Protocol):
     async def subscribe(self, admitted: Any) -> OpenConnection:
         """Follow what the caller was admitted to: `ws.hello`, what it missed, then live. Once per connection.
 
-        Raises StoreError, LimitExceeded, Unavailable; then nothing was sent.
+        admitted: what `admit` returned, for this connection alone. Raises StoreError, LimitExceeded, and Unavailable, also
+        for a connection that has ended meanwhile; TypeError for anything that `admit` did not return.
         """
         ...
 
     async def finished(self) -> None:
-        """Return when nothing more is sent: the broker closed it, `send` raised, or it took too long to read."""
+        """Return when nothing more is sent: the broker closed it, `send` or the framing raised, or its peer read too slowly."""
         ...
 
     async def leave(self, reason: str = "gone") -> None:
@@ -161,7 +164,7 @@ class Connections(Protocol):
         hydrate: bool = False,
         view: str | None = None,
     ) -> Any:
-        """Let a caller in; return what `Connection.subscribe` takes. See docs/reference/protocol.md for the parameters.
+        """Let a caller in; return what `Connection.subscribe` takes once. See docs/reference/protocol.md for the parameters.
 
         Raises UnknownProfile, UnknownChannel, PermissionDenied, NotFound, InvalidConversationId, Unavailable while the
         process starts or drains, StoreError.
@@ -181,9 +184,12 @@ class Connections(Protocol):
         """Add a connection.
 
         send: awaited with each chunk; it returns when the wire has taken it, which is how a slow peer is felt, and raises
-        when the peer is gone. close: awaited once, after what was framed before has been sent, with a close code of
-        docs/reference/protocol.md and a reason. buffer_bytes: what may wait to be sent before the connection counts as
-        slow and is brought up to date from the log later, None: the server's setting. on_overflow, on_drained: called when
-        that begins and ends; must not block. Raises LimitExceeded when the process has as many connections as it may.
+        when the peer is gone. framing: one that raises, or returns no list of bytes, ends the connections that use it. close:
+        awaited once, after what was framed before has been sent, with a close code of docs/reference/protocol.md and a
+        reason; where `send` or `close` then take nothing for `write_timeout_s`, the connection is dropped. buffer_bytes: what
+        may wait to be sent before the connection counts as slow and is brought up to date from the log later, None: the
+        server's setting. on_overflow, on_drained: called when that begins and ends; must not block.
+        Raises LimitExceeded when the process has as many connections as it may, Unavailable while it starts or drains,
+        InvalidInput for a negative buffer.
         """
         ...

@@ -13,11 +13,16 @@ PublishMany = Callable[[str, Sequence[Draft]], Coroutine[Any, Any, list[int]]]
 class Publisher:
     """Publishes into one conversation. Cheap; make as many as you like (`broker.publisher(conv_id)`)."""
 
-    __slots__ = ("_publish", "conv_id")
+    __slots__ = ("_conv_id", "_publish")
 
     def __init__(self, conv_id: str, publish: PublishMany) -> None:
-        self.conv_id = conv_id
+        self._conv_id = conv_id
         self._publish = publish
+
+    @property
+    def conv_id(self) -> str:
+        """The conversation that it publishes into, and no other."""
+        return self._conv_id
 
     async def publish(
         self,
@@ -33,7 +38,7 @@ class Publisher:
         Envelopes that one task publishes one after another keep that order. Raises InvalidDraft, DraftRefused,
         StoreError; then nothing was published.
         """
-        seqs = await self._publish(self.conv_id, (Draft(type, data, id, channel, dedupe_key),))
+        seqs = await self._publish(self._conv_id, (Draft(type, data, id, channel, dedupe_key),))
         return seqs[0]
 
     def publish_many(self, drafts: Sequence[Draft]) -> Coroutine[Any, Any, list[int]]:
@@ -41,4 +46,4 @@ class Publisher:
 
         A draft for a debug channel that is switched off is dropped; its seq is 0.
         """
-        return self._publish(self.conv_id, drafts)
+        return self._publish(self._conv_id, drafts)

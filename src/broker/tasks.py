@@ -1,12 +1,34 @@
-"""Background tasks that are kept until they are done: the event loop itself holds tasks only weakly."""
+"""Background tasks that are kept until they are done, since the event loop holds them only weakly; and steps of an end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Step = Callable[[], Awaitable[object] | None]
+
+
+async def each(*steps: Step) -> None:
+    """Take steps one after another, each also where one before it failed; raise the first failure at the end."""
+    failure: Exception | None = None
+    for step in steps:
+        try:
+            pending = step()
+            if inspect.isawaitable(pending):
+                await pending
+        except Exception as exc:
+            if failure is None:
+                failure = exc
+            else:
+                logger.error("a further step failed: %s", exc, exc_info=exc)
+    if failure is not None:
+        raise failure
 
 
 class Tasks:

@@ -210,6 +210,9 @@ class CapturingPool:
     def __len__(self) -> int:
         return len(self._connections)
 
+    def __contains__(self, connection_id: object) -> bool:
+        return connection_id in self._connections
+
 
 def parts_of(broker: ConversationWSBroker) -> Parts:
     """Return the parts of a broker, for tests that look inside."""

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,8 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
     app.router.routes.append(Route("/sse", make_sse_endpoint(doors, made.pool, places), methods=["GET"]))
     for make_router in _ROUTERS:
         app.include_router(make_router(api))
-    own_routes = APIRouter(tags=["plugins"])
-    made.plugins.call_collect("register_routes", router=own_routes)
-    app.include_router(own_routes)
-    made.plugins.call_collect(
-        "register_transports", app=app, broker=broker.handle, connections=PluginConnections(doors, made.pool, places)
-    )
+    _add_routes_of_plugins(app, made.plugins)
+    _add_transports_of_plugins(app, broker, made, places)
     problems.install(app)
     app.add_middleware(Gate, settings=broker.settings)
     app.add_middleware(CutShort)
@@ -159,6 +156,26 @@ def create_api(broker: ConversationWSBroker) -> FastAPI:
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
+
+
+def _add_routes_of_plugins(app: FastAPI, plugins: PluginHost) -> None:
+    for plugin, register in plugins.implementations("register_routes"):
+        own_routes = APIRouter(tags=["plugins"])  # each its own: what one does to it changes nothing for the others
+        try:
+            register(router=own_routes)
+        except (Exception, SystemExit) as exc:
+            plugins.report(plugin, "register_routes", exc)
+        app.include_router(own_routes)
+
+
+def _add_transports_of_plugins(app: FastAPI, broker: ConversationWSBroker, made: _Made, places: Places) -> None:
+    for plugin, register in made.plugins.implementations("register_transports"):
+        report = partial(made.plugins.report, plugin, "register_transports")
+        connections = PluginConnections(broker.doors, made.pool, places, report=report)
+        try:
+            register(app=app, broker=broker.handle, connections=connections)
+        except (Exception, SystemExit) as exc:
+            report(exc)
 
 
 def create_ui(*, api_base: str = "./", directory: str | Path | None = None) -> ASGIApp:

@@ -52,6 +52,8 @@ class QueuedConnection(Generic[Payload]):
         self.writable = True
         self.finished = asyncio.Event()
         self.on_abort: Callable[[], None] | None = None
+        self.on_end: Callable[[], None] | None = None
+        """Called when the writer has ended, for whatever reason."""
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
 
@@ -123,6 +125,8 @@ class QueuedConnection(Generic[Payload]):
             logger.debug("connection %s: write failed: %r", self.id, exc)
         finally:
             self.finished.set()
+            if self.on_end is not None:
+                self.on_end()
 
 
 async def ended(*tasks: asyncio.Task[Any], timeout_s: float | None = None) -> bool:

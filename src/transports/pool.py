@@ -94,6 +94,9 @@ class ConnectionPool:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, connection_id: object) -> bool:
+        return connection_id in self._members
+
     # -- connections ----------------------------------------------------------------------------------------------
 
     def add(self, connection: Connection) -> None:

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from broker.tasks import Tasks
+from broker.tasks import Tasks, each
 
 
 async def test_a_task_is_kept_until_it_is_done_and_no_longer() -> None:
@@ -104,3 +104,23 @@ async def test_closing_cancels_what_runs_and_waits_for_its_end() -> None:
     assert not tasks
     with pytest.raises(ValueError, match="at the end"):
         failed.result()
+
+
+async def test_each_step_is_taken_whatever_the_others_do_and_the_first_failure_is_raised() -> None:
+    taken: list[str] = []
+
+    async def first() -> None:
+        taken.append("first")
+        raise ValueError("first")
+
+    def second() -> None:
+        taken.append("second")
+        raise KeyError("second")
+
+    async def third() -> None:
+        taken.append("third")
+
+    with pytest.raises(ValueError, match="first"):
+        await each(first, second, third)
+    assert taken == ["first", "second", "third"]
+    await each(third)

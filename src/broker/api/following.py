@@ -32,10 +32,12 @@ class Following:
         return await self._admission.admit(principal, request)
 
     async def subscribe(self, connection_id: str, admitted: Admitted) -> Subscription:
-        """Subscribe a connection that the transport has put into the pool. See `Subscriptions.open`."""
-        if not isinstance(admitted, Admitted):
-            raise TypeError(f"subscribe takes what admit returned, not {type(admitted).__name__}: ask admit first")
-        return await self._subscriptions.open(connection_id, admitted)
+        """Subscribe a connection that the transport has put into the pool. See `Subscriptions.open`.
+
+        admitted: what `admit` returned, for this connection alone. Raises TypeError for anything else.
+        """
+        with self._admission.using(admitted):
+            return await self._subscriptions.open(connection_id, admitted)
 
     async def change_view(
         self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None

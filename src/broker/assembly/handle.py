@@ -38,8 +38,12 @@ class BrokerHandle:
         return await self._parts.log.state(check_conv_id(conv_id))
 
     async def authenticate(self, credentials: Credentials) -> Principal:
-        """Return the caller. Raises AuthenticationFailed."""
-        return await self._parts.access.authenticate(credentials)
+        """Return the caller, as a copy: another plugin made it, and may know it by what it put into it.
+
+        Raises AuthenticationFailed.
+        """
+        caller: Principal = own(await self._parts.access.authenticate(credentials))
+        return caller
 
     async def authorize(
         self, principal: Principal, action: Action, conv_id: str | None, channels: Sequence[str] = ()

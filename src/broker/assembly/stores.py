@@ -25,6 +25,7 @@ from broker.runs.store import RunStore
 from broker.runs.turns import TurnStore
 from broker.settings import Settings
 from broker.sqlite.database import Database
+from broker.tasks import Step, each
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.sqlite import SqliteTimelineStore
 
@@ -65,16 +66,10 @@ class Stores:
             self.redis.patience_s = min(self.redis.patience_s, LAST_PATIENCE_S)
 
     async def close(self) -> None:
-        """Close the stores, then the file."""
-        await self.log.close()
-        await self.timeline.close()
-        await self.runs.close()
-        await self.turns.close()
-        await self.library.close()
-        if self.database is not None:
-            await self.database.close()
-        if self.redis is not None:
-            await self.redis.close()
+        """Close the stores, then the file. What cannot be closed keeps nothing else open; its error is raised at the end."""
+        shared: list[Step] = [one.close for one in (self.database, self.redis) if one is not None]
+        own = (self.log, self.timeline, self.runs, self.turns, self.library)
+        await each(*(store.close for store in own), *shared)
 
 
 def choose_stores(settings: Settings, plugins: PluginHost, clock: Clock) -> Stores:

@@ -268,6 +268,8 @@ def plugins_list(
         print(escape_controls(f"{plugin['name']} {plugin.get('version', '')}{state}  {plugin.get('source', '')}"))
         print(escape_controls(f"    hooks: {', '.join(plugin.get('hooks', ())) or 'none'}"))
         print(escape_controls(f"    errors: {plugin.get('errors', 0)}, time spent: {spent_ms:.1f} ms"))
+        for hook, why in plugin.get("quarantined", {}).items():
+            print(escape_controls(f"    in quarantine: {hook}: {why}"))
     if not found:
         print("no plugins are loaded; see --plugins-dir")
 

@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 from broker.conversations.manager import ConversationManager
 from broker.delivery.subscription import SubscribeRequest
 from broker.envelope import check_conv_id
-from broker.errors import NotFound, PermissionDenied
+from broker.errors import LimitExceeded, NotFound, PermissionDenied, quoted
 from broker.eventlog.base import EventLog
 from broker.plugins.access import Access
 from broker.security import Principal
 from broker.views.compiler import ViewCompiler
 from broker.views.view import View
 
-_MADE_HERE = object()
-
 
 class Admitted:
-    """The proof that a caller was let in: who it is, what it asked for, and the view that it gets.
+    """The proof that a caller was let in: who it is, what it asked for, and the view that it gets. Good for one connection.
 
-    Only `Admission.admit` makes one, so whatever takes an Admitted need not ask again, and cannot be called for somebody
-    who was not let in.
+    Only `Admission.admit` makes one, it cannot be changed or copied, and no other broker takes it. So whatever takes an
+    Admitted need not ask again, and cannot be called for somebody who was not let in.
     """
 
-    __slots__ = ("principal", "request", "view")
+    __slots__ = ("_made_by", "_principal", "_request", "_used", "_view")
 
-    def __init__(self, principal: Principal, request: SubscribeRequest, view: View, *, made_by: object) -> None:
-        if made_by is not _MADE_HERE:
+    def __init__(self, principal: Principal, request: SubscribeRequest, view: View, *, made_by: Admission) -> None:
+        if type(made_by) is not Admission:
             raise TypeError("an Admitted is made by Admission.admit alone: ask there whether the caller may follow")
-        self.principal = principal
-        self.request = request
-        self.view = view
+        self._made_by = made_by
+        self._principal = principal
+        self._request = request
+        self._used = False
+        self._view = view
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("an Admitted is made by Admission.admit alone: it has no subclasses")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Keep it from being copied or pickled."""
+        raise TypeError("an Admitted cannot be copied: ask Admission.admit again")
+
+    @property
+    def principal(self) -> Principal:
+        return self._principal
+
+    @property
+    def request(self) -> SubscribeRequest:
+        return self._request
+
+    @property
+    def view(self) -> View:
+        return self._view
 
     @property
     def conv_id(self) -> str:
-        return self.request.conv_id
+        return self._request.conv_id
 
 
 class Admission:
@@ -56,7 +77,26 @@ class Admission:
         """
         view = await self.view(principal, request.conv_id, request.profile, request.channels)
         await self._may_begin(principal, request.conv_id)
-        return Admitted(principal, request, view, made_by=_MADE_HERE)
+        return Admitted(principal, request, view, made_by=self)
+
+    @contextmanager
+    def using(self, admitted: Admitted) -> Iterator[None]:
+        """Use a proof up for one connection; what raises inside gives it back.
+
+        Raises TypeError for what `admit` did not return here, LimitExceeded for what has been used.
+        """
+        if type(admitted) is not Admitted or getattr(admitted, "_made_by", None) is not self:
+            raise TypeError(
+                f"subscribe takes what this broker's admit returned, not {quoted(admitted)}: ask admit first"
+            )
+        if admitted._used:
+            raise LimitExceeded(f"conversation {admitted.conv_id!r}: one connection per admission, ask admit again")
+        admitted._used = True
+        try:
+            yield
+        except BaseException:
+            admitted._used = False
+            raise
 
     async def view(
         self,

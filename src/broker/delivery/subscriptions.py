@@ -78,6 +78,8 @@ class Subscriptions:
             )
             if subscription.status == "closed":
                 raise Unavailable(f"conversation {admitted.conv_id!r} was closed in this very moment: connect again")
+            if connection_id not in self._pool:  # it left meanwhile, and nobody would ever end what is begun for it now
+                raise Unavailable(f"connection {connection_id} is gone: it follows nothing any more")
             opened_at_ms = self._clock.wall_ms()
             opening = [self._hello(subscription, start), *self._reset(subscription, start)]
             self._recovery.open(subscription, start, opening)
@@ -223,6 +225,7 @@ class Subscriptions:
         for subscription in self._registry.all():
             self._pool.close(subscription.connection_id, 1012, "service restart")
             await self.close_one(subscription, "drain")
+        self._pool.close_all(1012, "service restart")  # those as well that have not subscribed
 
     def describe(self, subscription: Subscription) -> dict[str, Any]:
         """Return what operators see of a connection: view, position, lag in envelopes' seq scale, queued bytes."""

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import pluggy
@@ -16,7 +17,7 @@ from broker.errors import BrokerError, PluginError
 from broker.plugins.answers import Check, check_answer
 from broker.plugins.checks import HookSpec, argument_names, read_specs
 from broker.plugins.driving import Driven, being_cancelled
-from broker.plugins.isolation import HookRecord, Isolation, Streak, brief, ended, refusing
+from broker.plugins.isolation import HookRecord, Isolation, StandsIn, Streak, brief, ended, refusing
 from broker.plugins.rules import FAIL_CLOSED, OWN_ARGUMENTS, PROPAGATE, scope_of
 
 
@@ -308,12 +309,7 @@ class HookCalls:
         record = implementation.record
         if record.hook not in FAIL_CLOSED:
             return None
-
-        def withheld(*_args: Any) -> Any:
-            record.refuse(scope)
-
-        withheld.stands_in = True  # type: ignore[attr-defined]
-        return withheld
+        return StandsIn(partial(record.refuse, scope))
 
     def _raise(self, implementation: Implementation, exc: BaseException) -> NoReturn:
         """Raise what a caller gets to see: the plugin's own verdict, or its failure under its name."""

@@ -242,7 +242,7 @@ class PluginHost(HookCalls):
             "name": name,
             "version": plugin.found.version,
             "source": plugin.found.source,
-            "hooks": plugin.hooks,
+            "hooks": list(plugin.hooks),
             "enabled": name not in self._disabled,
             "quarantined": {record.hook: _why(record) for record in records if record.quarantines},
             "errors": sum(record.errors for record in records),

@@ -255,7 +255,7 @@ class Isolation:
 
         scope: the view that it was made for; alone in quarantine where it fails there.
         """
-        if getattr(made, "stands_in", False):  # its failure was counted when it was to be made
+        if type(made) is StandsIn:  # its failure was counted when it was to be made
             return made
         now_s = self.clock.monotonic_s
         slow_s = self.limits.slow_s
@@ -304,14 +304,28 @@ class Isolation:
         return guarded
 
 
-def refusing(error: PluginError) -> Callable[..., Any]:
-    """Return a callable that always raises `error`: what stands in for a filter or transform that could not be made."""
+class StandsIn:
+    """Stands in for a filter or transform that could not be made, or is in quarantine: it always raises.
 
-    def refused(*_args: Any, **_kwargs: Any) -> NoReturn:
+    A class, so that nothing that a plugin made can be taken for one: what has an answer to every attribute would be.
+    """
+
+    __slots__ = ("_refuse",)
+
+    def __init__(self, refuse: Callable[[], NoReturn]) -> None:
+        self._refuse = refuse
+
+    def __call__(self, *_args: Any) -> NoReturn:
+        self._refuse()
+
+
+def refusing(error: PluginError) -> StandsIn:
+    """Return what always raises `error`."""
+
+    def refuse() -> NoReturn:
         raise error.with_traceback(None)  # the traceback of a shared exception would grow with each raise
 
-    refused.stands_in = True  # type: ignore[attr-defined]
-    return refused
+    return StandsIn(refuse)
 
 
 def ended(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -116,6 +117,8 @@ DOORS: list[tuple[str, str, dict[str, Any], dict[tuple[str, str | None], int]]] 
     ("GET", "/api/debug/dead-letters?conv_id=c1", {}, {("debug", "c1"): 1}),
     ("GET", "/api/debug/turns?conv_id=c1", {}, {("debug", "c1"): 1}),
     ("GET", "/api/debug/plugins", {}, {("debug", None): 1}),
+    ("POST", "/api/debug/plugins/counting/release", {}, {("debug", None): 1}),
+    ("POST", "/api/debug/plugins/counting", {"json": {"enabled": True}}, {("debug", None): 1}),
     ("GET", "/api/debug/channels", {}, {("debug", None): 1}),
     ("POST", "/api/debug/channels/debug.trace", {"json": {"enabled": True}}, {("debug", None): 1}),
     ("DELETE", "/api/debug/channels/debug.trace", {}, {("debug", None): 1}),
@@ -156,6 +159,52 @@ async def test_who_may_not_is_not_let_in_by_any_door(
         counting.denied = {action}
         response = await client.request(method, path, **more)
         assert response.status_code in (403, 404), (action, response.text)
+
+
+NOTHING_THERE: list[tuple[str, str, dict[str, Any], tuple[str, str]]] = [
+    ("POST", "/api/conversations/c1/actions/withdraw", {"json": {"run_id": "none"}}, ("act", "c1")),
+    ("POST", "/api/conversations/c1/actions/move_to_front", {"json": {"run_id": "none"}}, ("act", "c1")),
+    ("POST", "/chat/none", {"json": {"conv_id": "c1", "prompt": "hi"}}, ("send", "c1")),
+    ("GET", "/api/debug/turns/none?conv_id=c1", {}, ("debug", "c1")),
+]
+"""Doors behind which nothing is found here: permission is asked for before that is told."""
+
+ASKED_ELSEWHERE = {
+    ("POST", "/api/conversations/import"): "test_an_import_is_asked_for_once",
+    ("GET", "/api/profiles"): "about no conversation: shows what the caller's own permissions let it choose",
+    ("GET", "/api/channels"): "as profiles",
+    ("GET", "/api/engine-profiles"): "about no conversation, the same for everybody",
+    ("GET", "/api/plugins"): "as profiles",
+    ("GET", "/healthz"): "about no conversation",
+    ("GET", "/readyz"): "about no conversation",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "asked"), NOTHING_THERE, ids=[f"{m} {p}" for m, p, *_ in NOTHING_THERE]
+)
+async def test_who_may_not_is_not_told_that_there_is_nothing(
+    client: httpx.AsyncClient, counting: Counting, method: str, path: str, more: dict[str, Any], asked: tuple[str, str]
+) -> None:
+    assert (await client.request(method, path, **more)).status_code in (400, 404)
+    assert counting.take() == {asked: 1}
+    counting.denied = {asked[0]}
+    assert (await client.request(method, path, **more)).status_code == 403
+    assert counting.take() == {asked: 1}
+
+
+def test_no_door_is_left_out(app: Any) -> None:
+    known = {(method, path.split("?")[0]) for method, path, *_ in [*DOORS, *NOTHING_THERE]}
+    missing = [
+        (method.upper(), path)
+        for path, operations in app.openapi()["paths"].items()
+        for method in operations
+        if (method.upper(), path) not in ASKED_ELSEWHERE
+        and not any(
+            asked == method.upper() and re.fullmatch(re.sub(r"{\w+}", "[^/]+", path), at) for asked, at in known
+        )
+    ]
+    assert not missing
 
 
 async def test_an_import_is_asked_for_once(client: httpx.AsyncClient, counting: Counting) -> None:
@@ -209,7 +258,7 @@ async def test_nobody_subscribes_who_was_not_let_in() -> None:
             with pytest.raises(TypeError, match="ask admit first"):
                 await following.subscribe(peer.id, forged)
         with pytest.raises(TypeError, match=r"made by Admission\.admit alone"):
-            Admitted(CALLER, SubscribeRequest("c1"), view, made_by=object())
+            Admitted(CALLER, SubscribeRequest("c1"), view, made_by=object())  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"made by Prompts\.acting alone"):
             Acting(core.parts.runs, None, "c1", CALLER, made_by=object())  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"made by Operators\.admit alone"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from tests.support.core import Core, until_async
@@ -89,3 +90,58 @@ async def test_what_a_caller_may_not_do_no_plugin_does_for_it(handle: Broker) ->
         await handle.send(ANN, "bob-1", "hello")
     with pytest.raises(UnknownProfile):
         await handle.entities(ANN, "ann-1", profile="none of this name")
+
+
+class Knowing:
+    """Makes callers, each once, and looks at what it put into them."""
+
+    name = "knowing"
+
+    def __init__(self) -> None:
+        self.known = Principal("ann", frozenset(), {"roles": ["reader"]})
+
+    @hookimpl
+    def authenticate(self, credentials: Credentials) -> Principal:
+        return self.known
+
+
+async def test_a_caller_is_a_copy_of_what_another_plugin_made() -> None:
+    plugin, knowing = Starting(), Knowing()
+    async with Core(":memory:", plugins=[knowing, plugin]):
+        caller = await plugin.broker.authenticate(Credentials())
+        assert caller == knowing.known
+        caller.claims["roles"].append("admin")
+        assert knowing.known.claims == {"roles": ["reader"]}
+
+
+async def test_a_publisher_cannot_be_turned_to_another_conversation(handle: Broker) -> None:
+    publisher: Any = handle.publisher("ann-1")
+    assert publisher.conv_id == "ann-1"
+    with pytest.raises(AttributeError):
+        publisher.conv_id = "bob-1"
+
+
+def _change(value: Any) -> None:
+    """Change everything in a JSON value that can be changed."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _change(item)
+        value["changed"] = True
+    elif isinstance(value, list):
+        for item in value:
+            _change(item)
+        value.append("changed")
+
+
+async def test_what_is_returned_is_the_callers_own(handle: Broker) -> None:
+    await handle.send(ANN, "ann-1", "hello")
+    await until_async(lambda: _idle(handle))
+    for ask in (handle.state, handle.entities):
+        first = await ask(ANN, "ann-1")
+        was = repr(first)
+        _change(first)
+        assert repr(await ask(ANN, "ann-1")) == was
+
+
+async def _idle(handle: Broker) -> bool:
+    return bool((await handle.state(ANN, "ann-1"))["status"] == "idle")

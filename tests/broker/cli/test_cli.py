@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
-from tests.support.broker_process import broker_command, clean_environment
+from tests.support.broker_process import BrokerProcess, broker_command, clean_environment
 from typer.testing import CliRunner
 
 from broker.cli import main as cli
@@ -163,3 +164,25 @@ def test_plugins_list_shows_source_and_hooks(tmp_path: Path) -> None:
     assert "quiet" in text
     assert "hooks: classify" in text
     assert str(folder) in text
+
+
+def test_plugins_list_of_a_server_says_what_is_in_quarantine_and_a_release_ends_it(tmp_path: Path) -> None:
+    """Else an operator sees errors, and not that a view has shown nothing since."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "broken.py").write_text(
+        "from broker.hookspecs import hookimpl\n\n\n@hookimpl\ndef build_filter(profile):\n"
+        "    return lambda envelope: 1 / 0\n"
+    )
+    process = BrokerProcess(tmp_path, "--plugins-dir", str(folder), "--debug-channels", "debug.trace").start()
+    try:
+        note = {"conv_id": "c1", "type": "note.said", "data": {}}
+        with httpx.Client(base_url=process.url) as client:
+            assert client.post("/api/publish", json=[note] * 60).status_code == 200
+            assert client.get("/api/messages?conv_id=c1&since=0").status_code == 200
+        listed = broker("plugins", "list", "--url", process.url, cwd=tmp_path)
+        assert "in quarantine: build_filter: view default" in listed.stdout, listed.stderr
+        assert broker("plugins", "release", "broken", "--url", process.url, cwd=tmp_path).returncode == 0
+        assert "in quarantine" not in broker("plugins", "list", "--url", process.url, cwd=tmp_path).stdout
+    finally:
+        process.stop()

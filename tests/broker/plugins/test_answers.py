@@ -295,6 +295,28 @@ def test_a_predicate_that_forgets_to_return_withholds_without_being_an_error() -
     assert described(host)["errors"] == 0
 
 
+class AnswersEverything:
+    """Has every attribute that it is asked for, as proxies and mocks do, and spoils what it is handed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return True
+
+    def __call__(self, envelope: Envelope) -> Any:
+        envelope.data["spoiled"] = True
+        return "yes"
+
+
+@pytest.mark.parametrize("hook", ["build_filter", "build_transform"])
+def test_a_callable_that_has_every_attribute_is_guarded_as_any_other(hook: str) -> None:
+    """It is no stand-in of ours, which nobody has to watch."""
+    made = AnswersEverything()
+    host = host_with(plugin_with(hook, lambda: made))
+    with pytest.raises(PluginError):
+        host.guard("odd", hook, made)(ENVELOPE)
+    assert described(host)["errors"] == 1
+    assert "spoiled" not in ENVELOPE.data
+
+
 class Changing(Envelope):
     """Has another id whenever it is asked."""
 

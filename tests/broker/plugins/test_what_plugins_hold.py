@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import State
 from starlette.testclient import TestClient
 from tests.support.scripted_engine import EnginePlugin, ScriptedEngine, call, text
 
@@ -53,6 +55,7 @@ STORES = (EventLog, RunStore, TimelineStore)
 """Protocols: what has all their methods is one of them, whatever its class."""
 LEAVES = (str, bytes, int, float, bool, type(None), type, Path)
 OBJECTS_MAX = 20_000
+SOURCES = Path(hookspecs.__file__).parent
 HOOKS = sorted(
     name for name, member in vars(hookspecs).items() if inspect.isfunction(member) and hasattr(member, "broker_spec")
 )
@@ -103,6 +106,8 @@ def everything_behind(given: Mapping[str, Any]) -> list[tuple[str, Any]]:
         found.append((way, value))
         if isinstance(value, Mapping):
             waiting.extend((f"{way}[{key!r}]", item) for key, item in list(value.items()))
+        elif isinstance(value, State):  # its attributes are not told by `dir`
+            waiting.extend((f"{way}.{name}", item) for name, item in value._state.items())
         elif isinstance(value, list | tuple | set | frozenset | deque):
             waiting.extend((f"{way}[{index}]", item) for index, item in enumerate(list(value)))
         elif not callable(value) or not inspect.isroutine(value):
@@ -170,6 +175,49 @@ def test_every_hook_with_arguments_was_looked_at(collected: dict[str, Any]) -> N
     assert silent <= {"register_commands", "on_conversation_closed"}
 
 
+def test_only_dispatch_hands_bytes_to_the_pool() -> None:
+    callers = {
+        path.relative_to(SOURCES).as_posix()
+        for path in SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("broadcast", "send_to_one")
+    }
+    # The pool for tests in memory writes to itself.
+    assert callers == {"delivery/dispatch.py", "testing.py"}
+
+
 def _has_all(value: Any, protocol: type) -> bool:
     names = [name for name, member in vars(protocol).items() if inspect.isfunction(member) and not name.startswith("_")]
     return all(callable(getattr(value, name, None)) for name in names)
+
+
+class Routes:
+    """Adds a route, then does as it likes with what it was given."""
+
+    def __init__(self, name: str, spoil: Callable[[Any], object]) -> None:
+        self.name = name
+        self._spoil = spoil
+
+    @hookimpl
+    def register_routes(self, router: Any) -> None:
+        async def of() -> dict[str, str]:
+            return {"of": self.name}
+
+        router.add_api_route(f"/api/of/{self.name}", of)
+        self._spoil(router)
+
+
+def test_each_plugin_has_a_router_of_its_own(tmp_path: Path) -> None:
+    """One that clears it, or tries to end the process, takes no other's routes away."""
+
+    def clear(router: Any) -> None:
+        router.routes.clear()
+
+    def leave(router: Any) -> None:
+        raise SystemExit(3)
+
+    plugins = [Routes("late", id), Routes("leaves", leave), Routes("clears", clear), Routes("early", id)]
+    app = create_app(Settings(db=":memory:", plugins_dir=str(tmp_path / "none")), plugins=plugins)
+    with TestClient(app, base_url="http://localhost") as client:
+        answers = {name: client.get(f"/api/of/{name}").status_code for name in ("late", "leaves", "clears", "early")}
+    assert answers == {"late": 200, "leaves": 200, "clears": 404, "early": 200}
