@@ -72,7 +72,7 @@ class EngineCache:
         """Close all engines and wait until those that are closing are closed."""
         for conv_id in list(self._current):
             self.forget(conv_id)
-        await self._closing.wait(5.0)
+        await self._closing.wait(CLOSE_TIMEOUT_S + 2.0)  # what does not end is left behind a second after its time
 
     async def _build(self, plan: EnginePlan) -> tuple[str, Engine]:
         try:
