@@ -21,6 +21,7 @@ from broker.errors import StoreError, Unavailable
 from broker.eventlog.base import EventLog, LogState
 from broker.phase import Phase
 from broker.timeline.entity import Entity
+from broker.views.compiler import ViewCompiler
 from broker.views.frames import event_messages, reset_message, state_messages, through_message
 from broker.views.view import View
 
@@ -81,6 +82,7 @@ class Polls:
         conversations: ConversationManager,
         log: EventLog,
         reader: TimelineReader,
+        views: ViewCompiler,
         notices: Notices,
         phase: Phase,
         clock: Clock,
@@ -88,6 +90,7 @@ class Polls:
         self._conversations = conversations
         self._log = log
         self._reader = reader
+        self._views = views
         self._notices = notices
         self._phase = phase
         self._clock = clock
@@ -103,11 +106,12 @@ class Polls:
             try:
                 if wait_s >= GAP_S and time.monotonic() >= deadline_s:
                     poll.late_after_s = began_s - GAP_S
+                self._renew(poll)
                 page = await self._page(conversation, poll)
                 left_s = deadline_s - time.monotonic()
                 looked_back = wait_s < GAP_S or poll.late_after_s < began_s
                 if page.more or not page.recovered or _shows_something(page) or (left_s <= 0 and looked_back):
-                    return self._with_notices(page, view)
+                    return self._with_notices(page, poll.view)
                 if self._phase.draining and left_s > 0:
                     raise Unavailable("this process is shutting down: ask again, another one has what comes next")
                 # Asleep only if nothing came, and nobody erased the conversation, while the page was read.
@@ -116,6 +120,12 @@ class Polls:
                     await conversation.next_dispatch(left_s)
             finally:
                 conversation.holds -= 1
+
+    def _renew(self, poll: _Poll) -> None:
+        """Look through the view as it is compiled now: while the poll slept, plugins may have changed."""
+        before, poll.view = poll.view, self._views.renewed(poll.view)
+        if poll.view.key != before.key:
+            poll.cursor = None  # what was hidden before may not be now
 
     async def _page(self, conversation: Conversation, poll: _Poll) -> MessagesPage:
         """Return what there is now after what the rounds before have looked at."""

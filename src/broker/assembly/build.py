@@ -131,6 +131,7 @@ class _Building:
         recovery = Recovery(log, self.reader, dispatcher, pool, self.recent, self.availability, self.notices, **pages)
         self.subscriptions = Subscriptions(
             self.registry,
+            self.views,
             starts,
             recovery,
             self.notices,
@@ -140,8 +141,18 @@ class _Building:
             self.clock,
             self.phase,
         )
-        view_changes = ViewChanges(self.admission, starts, recovery, dispatcher, pool)
-        self.following = Following(self.admission, self.subscriptions, view_changes, self.registry)
+        self.view_changes = ViewChanges(
+            self.admission,
+            self.views,
+            self.registry,
+            starts,
+            recovery,
+            self.notices,
+            dispatcher,
+            pool,
+            self.tasks,
+        )
+        self.following = Following(self.admission, self.subscriptions, self.view_changes, self.registry)
 
     def _runs(self) -> None:
         stores, database = self.stores, self.stores.database
@@ -179,7 +190,7 @@ class _Building:
     def _library(self) -> None:
         erase = self.erasure.erase
         publish = partial(self.ingest.publish, checked=True)
-        polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock)
+        polls = Polls(self.conversations, self.log, self.reader, self.views, self.notices, self.phase, self.clock)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
         self.publishing = Publishing(self.access, self.availability, self.catalog, self.log, publish)
         stores, copies = self.stores, self._copies()
@@ -284,6 +295,7 @@ class _Building:
             registry=self.registry,
             notices=self.notices,
             subscriptions=self.subscriptions,
+            view_changes=self.view_changes,
             runs=self.runs,
             emitters=self.emitters,
             observers=self.observers,

@@ -19,6 +19,7 @@ from broker.delivery.notices import Notices
 from broker.delivery.recent_keeper import RecentKeeper
 from broker.delivery.registry import OpenSubscriptions
 from broker.delivery.subscriptions import Subscriptions
+from broker.delivery.view_change import ViewChanges
 from broker.eventlog.availability import Availability
 from broker.eventlog.base import EventLog
 from broker.library.library import Library
@@ -60,6 +61,7 @@ class Parts:
     registry: OpenSubscriptions
     notices: Notices
     subscriptions: Subscriptions
+    view_changes: ViewChanges
     runs: RunService
     emitters: EmitterSupervisor
     observers: Observers

@@ -48,6 +48,7 @@ def plugins_changed(parts: Parts) -> None:
     parts.ingest.look_again()
     parts.observers.look_again()
     parts.runs.reload()
+    parts.view_changes.plugins_changed()
 
 
 class _Wiring:

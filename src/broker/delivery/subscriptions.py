@@ -18,6 +18,7 @@ from broker.delivery.start import Start, Starts
 from broker.delivery.subscription import Subscription
 from broker.errors import InvalidInput, Unavailable
 from broker.phase import Phase
+from broker.views.compiler import ViewCompiler
 from broker.views.frames import Message, control_message, reset_message, through_message
 
 
@@ -30,6 +31,7 @@ class Subscriptions:
     def __init__(
         self,
         registry: OpenSubscriptions,
+        views: ViewCompiler,
         starts: Starts,
         recovery: Recovery,
         notices: Notices,
@@ -40,6 +42,7 @@ class Subscriptions:
         phase: Phase,
     ) -> None:
         self._registry = registry
+        self._views = views
         self._starts = starts
         self._recovery = recovery
         self._notices = notices
@@ -66,7 +69,8 @@ class Subscriptions:
         request = admitted.request
         conversation = await self._conversations.open(admitted.conv_id)
         self._check_not_draining()  # again: who comes later than `close` would be told nothing
-        subscription = Subscription(connection_id, conversation, request, admitted.view, admitted.principal)
+        view = self._views.renewed(admitted.view)  # plugins may have changed since
+        subscription = Subscription(connection_id, conversation, request, view, admitted.principal)
         self._registry.add(subscription)
         conversation.subscriptions += 1
         try:

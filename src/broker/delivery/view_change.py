@@ -1,4 +1,4 @@
-"""Changes of view in place: a connection goes on in another profile or with other channels, without reconnecting."""
+"""Changes of view in place: a connection goes on in another profile, with other channels or plugins, without reconnecting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import asyncio
 
 from broker.delivery.admission import Admission
 from broker.delivery.dispatch import Dispatcher
+from broker.delivery.notices import Notices
 from broker.delivery.pool import Pool
 from broker.delivery.recovery import Recovery
+from broker.delivery.registry import OpenSubscriptions
 from broker.delivery.start import Starts
 from broker.delivery.subscription import Subscription
 from broker.delivery.viewed import STRETCHES_MAX
 from broker.errors import LimitExceeded
+from broker.tasks import Tasks
+from broker.views.compiler import ViewCompiler
 from broker.views.frames import control_message, through_message
 from broker.views.view import View
 
@@ -20,13 +24,26 @@ class ViewChanges:
     """Changes the views of subscriptions, one change after another for each."""
 
     def __init__(
-        self, admission: Admission, starts: Starts, recovery: Recovery, dispatcher: Dispatcher, pool: Pool
+        self,
+        admission: Admission,
+        views: ViewCompiler,
+        registry: OpenSubscriptions,
+        starts: Starts,
+        recovery: Recovery,
+        notices: Notices,
+        dispatcher: Dispatcher,
+        pool: Pool,
+        tasks: Tasks,
     ) -> None:
         self._admission = admission
+        self._views = views
+        self._registry = registry
         self._starts = starts
         self._recovery = recovery
+        self._notices = notices
         self._dispatcher = dispatcher
         self._pool = pool
+        self._tasks = tasks
 
     async def change(
         self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
@@ -36,10 +53,8 @@ class ViewChanges:
         Changes of one subscription are made one after another, in the order in which they were asked for. Raises
         UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput, LimitExceeded; then the view stays as it was.
         """
-        if subscription.changing is None:
-            subscription.changing = asyncio.Lock()
-        async with subscription.changing:
-            if subscription.viewed is not None and len(subscription.viewed) >= STRETCHES_MAX:
+        async with self._lock(subscription):
+            if _too_often(subscription):
                 raise LimitExceeded(
                     f"this connection has changed its view too often to know what it was shown ({STRETCHES_MAX} "
                     "stretches): connect again to change it once more",
@@ -49,7 +64,55 @@ class ViewChanges:
             back = await self._starts.reaching_back(subscription.conversation, since) if since is not None else None
             await self._recovery.end(subscription)
             if subscription.status != "closed":
-                self._change(subscription, view, back)
+                self._change(subscription, self._views.renewed(view), back)
+
+    def plugins_changed(self) -> None:
+        """Have every open connection go on in its view as that is compiled now.
+
+        From here on nothing is sent any more that was looked at through the former view, to who is live or behind.
+        """
+        for subscription in self._registry.all():
+            changing = subscription.changing is not None and subscription.changing.locked()
+            if subscription.task is None and not changing:
+                self._renew(subscription)
+                continue
+            if subscription.task is not None and self._looks_otherwise(subscription):
+                subscription.task.cancel()  # at once: it may hold a page that it was about to send
+            self._tasks.spawn(self._renew_later(subscription))
+
+    async def _renew_later(self, subscription: Subscription) -> None:
+        async with self._lock(subscription):
+            if self._looks_otherwise(subscription):
+                await self._recovery.end(subscription)
+            self._renew(subscription)
+
+    def _looks_otherwise(self, subscription: Subscription) -> bool:
+        return self._views.renewed(subscription.view).key != subscription.view.key
+
+    def _renew(self, subscription: Subscription) -> None:
+        old, view = subscription.view, self._views.renewed(subscription.view)
+        if subscription.status == "closed" or view is old:
+            return
+        if view.key == old.key:  # it shows the same by other functions, perhaps in place of one that could not be made
+            subscription.view = view
+            audience = subscription.conversation.audiences.get(view.key)
+            if audience is not None:
+                audience.view = view
+        elif subscription.status == "starting":  # nothing was sent yet
+            subscription.view = view
+            subscription.state_look = view.state_look if view.shows_state else None
+        elif _too_often(subscription):
+            self._pool.leave(subscription.connection_id)
+            self._notices.bye(subscription, "plugins were switched", reconnect=True)
+            self._pool.close(subscription.connection_id, 1012, "plugins were switched")
+        else:
+            self._change(subscription, view, None)
+
+    @staticmethod
+    def _lock(subscription: Subscription) -> asyncio.Lock:
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        return subscription.changing
 
     def _change(self, subscription: Subscription, view: View, back: int | None) -> None:
         conversation = subscription.conversation
@@ -87,3 +150,7 @@ class ViewChanges:
         before, subscription.state_look = subscription.state_look, view.state_look
         same = before == view.state_look
         return (subscription.state_cursor if old.shows_state and same else 0), before is not None and not same
+
+
+def _too_often(subscription: Subscription) -> bool:
+    return subscription.viewed is not None and len(subscription.viewed) >= STRETCHES_MAX

@@ -90,6 +90,13 @@ class ViewCompiler:
         readable: frozenset[str] | None = frozenset(self.may_see(principal)) - denied
         if readable == folded:
             readable = None
+        return self._kept(profile, events, state, readable)
+
+    def renewed(self, view: View) -> View:
+        """Return a view as it is compiled now: the same one, unless plugins changed since it was made."""
+        return self._kept(view.profile, view.channels, view.shows_state, view.readable)
+
+    def _kept(self, profile: Profile, events: frozenset[str], state: bool, readable: frozenset[str] | None) -> View:
         cached = self._views.get((profile.name, events, state, readable))
         if cached is None:
             if len(self._views) >= VIEWS_KEPT_MAX:  # clients choose channels as they like: bounded
