@@ -49,7 +49,7 @@ RUN = {
     "README.md": 2,  # embedding: tests/e2e/test_mounting.py; the plugin: here
     "docs/how-to/approve-tools.md": 1,  # tests/e2e/test_how_to_pages.py
     "docs/how-to/bring-your-own-engine.md": 1,
-    "docs/how-to/embed.md": 2,  # tests/e2e/test_mounting.py
+    "docs/how-to/embed.md": 3,  # tests/e2e/test_mounting.py
     "docs/reference/hooks.md": 32,  # tests/e2e/test_hook_examples.py, tests/broker/test_hookspecs.py
 }
 """Python examples by page, and the tests that run them."""

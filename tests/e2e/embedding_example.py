@@ -26,3 +26,10 @@ site = FastAPI(lifespan=lifespan_of(broker))
 site.mount("/broker", create_api(broker))
 site.mount("/chat", create_ui(api_base="/broker/"))
 # -- end
+
+
+# -- on_demand
+from transports.on_demand import StartedOnDemand  # noqa: E402
+
+application = StartedOnDemand(app)  # for daphne my_module:application
+# -- end
