@@ -1,4 +1,4 @@
-"""Writes docs/reference/settings.md and docs/reference/cli.md from the code: `python scripts/reference_docs.py`.
+"""Writes settings.md, cli.md and plugin-types.md of docs/reference from the code: `python -m scripts.reference_docs`.
 
 tests/broker/test_reference_docs.py fails when the pages and the code differ.
 """
@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 import typer
 from pydantic.fields import FieldInfo
+from scripts.plugin_types_page import plugin_types_page
 from typer.main import get_command
 
 from broker.cli.main import app
 from broker.settings import GROUPS, Settings, describe, variable
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
-NOTE = "<!-- Written by scripts/reference_docs.py: change the code and run it again. -->"
+NOTE = "<!-- Written by `python -m scripts.reference_docs`: change the code and run it again. -->"
 
 SETTINGS_HEAD = f"""# Settings
 
@@ -115,7 +116,7 @@ def _options(command: Any) -> list[str]:
     return rows
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page}
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "plugin-types.md": plugin_types_page}
 
 
 def main() -> None:

@@ -33,9 +33,11 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class EventType:
-    """A declared event type. model: checks the data of drafts, over HTTP and inside the process. merge: see `Merge`.
+    """A declared event type.
 
-    terminal: ends its run; nothing of that run may follow.
+    model: checks the data of every draft of the type, whoever publishes it; None: any JSON object. merge: joins the data of
+    two neighbouring events of one id into one, for connections that are behind, and returns it, None where these two
+    cannot be joined. terminal: ends its run; nothing of that run may follow.
     """
 
     name: str

@@ -313,13 +313,16 @@ def register_transports(app: Any, broker: Broker, connections: Connections) -> N
         connections: `admit` lets a caller in, `add` takes a function that sends bytes and returns a connection to
             subscribe; leaving its block forgets it. A slow one is brought up to date from the log, as any other.
     Returns: nothing.
-    Raises: an error is reported under the plugin's name; the other transports serve. What `admit` and `subscribe`
-        raise is a BrokerError, to be told to the caller.
+    Raises: an error is reported under the plugin's name; the other transports serve. What `admit`, `add`
+        and `subscribe` raise is a BrokerError, to be told to the caller: from a route it becomes a problem document,
+        as long as the answer has not begun.
     Example:
         import asyncio
 
+        from starlette.requests import Request
         from starlette.responses import StreamingResponse
 
+        from broker.errors import BrokerError
         from broker.security import Credentials
 
         def lines(messages):
@@ -328,16 +331,20 @@ def register_transports(app: Any, broker: Broker, connections: Connections) -> N
         @hookimpl
         def register_transports(app, broker, connections):
             @app.get("/lines/{conv_id}")
-            async def follow(conv_id: str):
-                caller = await broker.authenticate(Credentials())
+            async def follow(conv_id: str, request: Request):
+                bearer = request.headers.get("authorization", "").removeprefix("Bearer ") or None
+                caller = await broker.authenticate(Credentials(bearer, headers=dict(request.headers)))
                 admitted = await connections.admit(caller, conv_id, since=0)
 
                 async def body():
                     waiting = asyncio.Queue(maxsize=1)  # the next chunk is taken when this one has been sent
-                    async with connections.add(waiting.put, framing=lines, close=lambda *_: waiting.put(None)) as one:
-                        await one.subscribe(admitted)
-                        while (chunk := await waiting.get()) is not None:
-                            yield chunk
+                    try:
+                        async with connections.add(waiting.put, framing=lines, close=lambda *_: waiting.put(None)) as one:
+                            await one.subscribe(admitted)
+                            while (chunk := await waiting.get()) is not None:
+                                yield chunk
+                    except BrokerError as error:  # too many connections, the store is away: the status is out already
+                        yield b'{"refused": "%s"}\\n' % error.code.encode()
 
                 return StreamingResponse(body(), media_type="application/x-ndjson")
     """

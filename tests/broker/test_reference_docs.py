@@ -9,4 +9,4 @@ from scripts.reference_docs import PAGES, REFERENCE
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_up_to_date(name: str) -> None:
     written = (REFERENCE / name).read_text(encoding="utf-8")
-    assert written == PAGES[name](), "run `python scripts/reference_docs.py`"
+    assert written == PAGES[name](), "run `python -m scripts.reference_docs`"

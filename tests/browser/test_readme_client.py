@@ -23,11 +23,29 @@ window.show = (entities) => {
 };
 """
 
+HIDING = """
+from broker.hookspecs import hookimpl
+
+
+@hookimpl
+def build_filter(profile):
+    return lambda envelope: b"secret" not in envelope.data_json
+"""
+
 
 @pytest.fixture(scope="module")
 def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
-    """A server that keeps few events."""
-    server = RunningBroker(tmp_path_factory.mktemp("readme"), BROKER_RETENTION_COUNT="5", BROKER_SWEEP_INTERVAL_S="0.1")
+    """A server that keeps few events, with a plugin that hides what is secret."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "plugins").mkdir()
+    (folder / "plugins" / "hiding.py").write_text(HIDING)
+    server = RunningBroker(
+        folder,
+        BROKER_RETENTION_COUNT="5",
+        BROKER_SWEEP_INTERVAL_S="0.1",
+        BROKER_PLUGINS_DIR=str(folder / "plugins"),
+        BROKER_DEBUG_CHANNELS="debug.trace",
+    )
     yield server
     server.stop()
 
@@ -105,3 +123,18 @@ def test_it_shows_the_state_after_a_reset(
     until_shown(page, "new life")
     assert resets == ["expired", "epoch"]
     forgive_network_errors(windows)
+
+
+def test_it_shows_what_the_plugins_of_now_show(
+    windows: Windows, running_broker: RunningBroker, proxy: CutProxy, conv_id: str
+) -> None:
+    """An operator switches a filter off and on: what it hides comes, and goes again."""
+    say(running_broker, conv_id, "open", "secret")
+    page = follow(windows, proxy, conv_id)
+    until_shown(page, "open")
+    for on, shown in ((False, ["open", "secret"]), (True, ["open"])):
+        answer = running_broker.http.post("api/debug/plugins/hiding", json={"enabled": on})
+        assert answer.status_code == 200
+        until_shown(page, *shown)
+    say(running_broker, conv_id, "after")
+    until_shown(page, "open", "after")

@@ -27,7 +27,7 @@ site.mount("/broker", create_api(broker))
 site.mount("/chat", create_ui(api_base="/broker/"))
 # -- end
 
-# -- daphne
+# -- on_demand
 from transports.on_demand import StartedOnDemand  # noqa: E402
 
 application = StartedOnDemand(app)  # for daphne my_module:application

@@ -27,7 +27,7 @@ from broker.plugins import PluginHost
 from broker.profiles import Profile
 from broker.runs.engine import EnginePlan, EngineProfile, Finish, TextDelta, ToolCallEnd, ToolCallStart, Usage
 from broker.runs.memory import MemoryRunStore
-from broker.security import SYSTEM, Principal
+from broker.security import SYSTEM, Credentials, Principal
 from broker.settings import Settings, load_settings
 from broker.testing import CapturingPool, MemoryBroker, memory_broker, parts_of
 from broker.timeline.memory import MemoryTimelineStore
@@ -391,6 +391,28 @@ def test_the_example_of_a_transport_sends_lines() -> None:
                 if len(numbers) == 3:
                     break
         assert numbers == [0, 1, 2]
+
+
+def test_the_transport_of_the_example_says_who_calls_and_why_it_refuses() -> None:
+    class Tokens:
+        name = "tokens"
+
+        @hookimpl
+        def authenticate(self, credentials: Credentials) -> Principal | None:
+            return Principal("ann") if credentials.bearer == "anns" else None
+
+    settings = Settings(db=":memory:", auth="tokens", max_connections=1)
+    app = create_app(settings, plugins=[example("register_transports"), Tokens()])
+    with LiveServer(app, asyncio.new_event_loop, lifespan="on") as server:
+        url = f"{server.url.replace('ws', 'http', 1)}/lines"
+        ann = {"authorization": "Bearer anns"}
+        assert httpx.get(f"{url}/c1").status_code == 401
+        assert httpx.get(f"{url}/no%20id", headers=ann).json()["type"].endswith(":invalid-conversation-id")
+        with httpx.stream("GET", f"{url}/c1", headers=ann, timeout=10) as first:
+            lines = first.iter_lines()  # kept: at its end the answer is closed
+            assert "ws.hello" in next(lines)
+            second = httpx.get(f"{url}/c1", headers=ann, timeout=10)
+        assert second.text == '{"refused": "limit-exceeded"}\n'
 
 
 def test_no_example_is_left_out() -> None:

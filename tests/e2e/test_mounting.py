@@ -236,7 +236,7 @@ def example_parts() -> dict[str, str]:
     return {name: re.sub(r"  # noqa.*", "", code).strip() for name, code in found}
 
 
-@pytest.mark.parametrize("part", ["whole", "parts", "daphne"])
+@pytest.mark.parametrize("part", ["whole", "parts", "on_demand"])
 def test_the_page_shows_the_code_that_is_tested(part: str) -> None:
     assert f"```python\n{example_parts()[part]}\n```" in PAGE.read_text()
 
@@ -275,3 +275,11 @@ async def test_the_example_serves_its_own_routes_and_ours(example: Any) -> None:
     async with client_of(example.site) as client:
         assert (await client.get("/broker/readyz")).status_code == 200
         assert "/broker/" in (await client.get("/chat/")).text
+
+
+async def test_the_example_starts_by_its_first_request(example: Any) -> None:
+    """No lifespan events here, as under a server that sends none."""
+    transport = httpx.ASGITransport(example.application)
+    async with httpx.AsyncClient(transport=transport, base_url=BASE) as client:
+        assert (await client.get("/assistant/readyz")).json() == {"status": "ready"}
+    await example.chat.state.broker.stop(drain_s=0)

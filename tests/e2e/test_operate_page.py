@@ -86,7 +86,8 @@ def test_every_command_of_the_page_is_run() -> None:
 
 def test_the_commands_for_one_process(start_broker: Start, tmp_path: Path) -> None:
     plugins = tmp_path / "plugins"
-    shutil.copytree(Path(__file__).resolve().parents[2] / "plugins" / "replay_engine", plugins / "replay_engine")
+    for name in ("replay_engine", "basic_tools"):
+        shutil.copytree(Path(__file__).resolve().parents[2] / "plugins" / name, plugins / name)
     (plugins / "poison.py").write_text(POISON)
     slow = {"BROKER_PLUGIN_REPLAY_ENGINE_SPEED": "0.2", "BROKER_PLUGINS_DIR": str(plugins)}
     broker = start_broker("--debug-channels", "debug.trace", **slow)
@@ -103,6 +104,8 @@ def test_the_commands_for_one_process(start_broker: Start, tmp_path: Path) -> No
     assert "2 of 2 runs" in printed
     assert re.search(rf"^{run_id} +c1 +queued ", printed, re.M)
     assert "user.message" in printed
+    assert "    hooks: register_event_types, register_timeline_handlers\n" in printed
+    assert "basic_tools was not in quarantine\nbasic_tools is off\nbasic_tools is on\n" in printed
     assert "no such shape" in printed
     assert "1 dead letters: ok" in printed
     assert re.search(r"^debug\.trace +on +\d+\.\d s +local$", printed, re.M)

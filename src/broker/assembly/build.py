@@ -131,6 +131,7 @@ class _Building:
         recovery = Recovery(log, self.reader, dispatcher, pool, self.recent, self.availability, self.notices, **pages)
         self.subscriptions = Subscriptions(
             self.registry,
+            self.views,
             starts,
             recovery,
             self.notices,
@@ -140,7 +141,9 @@ class _Building:
             self.clock,
             self.phase,
         )
-        self.view_changes = ViewChanges(self.admission, self.views, starts, recovery, dispatcher, pool, self.tasks)
+        self.view_changes = ViewChanges(
+            self.admission, self.views, starts, recovery, self.notices, dispatcher, pool, self.tasks
+        )
         self.following = Following(self.admission, self.subscriptions, self.view_changes, self.registry)
 
     def _runs(self) -> None:

@@ -42,6 +42,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     ]
 
 
+def plugin_lines(plugin: Mapping[str, Any]) -> list[str]:
+    """Return what operators see of a plugin, as `GET /api/plugins` describes it; its name and version alone for others."""
+    state = "" if plugin.get("enabled", True) else " (off)"
+    lines = [f"{plugin['name']} {plugin.get('version', '')}{state}  {plugin.get('source', '')}".rstrip()]
+    if "hooks" in plugin:
+        spent_ms = sum(record["total_ms"] for record in plugin["time"].values())
+        lines.append(f"    hooks: {', '.join(plugin['hooks'])}")
+        lines.append(f"    errors: {plugin['errors']}, time spent: {spent_ms:.1f} ms")
+        lines += [f"    in quarantine: {hook}: {why}" for hook, why in plugin["quarantined"].items()]
+        if plugin["last_error"] is not None:
+            lines.append(f"    last error: {plugin['last_error']}")
+    return [escape_controls(line) for line in lines]
+
+
 def span(ms: int) -> str:
     """Return a time span for people: `0.3 s`, `42 s`, `12 min`, `5 h`, `3 d`."""
     if ms < 10_000:

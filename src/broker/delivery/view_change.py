@@ -1,4 +1,4 @@
-"""Changes of view in place: a connection goes on in another profile or with other channels, without reconnecting."""
+"""Changes of view in place: a connection goes on in another profile, with other channels or plugins, without reconnecting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 
 from broker.delivery.admission import Admission
 from broker.delivery.dispatch import Dispatcher
+from broker.delivery.notices import Notices
 from broker.delivery.pool import Pool
 from broker.delivery.recovery import Recovery
 from broker.delivery.start import Starts
@@ -27,17 +28,19 @@ class ViewChanges:
         views: ViewCompiler,
         starts: Starts,
         recovery: Recovery,
+        notices: Notices,
         dispatcher: Dispatcher,
         pool: Pool,
         tasks: Tasks,
     ) -> None:
         self._admission = admission
         self._views = views
-        self._tasks = tasks
         self._starts = starts
         self._recovery = recovery
+        self._notices = notices
         self._dispatcher = dispatcher
         self._pool = pool
+        self._tasks = tasks
 
     async def change(
         self, subscription: Subscription, *, profile: str, channels: str | None, since: int | None
@@ -47,10 +50,8 @@ class ViewChanges:
         Changes of one subscription are made one after another, in the order in which they were asked for. Raises
         UnknownProfile, UnknownChannel, PermissionDenied, InvalidInput, LimitExceeded; then the view stays as it was.
         """
-        if subscription.changing is None:
-            subscription.changing = asyncio.Lock()
-        async with subscription.changing:
-            if subscription.viewed is not None and len(subscription.viewed) >= STRETCHES_MAX:
+        async with self._lock(subscription):
+            if _too_often(subscription):
                 raise LimitExceeded(
                     f"this connection has changed its view too often to know what it was shown ({STRETCHES_MAX} "
                     "stretches): connect again to change it once more",
@@ -70,11 +71,22 @@ class ViewChanges:
         view = self._views.again(subscription.view)
         if subscription.status == "closed":
             return
-        if view.key == subscription.view.key or subscription.status == "starting":
-            subscription.view = view  # nobody was told of the one before, or it shows the same
+        if subscription.status == "starting":  # nothing was sent yet
+            subscription.view = view
+            subscription.state_look = view.state_look if view.shows_state else None
+            return
+        if view.key == subscription.view.key:
+            subscription.view = (
+                view  # it shows the same by other functions, perhaps in place of one that could not be made
+            )
             audience = subscription.conversation.audiences.get(view.key)
             if audience is not None:
                 audience.view = view
+            return
+        if _too_often(subscription):
+            self._pool.leave(subscription.connection_id)
+            self._notices.bye(subscription, "plugins were switched", reconnect=True)
+            self._pool.close(subscription.connection_id, 1012, "plugins were switched")
             return
         if subscription.task is None and (subscription.changing is None or not subscription.changing.locked()):
             self._change(subscription, view, None)
@@ -88,9 +100,7 @@ class ViewChanges:
 
         Raises PermissionDenied where it may not; what to do then is the caller's business. StoreError.
         """
-        if subscription.changing is None:
-            subscription.changing = asyncio.Lock()
-        async with subscription.changing:
+        async with self._lock(subscription):
             old = subscription.view
             names = ",".join(old.channel_names)
             if not names:
@@ -102,13 +112,17 @@ class ViewChanges:
                     self._change(subscription, self._views.again(view), None)
 
     async def _renew(self, subscription: Subscription) -> None:
-        if subscription.changing is None:
-            subscription.changing = asyncio.Lock()
-        async with subscription.changing:
+        async with self._lock(subscription):
             view = self._views.again(subscription.view)
             await self._recovery.end(subscription)
             if subscription.status != "closed" and (subscription.status != "live" or view.key != subscription.view.key):
                 self._change(subscription, self._views.again(view), None)
+
+    @staticmethod
+    def _lock(subscription: Subscription) -> asyncio.Lock:
+        if subscription.changing is None:
+            subscription.changing = asyncio.Lock()
+        return subscription.changing
 
     def _change(self, subscription: Subscription, view: View, back: int | None) -> None:
         conversation = subscription.conversation
@@ -146,3 +160,7 @@ class ViewChanges:
         before, subscription.state_look = subscription.state_look, view.state_look
         same = before == view.state_look
         return (subscription.state_cursor if old.shows_state and same else 0), before is not None and not same
+
+
+def _too_often(subscription: Subscription) -> bool:
+    return subscription.viewed is not None and len(subscription.viewed) >= STRETCHES_MAX

@@ -69,8 +69,9 @@ class Access:
             raise PermissionDenied(f"nobody could decide whether {action!r} is allowed; denied") from exc
         for plugin, allowed in answers:
             if not allowed:
+                about = f"channels {', '.join(channels)} of " if channels else ""
                 raise PermissionDenied(
-                    f"{principal.subject!r} may not {action} conversation {conv_id!r} (plugin {plugin!r})",
+                    f"{principal.subject!r} may not {action} {about}conversation {conv_id!r} (plugin {plugin!r})",
                     action=action,
                     conv_id=conv_id,
                 )

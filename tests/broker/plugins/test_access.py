@@ -107,6 +107,12 @@ async def test_one_no_is_enough() -> None:
     await access(Door("yes", True), Door("none")).authorize(ANN, "read", "c1")
 
 
+async def test_a_refusal_names_the_channels_that_were_asked_for() -> None:
+    """Who may read others of the conversation is not told that it may read none."""
+    with pytest.raises(PermissionDenied, match=r"'ann' may not read channels sem, timeline of conversation 'c1' "):
+        await access(Door("no", False)).authorize(ANN, "read", "c1", ("sem", "timeline"))
+
+
 async def test_a_refusal_with_a_reason_reaches_the_caller() -> None:
     with pytest.raises(PermissionDenied, match="not before noon"):
         await access(Door(answer=PermissionDenied("not before noon"))).authorize(ANN, "read", "c1")

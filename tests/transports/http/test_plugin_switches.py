@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from tests.support.broker_process import BrokerProcess, broker_command, clean_environment
 
@@ -156,3 +157,90 @@ def test_the_command_line_does_it_too(start_broker: Any) -> None:
     wrong = broker("release", "nobody")
     assert wrong.returncode == 1
     assert "plugin 'nobody' is not loaded" in wrong.stderr
+
+
+HIDING = """
+from pathlib import Path
+
+from broker.hookspecs import hookimpl
+
+MENDED = Path(__file__).with_name("mended")
+
+
+@hookimpl
+def build_filter(profile):
+    def passes(envelope):
+        if not MENDED.exists():
+            raise RuntimeError("not mended")
+        return b"secret" not in envelope.data_json
+
+    return passes
+"""
+
+
+@pytest.fixture
+def hiding(start_broker: Any, tmp_path: Path) -> BrokerProcess:
+    """A server with a plugin that hides what is secret once it is mended, and everything before."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "hiding.py").write_text(HIDING)
+    served: BrokerProcess = start_broker("--debug-channels", "debug.trace", "--plugins-dir", str(folder))
+    return served
+
+
+def publish(served: BrokerProcess, *texts: str) -> None:
+    drafts = [{"conv_id": "c1", "type": "note.said", "data": {"text": text}} for text in texts]
+    assert httpx.post(f"{served.url}api/publish", json=drafts).status_code == 200
+
+
+def switch(served: BrokerProcess, *, on: bool) -> None:
+    assert httpx.post(f"{served.url}api/debug/plugins/hiding", json={"enabled": on}).status_code == 200
+
+
+def test_who_is_connected_sees_what_the_plugins_of_now_show(hiding: BrokerProcess, tmp_path: Path) -> None:
+    (tmp_path / "plugins" / "mended").touch()
+    texts: list[str] = []
+    with httpx.stream("GET", f"{hiding.url}sse?conv_id=c1&since=0&channels=sem", timeout=20) as stream:
+
+        def until(text: str) -> None:
+            for line in lines:
+                event = orjson.loads(line[6:])["event"] if line.startswith("data: ") else {}
+                if "prev" in event:
+                    texts.append(event["data"]["text"])
+                    if text == texts[-1]:
+                        return
+
+        lines = stream.iter_lines()
+        publish(hiding, "secret 1", "open 1")
+        until("open 1")
+        switch(hiding, on=False)
+        publish(hiding, "secret 2", "open 2")
+        until("open 2")
+        switch(hiding, on=True)
+        publish(hiding, "secret 3", "open 3")
+        until("open 3")
+    assert texts == ["open 1", "secret 2", "open 2", "open 3"]
+
+
+def test_the_list_tells_what_is_in_quarantine(hiding: BrokerProcess) -> None:
+    publish(hiding, *(str(n) for n in range(60)))
+    assert httpx.get(f"{hiding.url}api/messages?conv_id=c1&channels=sem&limit=1000").json()["frames"][0]["event"][
+        "type"
+    ] == ("ws.through")
+    command = [*broker_command(), "plugins", "list", "--url", hiding.url]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment())
+    assert "    hooks: build_filter\n    errors: 50, time spent: " in listed.stdout
+    why = "view default (sem): 50 failures in a row, the last: RuntimeError: not mended"
+    assert f"    in quarantine: build_filter: {why}\n" in listed.stdout
+    assert "    last error: build_filter: RuntimeError: not mended\n" in listed.stdout
+
+
+def test_the_list_says_nothing_of_what_it_was_not_told(start_broker: Any) -> None:
+    """Without the permission a server tells names alone: "errors: 0" would be a claim that nobody made."""
+    served: BrokerProcess = start_broker()
+    command = [*broker_command(), "plugins", "list", "--url", served.url]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment())
+    assert "basic_tools unversioned\n" in listed.stdout
+    assert "errors" not in listed.stdout
+    assert "hooks" not in listed.stdout
+    assert "told to callers with the permission 'debug'" in listed.stderr
