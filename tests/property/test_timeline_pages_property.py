@@ -8,13 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.redis_server import lasting_server, redis_executable
 
 from broker.redis.connection import RedisConnection
 from broker.sequence import MAX_SEQ
 from broker.sqlite.database import Database
+from broker.timeline import redis as redis_timeline
+from broker.timeline import sqlite as sqlite_timeline
 from broker.timeline.entity import Entity
 from broker.timeline.memory import MemoryTimelineStore
 from broker.timeline.redis import RedisTimelineStore
@@ -44,13 +47,20 @@ async def _all_pages(store: TimelineStore, conv_id: str, limit: int, max_bytes: 
     return found
 
 
+@settings(max_examples=100, deadline=None)
 @given(
     saves=st.lists(CHANGES, max_size=4), bounds=BOUNDS, limit=st.integers(1, 12),
-    max_bytes=st.integers(1, 4000),
+    max_bytes=st.integers(1, 4000), looked_at=st.integers(1, 12), few_pages=st.integers(0, 2),
 )  # fmt: skip
 def test_pages_are_the_same_list_over_every_store(
-    saves: list[list[tuple[str, int, int, int]]], bounds: tuple[int, int, int], limit: int, max_bytes: int
+    saves: list[list[tuple[str, int, int, int]]],
+    bounds: tuple[int, int, int],
+    limit: int,
+    max_bytes: int,
+    looked_at: int,
+    few_pages: int,
 ) -> None:
+    """looked_at, few_pages: small ones, so that few entities take as many calls, and either index, as very many do."""
     after, since, upto = bounds
     window: dict[str, Any] = {"after_position": after, "since_version": since, "upto_version": upto}
 
@@ -92,4 +102,7 @@ def test_pages_are_the_same_list_over_every_store(
                     await connection.close()
                 await database.close()
 
-    asyncio.run(check())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis_timeline, "_LOOKED_AT", looked_at)
+        patch.setattr(sqlite_timeline, "_FEW_PAGES", few_pages)
+        asyncio.run(check())
