@@ -50,7 +50,7 @@ ELSEWHERE: dict[str, By] = {
     # -- what is tested together with the rooms around it
     "broker/pauses.py": By("broker/library/test_turns_of_the_loop.py", "turns between the steps"),
     "broker/timeline/budget.py": By(
-        "broker/timeline/test_projector.py broker/delivery/test_held_back.py", "upserts that wait"
+        "broker/timeline/test_projector.py broker/delivery/test_held_back.py", "upserts that wait", "housekeeping.tick("
     ),
     "broker/views/retold.py": By(
         "transports/http/test_what_plugins_mask.py", "state under filters for events", "/api/timeline"
