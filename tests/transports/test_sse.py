@@ -15,6 +15,8 @@ from tests.support.wire import Client
 
 from broker.broker import ConversationWSBroker
 from broker.errors import StoreUnavailable
+from broker.hookspecs import hookimpl
+from broker.profiles import Profile
 from broker.settings import Settings
 from broker.testing import parts_of
 from transports.app import create_api, create_broker
@@ -244,6 +246,48 @@ async def test_after_a_reset_the_first_id_comes_when_the_state_is_complete() -> 
         assert ids == [f"id: {(await served.broker.head('c1')).head_seq}"]
         stream.hang_up()
         await stream.ended()
+
+
+class Masks:
+    """Shows entities otherwise while it is on."""
+
+    name = "masks"
+
+    @hookimpl
+    def build_filter(self, profile: Profile) -> Any:
+        return lambda envelope: b"secret" not in envelope.data_json
+
+
+async def test_a_stream_whose_state_became_void_and_that_is_cut_before_it_came_anew_asks_for_everything() -> None:
+    """From the id that it had it resumed as recovered, and lacked what it had been told to forget."""
+    given = Settings(db=":memory:", plugins_dir="no-such-folder")
+    async with create_broker(given, plugins=[Masks()]) as broker:
+        served = Served(broker)
+        for n in range(201):
+            await served.say(("secret " if n % 10 == 0 else "open ").ljust(2000, "x"), type="user.message", id=f"u{n}")
+        stream = await served.stream("conv_id=c1&hydrate=1").until("ws.caught_up")
+        parts_of(broker).plugins.disable("masks")
+        await stream.until("ws.caught_up", 2)
+        last_id: str | None = None
+        seen: set[str] = set()
+        changed = False
+        for block in stream.blocks:
+            event = orjson.loads(next(line for line in block if line.startswith("data: ")).removeprefix("data: "))[
+                "event"
+            ]
+            last_id = next((line.removeprefix("id: ") for line in block if line.startswith("id: ")), last_id)
+            if event["type"] == "ws.profile":
+                assert event["data"]["stateAnew"]
+                changed, seen = True, set()
+            elif event["type"] == "timeline.upsert":
+                seen.add(event["id"])
+            if changed and len(seen) < 201:
+                assert last_id == "0"
+        assert last_id == str((await broker.head("c1")).head_seq)
+        await hung_up(stream, served)
+        again = await served.stream("conv_id=c1&hydrate=1", last_event_id="0").until("ws.caught_up")
+        assert set(again.taken().entities) == {f"u{n}" for n in range(201)}
+        await hung_up(again, served)
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

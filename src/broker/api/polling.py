@@ -197,7 +197,8 @@ class Polls:
         """Yield what follows the events: the entities that changed up to `cursor`, and how far all is decided."""
         conv_id, view, timeline = conversation.conv_id, poll.view, conversation.timeline
         if view.shows_state:
-            everything = start.reset is not None or page.more
+            # A page that more follow shows all where it has no event: the client would come back from where it was.
+            everything = start.reset is not None or (page.more and told <= poll.since)
             async for entities in self._changed(conversation, start.state_after or 0, cursor, page.epoch):
                 due = [entity for entity in entities if everything or self._due(conversation, poll, entity)]
                 for message in state_messages(conv_id, view, due):
@@ -209,6 +210,9 @@ class Polls:
             if poll.held:
                 # Their changes are still to be told: who comes back must not stand behind them.
                 cursor = min(cursor, *poll.held.values())
+            passed = self._passed(conversation, poll, max(told, cursor))
+            for message in state_messages(conv_id, view, passed):
+                yield message.text
         if told < cursor:
             yield through_message(conv_id, cursor).text
 
@@ -257,12 +261,25 @@ class Polls:
         everything: and all that was held back so far.
         """
         timeline = conversation.timeline
-        late = [id for id, shown_at_s in conversation.shown_late.items() if shown_at_s >= poll.late_after_s]
+        late = [id for id, (shown_at_s, _) in conversation.shown_late.items() if shown_at_s >= poll.late_after_s]
         found = [entity for id in late if (entity := timeline.entity(id)) is not None and entity.version <= poll.since]
         held = [entity for id in poll.held if (entity := timeline.entity(id)) is not None]
         if everything:
             poll.held.clear()
         return found + [entity for entity in held if everything or self._due(conversation, poll, entity)]
+
+    def _passed(self, conversation: Conversation, poll: _Poll, reached: int) -> list[Entity]:
+        """Return what live connections were shown late while nobody waited here, and what would be behind the client now.
+
+        Whoever stood at or before the place where that happened gets it once: with the page that brings it beyond.
+        """
+        timeline = conversation.timeline
+        return [
+            entity
+            for id, (shown_at_s, position) in conversation.shown_late.items()
+            if shown_at_s < poll.late_after_s and poll.since <= position < reached
+            if (entity := timeline.entity(id)) is not None and entity.version <= poll.since
+        ]
 
 
 def _gone(conv_id: str) -> StoreError:

@@ -16,7 +16,7 @@ class Conversation:
     position: everything up to here is folded and dispatched in this process. inbox: committed, not yet dispatched.
     busy: somebody is advancing it (loading entities, filling a gap); others only add to the inbox. recent: its last events,
     while clients come back to them. shown_late: entities that were held back and shown a while ago at most, with the
-    monotonic time.
+    monotonic time and where the conversation stood.
     """
 
     __slots__ = (
@@ -43,7 +43,7 @@ class Conversation:
         self.busy = True
         self.audiences: dict[str, Audience] = {}
         self.recent: RecentEvents | None = None
-        self.shown_late: dict[str, float] = {}
+        self.shown_late: dict[str, tuple[float, int]] = {}
         self.subscriptions = 0
         self.holds = 0
         self.waiters: list[asyncio.Future[None]] = []

@@ -109,9 +109,9 @@ class Dispatcher:
         """Send entities whose upsert was held back (trailing edge)."""
         now_s = self._clock.monotonic_s()
         late = conversation.shown_late
-        for id in [id for id, shown_at_s in late.items() if now_s - shown_at_s >= LATE_S]:
+        for id in [id for id, (shown_at_s, _) in late.items() if now_s - shown_at_s >= LATE_S]:
             del late[id]
-        late.update((entity.id, now_s) for entity in show)
+        late.update((entity.id, (now_s, conversation.position)) for entity in show)
         if conversation.waiters:
             conversation.wake()
         upserts = self._upserts(conversation, show)

@@ -40,9 +40,10 @@ class Subscription:
     outage that it knows of, 0: it believes that all is well.
     state_cursor: it has every entity up to this version, in the look of `state_look` (None: it has had no state); but of
     those that are growing, where state_owed_after is set, only what they were up to that version. state_rounds: how often it
-    was sent state since it was last live. state_pending: it was reset, and the state that stands for what it lost is not
-    complete yet. viewed_after: the present view has shown everything between this and the cursor. viewed: what views that it
-    had before a change in place have shown, so that a replay leaves out what it has already got; None: there was none.
+    was sent state since it was last live. state_pending: it was reset, or what it had is void in its new view, and the state
+    that stands for that is not complete yet. viewed_after: the present view has shown everything between this and the
+    cursor. viewed: what views that it had before a change in place have shown, so that a replay leaves out what it has
+    already got; None: there was none.
     """
 
     __slots__ = (

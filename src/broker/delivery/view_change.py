@@ -141,12 +141,15 @@ class ViewChanges:
             "view": view.key,
             "from": str(subscription.cursor),
         }
+        through = through_message(conversation.conv_id, subscription.cursor)
         if anew:
             data["stateAnew"] = True
-        changed = control_message("ws.profile", data, subscription.connection_id)
-        self._dispatcher.deliver(
-            subscription.connection_id, [changed, through_message(conversation.conv_id, subscription.cursor)]
-        )
+            # What the client had is void. An event stream that is cut before all of it has come again asks for everything:
+            # from where it stood it would be told that it lacks nothing.
+            subscription.state_pending = True
+            through = through._replace(position=None)
+        changed = control_message("ws.profile", data, subscription.connection_id, 0 if anew else None)
+        self._dispatcher.deliver(subscription.connection_id, [changed, through])
         self._recovery.begin(subscription, state_after=state_after, lag=False)
 
     def _state_after(self, subscription: Subscription, old: View, view: View) -> tuple[int, bool]:

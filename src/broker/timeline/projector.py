@@ -162,7 +162,9 @@ class ConversationTimeline:
         show: list[Entity] = []
         for id in touched:
             entity = self._entities[id]
-            if self._may_show(entity):
+            if entity.growing and id in self._shown:  # without a call: most are deltas
+                self.pending.add(id)  # shown not long ago: the next tick is soon enough (trailing edge)
+            elif self._may_show(entity):
                 show.append(entity)
             else:
                 self.pending.add(id)
@@ -284,15 +286,14 @@ class ConversationTimeline:
     # -- showing --------------------------------------------------------------------------------------------------
 
     def _may_show(self, entity: Entity, *, now_s: float | None = None) -> bool:
-        """Say whether an entity is shown now, and take note of it. now_s: of the tick, None for one that was just changed."""
+        """Say whether an entity is shown now, and take note of it. now_s: of the tick, None for one that was just changed
+        and was never shown while it grew."""
         if not entity.growing:  # a final state is never delayed
             self.pending.discard(entity.id)
             self._shown.pop(entity.id, None)
             self._fed.pop(entity.id, None)
             return True
         known = self._shown.get(entity.id)
-        if known is not None and now_s is None:
-            return False  # shown not long ago: the next tick is soon enough (trailing edge)
         budget = known[0] if known is not None else Budget()
         size = self._size(entity)
         if not (budget.allows(size) if now_s is None else budget.due(size, now_s)):

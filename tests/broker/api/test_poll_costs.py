@@ -15,6 +15,8 @@ from tests.support.wire import Client
 
 from broker.api import SubscribeRequest
 from broker.api.polling import GAP_S, PAGE_BYTES_MAX, MessagesPage
+from broker.channels import Channel
+from broker.hookspecs import hookimpl
 
 STATE_ONLY = "control,timeline"
 
@@ -33,6 +35,14 @@ async def core(db: str) -> AsyncIterator[Core]:
 async def ask(core: Core, since: int, **given: Any) -> MessagesPage:
     asked: dict[str, Any] = {"epoch": None, "profile": "default", "channels": None, "limit": 100, "wait_s": 0.0} | given
     return await read_messages(core.broker, CALLER, "c1", since=since, **asked)
+
+
+class Jobs:
+    name = "jobs"
+
+    @hookimpl
+    def register_channels(self) -> list[Channel]:
+        return [Channel("jobs")]
 
 
 class Reads:
@@ -108,6 +118,66 @@ async def test_an_answer_costs_a_constant_times_its_size(core: Core, channels: s
     assert state_bytes <= 12 * 20_000
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+async def test_pages_that_are_full_show_a_growing_answer_no_more_often(core: Core, limit: int) -> None:
+    """Each page that more followed had all of the text: 10 MB for 20 kB."""
+    publisher = core.broker.publisher("c1")
+    last = await publisher.publish("llm.start", {"role": "assistant"}, id="m1")
+    conversation = await core.parts.conversations.open("c1")
+    client, state_bytes = Client(since=0), 0
+    for n in range(600):
+        await publisher.publish("llm.delta", {"delta": f"{n:019d} "}, id="m1")
+        for _ in range(limit):
+            last = await publisher.publish("log", {"level": "info", "message": "beside it"})
+        await until(lambda last: conversation.position == last, last)
+        more = True
+        while more:
+            page = await ask(core, client.last, limit=limit)
+            state_bytes += sum(len(frame) for frame in page.frames if b'"kind":"message"' in frame)
+            for frame in page.frames:
+                client.take(frame)
+            more = page.more
+    await publisher.publish("llm.final", {"text": "all of it"}, id="m1")
+    await until(lambda: conversation.timeline.entity("m1").growing is False)  # type: ignore[union-attr]
+    for frame in (await ask(core, client.last, limit=limit)).frames:
+        client.take(frame)
+    assert client.entities["m1"]["props"]["text"] == "all of it"
+    assert not client.gaps
+    assert 0 < state_bytes <= 12 * 12_000
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 2 * GAP_S])
+@pytest.mark.parametrize("channels", [None, "control,timeline,jobs"])
+async def test_what_came_to_rest_is_not_passed_by_other_events(db: str, wait_s: float, channels: str | None) -> None:
+    """Each poll had an event of its own to tell, and none looked back to what was shown between it and the one before."""
+    async with Core(db, plugins=[Jobs()], upsert_interval_s=3600.0, timeline_flush_interval_s=3600.0) as core:
+        publisher = core.broker.publisher("c1")
+        conversation = await core.parts.conversations.open("c1")
+        client, upserts = Client(since=0), 0
+
+        async def poll() -> None:
+            nonlocal upserts
+            last = await publisher.publish("log", {"level": "info", "message": "beside it"}, channel="jobs")
+            await until(lambda: conversation.position == last)
+            for frame in (await ask(core, client.last, channels=channels, wait_s=wait_s)).frames:
+                upserts += b'"timeline.upsert"' in frame[:60] and b'"text":"ab"' in frame
+                client.take(frame)
+
+        for kind, data in (
+            ("llm.start", {"role": "assistant"}),
+            ("llm.delta", {"delta": "a"}),
+            ("llm.delta", {"delta": "b"}),
+        ):
+            await publisher.publish(kind, data, id="m1")
+            await poll()
+        assert client.entities["m1"]["props"]["text"] != "ab"
+        await core.parts.housekeeping.tick()  # shown while nobody was asking
+        for _ in range(5):
+            await poll()
+        assert client.entities["m1"]["props"]["text"] == "ab"
+        assert upserts == 1
+
+
 @pytest.mark.parametrize("channels", [None, STATE_ONLY])
 async def test_an_answer_that_pauses_is_shown_whole_to_who_waits(core: Core, channels: str | None) -> None:
     publisher = core.broker.publisher("c1")
@@ -126,7 +196,7 @@ async def test_an_answer_that_pauses_is_shown_whole_to_who_waits(core: Core, cha
 
 async def test_what_came_to_rest_between_two_polls_is_not_missed(db: str) -> None:
     """The upsert that had been held back was shown while nobody was asking."""
-    async with Core(db, upsert_interval_s=3600.0) as core:
+    async with Core(db, upsert_interval_s=3600.0, timeline_flush_interval_s=3600.0) as core:
         publisher = core.broker.publisher("c1")
         client = Client(since=0)
         for kind, data in (
@@ -183,8 +253,9 @@ async def test_a_large_state_after_a_reset_is_read_while_it_is_sent(db: str, mon
     """Whatever the limit: the page in memory has about a megabyte of it."""
     async with Core(db) as core:
         publish = core.broker.publisher("c1").publish
-        for n in range(30):
-            await publish("user.message", {"text": f"{n} ".ljust(250_000, "x")}, id=f"u{n}")
+        seqs = [await publish("user.message", {"text": f"{n} ".ljust(250_000, "x")}, id=f"u{n}") for n in range(30)]
+        conversation = await core.parts.conversations.open("c1")
+        await until(lambda: conversation.position == seqs[-1])  # stored is not folded yet
         await core.parts.housekeeping.tick()
         request = SubscribeRequest("c1", since=1, epoch="another")
         page = await core.broker.doors.reading.messages(CALLER, request, limit=1, wait_s=0)
