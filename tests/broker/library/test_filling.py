@@ -289,3 +289,33 @@ async def test_a_node_that_was_taken_for_dead_while_filling_touches_nothing_of_o
                 await one.parts.log.append("copy", [sealed(one.parts.catalog, "copy", Draft("x.y", {}, "z"), 1, 1000)])
         assert filling.exception() is not None
         assert len(await ids_of(two, "copy")) == 1
+
+
+async def test_who_waited_for_another_nodes_erasure_is_not_mixed_into_what_is_filled_after_it(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks again only after the erased conversation's id has been taken for an import here."""
+    looks, go_on = asyncio.Event(), asyncio.Event()
+
+    async with Core(redis_url) as one, Core(redis_url) as two:
+        await post(one, "copy", "old")
+        old, open_ = one.parts.conversations.get("copy"), one.parts.conversations.open
+
+        async def open_later(conv_id: str) -> Any:
+            monkeypatch.undo()
+            looks.set()
+            await go_on.wait()
+            return await open_(conv_id)
+
+        async with two.parts.gates.alone("copy", "erased"):
+            monkeypatch.setattr(one.parts.conversations, "open", open_later)
+            late = asyncio.create_task(post(one, "copy", "late"))
+            await looks.wait()
+            await two.parts.log.erase("copy")
+            await two.parts.stores.timeline.erase("copy")
+            await until(lambda: one.parts.conversations.get("copy") is not old)
+        async with half_filled(one, fails=True):
+            go_on.set()
+            with pytest.raises(ConversationShut, match="is being filled"):
+                await late
+        assert await ids_of(one, "copy") == []
