@@ -7,7 +7,6 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import SEPARATOR, Envelope
@@ -383,6 +382,10 @@ class RedisEventLog:
     async def erase(self, conv_id: str) -> None:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
         connection = self._connection
+        # Before it is gone: whoever dies after that, or loses the reply, finds nothing any more that says it ever was there,
+        # and its next life would begin with the epoch of this one.
+        if await connection.one(("HEXISTS", log_keys(conv_id)[1], "epoch")):
+            await connection.one(("HINCRBY", LIFE, "erasures", 1))
         about = (connection.announce, live_channel(conv_id), connection.node, int(self.gates.keeps(conv_id)))
         existed = await connection.one(ERASE.command(log_keys(conv_id), about))
         if existed < 0:
@@ -390,10 +393,7 @@ class RedisEventLog:
         if (indexing := self._index_everything()) is not None:
             await asyncio.shield(indexing)
         self._indexed.pop(conv_id, None)
-        commands: list[Any] = [("ZREM", INDEX, conv_id)]
-        if existed:
-            commands.append(("HINCRBY", LIFE, "erasures", 1))
-        await self._connection.all(commands)
+        await connection.one(("ZREM", INDEX, conv_id))
 
     def stats(self) -> dict[str, int]:
         """Return counters: followed conversations, wake-ups, reads, what only the position check found, resets."""
