@@ -217,6 +217,35 @@ async def test_after_a_kill_nobody_publishes_to_what_is_about_to_be_erased(
         assert await core.parts.log.contains("half", seqs[0])
 
 
+@pytest.mark.parametrize("part", ["timeline", "log"])
+@pytest.mark.parametrize("old", [False, True])
+async def test_an_import_that_comes_during_an_erasure_waits_for_its_end(
+    db: str, part: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the erasure takes what the import has noted for what was there before."""
+    async with Core(db) as core:
+        if old:
+            await post(core, "copy", "old")
+        store: Any = core.parts.stores.timeline if part == "timeline" else core.parts.log
+        erase, reached, go_on = store.erase, asyncio.Event(), asyncio.Event()
+
+        async def erase_later(conv_id: str) -> None:
+            reached.set()
+            await go_on.wait()
+            await erase(conv_id)
+
+        monkeypatch.setattr(store, "erase", erase_later)
+        erasing = asyncio.create_task(core.broker.erase("copy"))
+        await reached.wait()
+        importing = asyncio.create_task(core.parts.library.import_(CALLER, lines(GOOD), new_id="copy"))
+        await asyncio.wait({importing}, timeout=0.3)
+        go_on.set()
+        await erasing
+        await importing
+        assert len(await ids_of(core, "copy")) == 1
+        assert (await core.parts.library.get(CALLER, "copy")).entry.created_at_ms == GOOD["timeMs"]
+
+
 # -- several nodes ------------------------------------------------------------------------------------------------------
 
 
