@@ -246,6 +246,29 @@ async def test_an_import_that_comes_during_an_erasure_waits_for_its_end(
         assert (await core.parts.library.get(CALLER, "copy")).entry.created_at_ms == GOOD["timeMs"]
 
 
+async def test_a_start_that_is_tried_again_looks_for_half_copies_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first try failed after the library's part of it: what that began must not go on when the process has stopped."""
+    monkeypatch.setattr(library_module, "_ABANDONED_CHECK_S", 0.01)
+    async with Core(database(tmp_path, "sqlite")) as core:
+        await core.parts.library.start()
+        store = core.parts.stores.library
+        abandoned, looks = store.abandoned, 0
+
+        async def counted() -> list[str]:
+            nonlocal looks
+            looks += 1
+            return list(await abandoned())
+
+        monkeypatch.setattr(store, "abandoned", counted)
+        await until(lambda: looks > 2)
+        await core.parts.library.stop()
+        looks = 0
+        await asyncio.sleep(0.1)
+        assert looks == 0
+
+
 # -- several nodes ------------------------------------------------------------------------------------------------------
 
 
