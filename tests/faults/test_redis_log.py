@@ -295,6 +295,35 @@ async def test_the_list_is_corrected_by_whoever_reads_it(redis_server: RedisServ
         assert client.zrange("broker:conversations", 0, -1, withscores=True) == [(b"c1", head // PER_MS)]
 
 
+async def test_a_conversation_that_begins_anew_with_old_dates_is_on_the_list_whatever_another_node_notes_late(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    here, _ = await open_log(redis_server.url)
+    there, _ = await open_log(redis_server.url)
+    old_ms = 1_600_000_000_000
+    for n in range(1, 6):
+        at = envelope()
+        at.time_ms = old_ms + n * HOUR_MS
+        await here.append_dated(f"c{n}", [at])
+    for _ in range(5):  # the newest of these wait for their place in the list
+        await there.append("c0", [envelope()])
+    await here.erase("c0")
+    at = envelope()
+    at.time_ms = old_ms + 2 * HOUR_MS + 1
+    await here.append_dated("c0", [at])
+    with redis_server.client() as client:
+        client.zadd(
+            "broker:conversations", {"c0": old_ms + 10_000 * HOUR_MS}, gt=True
+        )  # what the other node writes, late
+        found: list[str] = []
+        before: int | None = None
+        while page := await here.conversations(before_seq=before, limit=2):
+            found += [name for name, _ in page]
+            before = page[-1][1]
+        assert found == ["c5", "c4", "c3", "c0", "c2", "c1"]
+        assert client.zscore("broker:conversations", "c0") == at.time_ms
+
+
 async def test_a_conversation_that_the_list_has_in_an_older_place_is_found_by_other_nodes(
     redis_server: RedisServer, open_log: Open
 ) -> None:

@@ -17,7 +17,7 @@ from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_gates import RedisGates
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys, unescaped
-from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, SET_BACK, TRIM, TRIM_CANDIDATE
 from broker.eventlog.requests import AFTER_SEPARATOR
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command
@@ -282,7 +282,7 @@ class RedisEventLog:
         return [(name, head) for head, name in found if head >= last]
 
     async def _correct_index(self, rows: Sequence[bytes], heads: Sequence[bytes | None]) -> None:
-        """Take out of the index what is erased, and put in its place what a node that died had not noted."""
+        """Take out of the index what is erased, and put in its place what was noted wrongly, or not, by a node that died."""
         found = list(zip(rows[::2], rows[1::2], heads, strict=True))
         gone = [name for name, _, head in found if head is None]
         if gone:
@@ -292,11 +292,20 @@ class RedisEventLog:
             heads = await self._connection.all([("HGET", log, "head") for log in logs])
             found += [(name, b"0", head) for name, head in zip(gone, heads, strict=True)]
         behind: list[bytes | int] = []
+        ahead: list[bytes | int] = []
         for name, noted, head in found:
-            if head is not None and _seq(head) // PER_MS > float(noted) + _INDEX_STALE_MS:
+            if head is None:
+                continue
+            if _seq(head) // PER_MS > float(noted) + _INDEX_STALE_MS:
                 behind += (_seq(head) // PER_MS, name)
+            elif _seq(head) // PER_MS < float(
+                noted
+            ):  # another node noted it late, when it had begun anew with old dates
+                ahead += (name, noted, _seq(head) // PER_MS)
         if behind:
             await self._connection.one(("ZADD", INDEX, "GT", *behind))
+        if ahead:
+            await self._connection.one(SET_BACK.command((INDEX,), ahead))
 
     def _note_in_index(self, conv_id: str, time_ms: int) -> None:
         """Have the index say when a conversation was written to: at once, or soon if what it says is young."""
