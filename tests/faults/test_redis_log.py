@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from tests.support.redis_server import RedisServer
@@ -13,6 +15,7 @@ from broker.envelope import Envelope
 from broker.errors import StoreUnavailable
 from broker.eventlog.base import Committed
 from broker.eventlog.redis import RedisEventLog
+from broker.eventlog.redis_scripts import ERASE
 from broker.redis.connection import RedisConnection
 from broker.sequence import PER_MS, seq_from_stream_id
 
@@ -292,6 +295,35 @@ async def test_the_list_is_corrected_by_whoever_reads_it(redis_server: RedisServ
         assert client.zrange("broker:conversations", 0, -1, withscores=True) == [(b"c1", head // PER_MS)]
 
 
+async def test_a_conversation_that_begins_anew_with_old_dates_is_on_the_list_whatever_another_node_notes_late(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    here, _ = await open_log(redis_server.url)
+    there, _ = await open_log(redis_server.url)
+    old_ms = 1_600_000_000_000
+    for n in range(1, 6):
+        at = envelope()
+        at.time_ms = old_ms + n * HOUR_MS
+        await here.append_dated(f"c{n}", [at])
+    for _ in range(5):  # the newest of these wait for their place in the list
+        await there.append("c0", [envelope()])
+    await here.erase("c0")
+    at = envelope()
+    at.time_ms = old_ms + 2 * HOUR_MS + 1
+    await here.append_dated("c0", [at])
+    with redis_server.client() as client:
+        client.zadd(
+            "broker:conversations", {"c0": old_ms + 10_000 * HOUR_MS}, gt=True
+        )  # what the other node writes, late
+        found: list[str] = []
+        before: int | None = None
+        while page := await here.conversations(before_seq=before, limit=2):
+            found += [name for name, _ in page]
+            before = page[-1][1]
+        assert found == ["c5", "c4", "c3", "c0", "c2", "c1"]
+        assert client.zscore("broker:conversations", "c0") == at.time_ms
+
+
 async def test_a_conversation_that_the_list_has_in_an_older_place_is_found_by_other_nodes(
     redis_server: RedisServer, open_log: Open
 ) -> None:
@@ -308,3 +340,54 @@ async def test_a_conversation_that_the_list_has_in_an_older_place_is_found_by_ot
     else:
         pytest.fail("this machine is too slow for 250 appends in 0.2 s")
     assert await other.conversations(limit=1) == [("c0", newest)]
+
+
+async def test_an_erasure_whose_answer_is_lost_ends_the_life_all_the_same(
+    redis_server: RedisServer, open_log: Open
+) -> None:
+    """The repetition finds nothing to erase. What begins there then is something else, and says so by its epoch."""
+    async with TcpProxy(redis_server.port) as proxy:
+        log, _ = await open_log(proxy.url)
+        await log.append("c1", [envelope()])
+        old = (await log.state("c1")).epoch
+        await log.erase("another")  # so that the server knows the script
+        proxy.swallow_reply_to(ERASE.sha.encode())
+        await log.erase("c1")
+        assert proxy.swallowed == 1
+        await log.append("c1", [envelope()])
+        assert (await log.state("c1")).epoch != old
+
+
+async def test_a_node_that_dies_at_any_step_of_an_erasure_leaves_one_that_another_can_finish(
+    redis_server: RedisServer, open_log: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for die_after in itertools.count(1):
+        dying, _ = await open_log(redis_server.url)
+        other, _ = await open_log(redis_server.url)
+        await dying.append("c1", [envelope()])
+        old = (await dying.state("c1")).epoch
+        execute, done = dying._connection.execute, 0
+
+        async def execute_until_death(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            replies = await execute(*args, **kwargs)  # noqa: B023
+            done += 1
+            if done == die_after:  # noqa: B023
+                await asyncio.Event().wait()
+            return replies
+
+        monkeypatch.setattr(dying._connection, "execute", execute_until_death)
+        erasing = asyncio.create_task(dying.erase("c1"))
+        while not erasing.done() and done < die_after:
+            await asyncio.sleep(0.001)
+        died = not erasing.done()
+        erasing.cancel()
+        await asyncio.gather(erasing, return_exceptions=True)
+        monkeypatch.undo()
+        await other.erase("c1")
+        await other.append("c1", [envelope()])
+        assert (await other.state("c1")).epoch != old, f"died after {die_after} commands"
+        await other.erase("c1")
+        if not died:
+            break
+    assert die_after > 3

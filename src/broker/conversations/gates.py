@@ -33,6 +33,8 @@ class Gates:
     def __init__(self, log: EventLog) -> None:
         self._log = log if isinstance(log, Gated) else None
         self.shut: dict[str, Gate] = {}
+        self._alone: dict[str, asyncio.Future[None]] = {}
+        """Conversations that are being filled or erased here, each with what is done at the end of it."""
 
     @asynccontextmanager
     async def filling(self, conv_id: str) -> AsyncIterator[Gate]:
@@ -47,8 +49,28 @@ class Gates:
             gate.opened.set_result(None)
 
     @asynccontextmanager
-    async def alone(self, conv_id: str, why: str) -> AsyncIterator[None]:
-        """Keep other processes out of a conversation. why: `filled`, `erased`. Raises ConversationShut, StoreError."""
+    async def alone(self, conv_id: str, why: str, gate: Gate | None = None) -> AsyncIterator[None]:
+        """Keep other processes out of a conversation, and wait for who fills or erases it in this one.
+
+        Else what one of them removes could be what the other one has just made. why: `filled`, `erased`. gate: of the
+        conversation, where the caller fills it: then it is alone already. Raises ConversationShut, StoreError.
+        """
+        if gate is not None:
+            async with self._kept_out(conv_id, why):
+                yield
+            return
+        while (other := self._alone.get(conv_id)) is not None:
+            await asyncio.shield(other)
+        done = self._alone[conv_id] = asyncio.get_running_loop().create_future()
+        try:
+            async with self._kept_out(conv_id, why):
+                yield
+        finally:
+            del self._alone[conv_id]
+            done.set_result(None)
+
+    @asynccontextmanager
+    async def _kept_out(self, conv_id: str, why: str) -> AsyncIterator[None]:
         if self._log is None:
             yield
             return

@@ -134,6 +134,8 @@ class Ingest:
             self._availability.suspect(exc)
             raise
         except ConversationShut as exc:
+            if gate is not None:
+                raise  # it was taken for dead, and what it filled is erased
             seqs = await self._append_after(exc, conv_id, live, fence)
         finally:
             conversation.holds -= 1
@@ -149,13 +151,17 @@ class Ingest:
         until_s = self._clock.monotonic_s() + ERASED_ELSEWHERE_S
         while error.passing and self._clock.monotonic_s() < until_s:
             await asyncio.sleep(ERASED_POLL_S)
-            await self._conversations.open(conv_id)
+            conversation = await self._conversations.open(conv_id)
+            conversation.holds += 1  # it may be another one than before: who is about to fill it waits for this one
             try:
+                self._gates.check(conv_id)  # and who began to fill it meanwhile keeps this out
                 if fence is not None and isinstance(self._log, Fenced):
                     return await self._log.append_fenced(conv_id, live, fence)
                 return await self._log.append(conv_id, live)
             except ConversationShut as exc:
                 error = exc
+            finally:
+                conversation.holds -= 1
         raise error
 
     async def publish_fenced(self, conv_id: str, drafts: Sequence[Draft], fence: str) -> list[int]:

@@ -48,7 +48,7 @@ class Erasure:
         where it was. Raises InvalidConversationId, ConversationShut, StoreError.
         """
         self._gates.check(check_conv_id(conv_id), gate)
-        async with self._gates.alone(conv_id, "erased"), self._runs.erasing(conv_id):
+        async with self._gates.alone(conv_id, "erased", gate), self._runs.erasing(conv_id):
             await self._emitters.stop(conv_id)
             async with self._conversations.erasing(conv_id):
                 # Only now: before, somebody might still have connected to what is being erased.

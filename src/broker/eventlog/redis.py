@@ -7,7 +7,6 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import SEPARATOR, Envelope
@@ -18,7 +17,7 @@ from broker.eventlog.redis_append import Appends, Flight
 from broker.eventlog.redis_following import Following
 from broker.eventlog.redis_gates import RedisGates
 from broker.eventlog.redis_keys import INDEX, LIFE, Stretch, escaped, live_channel, log_keys, unescaped
-from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, TRIM, TRIM_CANDIDATE
+from broker.eventlog.redis_scripts import BACKLOG, BEGIN, ERASE, READ, SCRIPTS, SET_BACK, TRIM, TRIM_CANDIDATE
 from broker.eventlog.requests import AFTER_SEPARATOR
 from broker.redis.connection import RedisConnection
 from broker.redis.script import Command
@@ -283,7 +282,7 @@ class RedisEventLog:
         return [(name, head) for head, name in found if head >= last]
 
     async def _correct_index(self, rows: Sequence[bytes], heads: Sequence[bytes | None]) -> None:
-        """Take out of the index what is erased, and put in its place what a node that died had not noted."""
+        """Take out of the index what is erased, and put in its place what was noted wrongly, or not, by a node that died."""
         found = list(zip(rows[::2], rows[1::2], heads, strict=True))
         gone = [name for name, _, head in found if head is None]
         if gone:
@@ -293,11 +292,20 @@ class RedisEventLog:
             heads = await self._connection.all([("HGET", log, "head") for log in logs])
             found += [(name, b"0", head) for name, head in zip(gone, heads, strict=True)]
         behind: list[bytes | int] = []
+        ahead: list[bytes | int] = []
         for name, noted, head in found:
-            if head is not None and _seq(head) // PER_MS > float(noted) + _INDEX_STALE_MS:
+            if head is None:
+                continue
+            if _seq(head) // PER_MS > float(noted) + _INDEX_STALE_MS:
                 behind += (_seq(head) // PER_MS, name)
+            elif _seq(head) // PER_MS < float(
+                noted
+            ):  # another node noted it late, when it had begun anew with old dates
+                ahead += (name, noted, _seq(head) // PER_MS)
         if behind:
             await self._connection.one(("ZADD", INDEX, "GT", *behind))
+        if ahead:
+            await self._connection.one(SET_BACK.command((INDEX,), ahead))
 
     def _note_in_index(self, conv_id: str, time_ms: int) -> None:
         """Have the index say when a conversation was written to: at once, or soon if what it says is young."""
@@ -383,6 +391,10 @@ class RedisEventLog:
     async def erase(self, conv_id: str) -> None:
         """As in EventLog. What Redis wrote to its append-only file stays there until the file is next rewritten."""
         connection = self._connection
+        # Before it is gone: whoever dies after that, or loses the reply, finds nothing any more that says it ever was there,
+        # and its next life would begin with the epoch of this one.
+        if await connection.one(("HEXISTS", log_keys(conv_id)[1], "epoch")):
+            await connection.one(("HINCRBY", LIFE, "erasures", 1))
         about = (connection.announce, live_channel(conv_id), connection.node, int(self.gates.keeps(conv_id)))
         existed = await connection.one(ERASE.command(log_keys(conv_id), about))
         if existed < 0:
@@ -390,10 +402,7 @@ class RedisEventLog:
         if (indexing := self._index_everything()) is not None:
             await asyncio.shield(indexing)
         self._indexed.pop(conv_id, None)
-        commands: list[Any] = [("ZREM", INDEX, conv_id)]
-        if existed:
-            commands.append(("HINCRBY", LIFE, "erasures", 1))
-        await self._connection.all(commands)
+        await connection.one(("ZREM", INDEX, conv_id))
 
     def stats(self) -> dict[str, int]:
         """Return counters: followed conversations, wake-ups, reads, what only the position check found, resets."""

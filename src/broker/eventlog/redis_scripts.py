@@ -120,6 +120,18 @@ for at = 2, #ARGV do redis.call('ZADD', KEYS[1], 'NX', time, ARGV[at]) end
 """
 )
 
+# KEYS the index. ARGV: conversation, time that it was seen with there (ms), time of its newest envelope (ms), of each. What
+# was noted anew since it was seen stays.
+SET_BACK = Script(
+    """
+for at = 1, #ARGV, 3 do
+  if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[at]) or -1) == tonumber(ARGV[at + 1]) then
+    redis.call('ZADD', KEYS[1], ARGV[at + 2], ARGV[at])
+  end
+end
+"""
+)
+
 # KEYS stream, log. ARGV: after, upto ('+' = the end), limit, max_bytes, '1' to say whether `after` is a place in here.
 # Reply: JSON [epoch, head, trimmed, more, known, [[id, t, i, c, m, k, d], …]], nil for a conversation that does not exist.
 READ = Script(
@@ -249,4 +261,4 @@ return existed
 """
 )
 
-SCRIPTS = (APPEND, BEGIN, READ, HEADS, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE, *GATE_SCRIPTS)
+SCRIPTS = (APPEND, BEGIN, SET_BACK, READ, HEADS, BACKLOG, TRIM, TRIM_CANDIDATE, ERASE, *GATE_SCRIPTS)

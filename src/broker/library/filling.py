@@ -81,11 +81,11 @@ class Filling:
                 if also is not None:
                     await also()
                 done = await self.store.change(conv_id, lambda known: replace(known, pending=False))
+                if done is None:
+                    raise Conflict(f"conversation {conv_id!r} was erased while it was being copied", conv_id=conv_id)
             except BaseException:
                 await asyncio.shield(self._undo(conv_id, gate))
                 raise
-            if done is None:
-                raise Conflict(f"conversation {conv_id!r} was erased while it was being copied", conv_id=conv_id)
             return done
 
     async def _undo(self, conv_id: str, gate: Gate) -> None:

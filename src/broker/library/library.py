@@ -114,6 +114,7 @@ class Library:
 
         Which they are is found out here, before anybody can begin a new copy. Raises StoreError.
         """
+        await self.stop()  # what a start began that failed after this, and is tried again
         half = await self._store.abandoned()
         newest_seq = await self._store.newest_seq()
         shut = AsyncExitStack()

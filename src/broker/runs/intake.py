@@ -14,6 +14,7 @@ from broker.exact_json import unwritable_number
 from broker.runs.answer import new_message_id
 from broker.runs.ending import run_draft
 from broker.runs.plan import RunRequest, canonical_json, digest
+from broker.runs.ports import NOT_NOW
 from broker.runs.queue import ConversationQueue, Queues
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
@@ -184,7 +185,7 @@ class Intake:
         """
         try:
             return await self._runtime.store.discard(run.run_id) or await self._runtime.store.get(run.run_id) is None
-        except StoreError as exc:
+        except NOT_NOW as exc:
             log.warning("refused prompt %s of %s is removed later: %s", run.run_id, run.conv_id, exc)
             self._removing.spawn(self._take_back_later(run))
             return True
@@ -195,7 +196,7 @@ class Intake:
             try:
                 await self._runtime.store.discard(run.run_id)
                 return
-            except StoreError:
+            except NOT_NOW:
                 continue
 
     async def _answered(self, asked: KeyRecord, known: KeyRecord) -> SendResult | None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from broker.envelope import Draft
+from broker.errors import ConversationShut, StoreError
 from broker.timeline.entity import Entity
+
+NOT_NOW = (StoreError, ConversationShut)
+"""What a store or the log raises when it did nothing, and the same may be done a little later: it is away, or another node
+keeps the conversation shut, which lasts for a while when that node has died."""
 
 Publish = Callable[[str, Sequence[Draft]], Awaitable[list[int]]]
 """`(conv_id, drafts) -> seqs`: all or none, durable on return."""

@@ -11,9 +11,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from broker.errors import BrokerError, StoreError
+from broker.errors import BrokerError
 from broker.runs.ending import run_draft
-from broker.runs.ports import Hold
+from broker.runs.ports import NOT_NOW, Hold
 from broker.runs.runner import RunTask
 from broker.runs.runtime import Runtime
 from broker.runs.state import Run
@@ -96,12 +96,12 @@ class Queues:
     async def admit(self, queue: ConversationQueue, run_id: str) -> bool:
         """Note that a run's prompt is in the log, and put the next run to work if none is active. Inside `enter`.
 
-        False: the store does not know the run any more. While the store is unavailable this is tried again in the
-        background.
+        False: the store does not know the run any more. While the store is unavailable, or another node
+        keeps the conversation shut, this is tried again in the background.
         """
         try:
             return await self._admit(queue, run_id)
-        except StoreError as exc:
+        except NOT_NOW as exc:
             queue.admitting.append(run_id)
             self._try_again(queue, exc)
             return True
@@ -119,7 +119,7 @@ class Queues:
     async def advance(self, queue: ConversationQueue) -> None:
         """Claim the next run if none is active, and put it to work. To be called inside `enter`. Never raises.
 
-        While the store is unavailable this is tried again in the background.
+        While the store is unavailable, or another node keeps the conversation shut, this is tried again in the background.
         """
         if self._runtime.closing or queue.task is not None:
             return
@@ -131,7 +131,7 @@ class Queues:
             elif await self._runtime.store.active(queue.conv_id) is None and queue.held:
                 queue.held = False
                 self._release(queue.conv_id)
-        except StoreError as exc:
+        except NOT_NOW as exc:
             self._try_again(queue, exc)
 
     async def tell_places(self, conv_id: str) -> None:
@@ -149,7 +149,7 @@ class Queues:
         except BrokerError as exc:  # hints for people; the queue itself is in the store
             log.warning("the places of the prompts that wait in %s could not be told: %s", conv_id, exc)
 
-    def _try_again(self, queue: ConversationQueue, error: StoreError) -> None:
+    def _try_again(self, queue: ConversationQueue, error: BrokerError) -> None:
         log.warning("the next prompt of %s cannot be claimed, trying again: %s", queue.conv_id, error)
         if queue.retry is None:
             queue.retry = asyncio.create_task(self._advance_later(queue))

@@ -22,22 +22,29 @@ LOST = {"code": "interrupted", "message": "the server process ended while this r
 Ended = Callable[[Run], object]
 
 
-async def recover(runtime: Runtime, queues: Queues, on_ended: Ended) -> None:
+async def recover(runtime: Runtime, queues: Queues, on_ended: Ended, settled: set[str]) -> None:
     """Settle what is unsettled in the store, conversation by conversation. Raises StoreError.
 
     A run that was going on is `interrupted` and its answer closed as partial. One that awaits a person's approval goes
     on awaiting it. One that ended without its terminal event gets it. A prompt that is not in the log was never accepted
     and is dropped. The queue goes on.
+
+    settled: conversations that an earlier try has settled, which are left alone; those that this one settles are added.
+    When it raises, nothing of it goes on beside the next try.
     """
     by_conversation: dict[str, list[Run]] = defaultdict(list)
     for run in await runtime.store.unsettled():
-        by_conversation[run.conv_id].append(run)
+        if run.conv_id not in settled:
+            by_conversation[run.conv_id].append(run)
     at_once = asyncio.Semaphore(CONVERSATIONS_AT_ONCE)
 
     async def settle(conv_id: str, runs: list[Run]) -> None:
         async with at_once, queues.enter(conv_id) as queue:
+            if queue.task is not None:  # put to work by an earlier try, which failed after that
+                runs = [run for run in runs if run.run_id != queue.task.run.run_id]
             try:
                 await settle_conversation(runtime, queues, queue, on_ended, runs)
+                settled.add(conv_id)
             except (StoreError, Unavailable):
                 raise
             except Exception:  # a plugin refuses what is to be said there: the others are served all the same
@@ -45,7 +52,10 @@ async def recover(runtime: Runtime, queues: Queues, on_ended: Ended) -> None:
                 queues.broken.add(conv_id)
 
     # Side by side: their writes share commits, so that thousands of conversations take seconds, not minutes.
-    await asyncio.gather(*(settle(conv_id, runs) for conv_id, runs in by_conversation.items()))
+    works = (settle(conv_id, runs) for conv_id, runs in by_conversation.items())
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 async def settle_conversation(

@@ -10,12 +10,12 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.envelope import Draft
-from broker.errors import RunEnded, StoreError, Unavailable
+from broker.errors import RunEnded, Unavailable
 from broker.runs.ending import closing_drafts, plain_error, plain_terminal_draft, terminal_draft, writable
 from broker.runs.engines import EngineCache
 from broker.runs.limits import RunLimits
 from broker.runs.plan import EngineProfiles
-from broker.runs.ports import Plugins, Publish, PublishFenced, PublishUnasked, TimelineReader
+from broker.runs.ports import NOT_NOW, Plugins, Publish, PublishFenced, PublishUnasked, TimelineReader
 from broker.runs.state import ACTIVE, TERMINAL, Run, RunStatus
 from broker.runs.store import RunStore
 from broker.runs.tool_runner import ToolRunner
@@ -87,7 +87,7 @@ class Runtime:
             except RunEnded as exc:
                 log.warning("the end of run %s is left to another node: %s", run.run_id, exc)
                 return None
-            except (StoreError, Unavailable) as exc:
+            except (*NOT_NOW, Unavailable) as exc:
                 if self.closing:
                     log.warning("the end of run %s is left to the next start: %s", run.run_id, exc)
                     return None
@@ -109,7 +109,7 @@ class Runtime:
         try:
             await publish(run.conv_id, [*closers, terminal])
             return
-        except (StoreError, Unavailable, RunEnded):
+        except (*NOT_NOW, Unavailable, RunEnded):
             raise
         except Exception as exc:
             # One of them is refused, by a plugin or for its form. The others must not be lost for that.
@@ -127,7 +127,7 @@ class Runtime:
     async def _published_alone(self, run: Run, draft: Draft, publish: Publish) -> bool:
         try:
             await publish(run.conv_id, [draft])
-        except (StoreError, Unavailable, RunEnded):
+        except (*NOT_NOW, Unavailable, RunEnded):
             raise
         except Exception as refusal:
             log.error("%s of run %s was refused: %s", draft.type, run.run_id, refusal)

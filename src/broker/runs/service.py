@@ -88,6 +88,8 @@ class RunService:
         self._telling = Tasks()
         self._head = conversations.head
         self._accepting = False
+        self._settled: set[str] = set()
+        """Conversations that a start has settled which failed over other ones."""
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -103,7 +105,8 @@ class RunService:
             self._leases.start()
             await self._leases.look(at_start=True)
         else:
-            await recover(self._runtime, self._queues, self._tell_ended)
+            await recover(self._runtime, self._queues, self._tell_ended, self._settled)
+            self._settled.clear()
         self._accepting = True
 
     async def stop(self, *, drain_s: float = 5.0) -> None:
@@ -112,6 +115,7 @@ class RunService:
         Prompts that wait stay in the queue, runs that await approval go on awaiting it: after the next start.
         """
         self._accepting = False
+        self._settled.clear()
         self._runtime.closing = True
         for queue in self._queues.working:
             if queue.task is not None and queue.task.parked:

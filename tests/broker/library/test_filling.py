@@ -217,6 +217,58 @@ async def test_after_a_kill_nobody_publishes_to_what_is_about_to_be_erased(
         assert await core.parts.log.contains("half", seqs[0])
 
 
+@pytest.mark.parametrize("part", ["timeline", "log"])
+@pytest.mark.parametrize("old", [False, True])
+async def test_an_import_that_comes_during_an_erasure_waits_for_its_end(
+    db: str, part: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the erasure takes what the import has noted for what was there before."""
+    async with Core(db) as core:
+        if old:
+            await post(core, "copy", "old")
+        store: Any = core.parts.stores.timeline if part == "timeline" else core.parts.log
+        erase, reached, go_on = store.erase, asyncio.Event(), asyncio.Event()
+
+        async def erase_later(conv_id: str) -> None:
+            reached.set()
+            await go_on.wait()
+            await erase(conv_id)
+
+        monkeypatch.setattr(store, "erase", erase_later)
+        erasing = asyncio.create_task(core.broker.erase("copy"))
+        await reached.wait()
+        importing = asyncio.create_task(core.parts.library.import_(CALLER, lines(GOOD), new_id="copy"))
+        await asyncio.wait({importing}, timeout=0.3)
+        go_on.set()
+        await erasing
+        await importing
+        assert len(await ids_of(core, "copy")) == 1
+        assert (await core.parts.library.get(CALLER, "copy")).entry.created_at_ms == GOOD["timeMs"]
+
+
+async def test_a_start_that_is_tried_again_looks_for_half_copies_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first try failed after the library's part of it: what that began must not go on when the process has stopped."""
+    monkeypatch.setattr(library_module, "_ABANDONED_CHECK_S", 0.01)
+    async with Core(database(tmp_path, "sqlite")) as core:
+        await core.parts.library.start()
+        store = core.parts.stores.library
+        abandoned, looks = store.abandoned, 0
+
+        async def counted() -> list[str]:
+            nonlocal looks
+            looks += 1
+            return list(await abandoned())
+
+        monkeypatch.setattr(store, "abandoned", counted)
+        await until(lambda: looks > 2)
+        await core.parts.library.stop()
+        looks = 0
+        await asyncio.sleep(0.1)
+        assert looks == 0
+
+
 # -- several nodes ------------------------------------------------------------------------------------------------------
 
 
@@ -289,3 +341,33 @@ async def test_a_node_that_was_taken_for_dead_while_filling_touches_nothing_of_o
                 await one.parts.log.append("copy", [sealed(one.parts.catalog, "copy", Draft("x.y", {}, "z"), 1, 1000)])
         assert filling.exception() is not None
         assert len(await ids_of(two, "copy")) == 1
+
+
+async def test_who_waited_for_another_nodes_erasure_is_not_mixed_into_what_is_filled_after_it(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks again only after the erased conversation's id has been taken for an import here."""
+    looks, go_on = asyncio.Event(), asyncio.Event()
+
+    async with Core(redis_url) as one, Core(redis_url) as two:
+        await post(one, "copy", "old")
+        old, open_ = one.parts.conversations.get("copy"), one.parts.conversations.open
+
+        async def open_later(conv_id: str) -> Any:
+            monkeypatch.undo()
+            looks.set()
+            await go_on.wait()
+            return await open_(conv_id)
+
+        async with two.parts.gates.alone("copy", "erased"):
+            monkeypatch.setattr(one.parts.conversations, "open", open_later)
+            late = asyncio.create_task(post(one, "copy", "late"))
+            await looks.wait()
+            await two.parts.log.erase("copy")
+            await two.parts.stores.timeline.erase("copy")
+            await until(lambda: one.parts.conversations.get("copy") is not old)
+        async with half_filled(one, fails=True):
+            go_on.set()
+            with pytest.raises(ConversationShut, match="is being filled"):
+                await late
+        assert await ids_of(one, "copy") == []
