@@ -59,11 +59,9 @@ class Publishing:
         self._availability.admit()
         for draft in drafts:
             self._catalog.drafts.check(draft)
-        state = await self._log.state(conv_id)
-        if not state.exists:
-            await self._access.authorize(principal, "create", conv_id)
         if idempotency_key is None:
-            return await self._publish(conv_id, drafts), state.epoch
+            epoch = await self._admitted(principal, conv_id)
+            return await self._publish(conv_id, drafts), epoch
         request = _request(principal, idempotency_key, drafts)
         pending = (conv_id, request.name)
         if pending in self._publishing:
@@ -72,7 +70,7 @@ class Publishing:
             raise IdempotencyPending(idempotency_key)
         self._publishing[pending] = request.body
         try:
-            epoch = (await self._log.state(conv_id)).epoch
+            epoch = await self._admitted(principal, conv_id)
             seqs = await self._answered(conv_id, idempotency_key, request, len(drafts))
             if seqs is None:
                 seqs = await self._publish_once(conv_id, idempotency_key, request, drafts)
@@ -91,6 +89,13 @@ class Publishing:
                 f"channel {name!r} takes the permission {permission!r}, which {principal.subject!r} does not have",
                 permission=permission,
             )
+
+    async def _admitted(self, principal: Principal, conv_id: str) -> str:
+        """Return the conversation's epoch. Raises PermissionDenied where there is none yet and the caller may create none."""
+        state = await self._log.state(conv_id)
+        if not state.exists:
+            await self._access.authorize(principal, "create", conv_id)
+        return state.epoch
 
     async def _publish_once(self, conv_id: str, key: str, request: Request, drafts: Sequence[Draft]) -> list[int]:
         try:
