@@ -269,7 +269,8 @@ class View:
         """Say whether what a transform returned for the upsert of `was` is one of that entity's place."""
         entity = shaped.data.get("entity")
         fits = (
-            isinstance(entity, dict)
+            (shaped.type, shaped.channel) == ("timeline.upsert", TIMELINE)
+            and isinstance(entity, dict)
             and isinstance(entity.get("id"), str)
             and isinstance(entity.get("kind"), str)
             and isinstance(entity.get("props"), dict)

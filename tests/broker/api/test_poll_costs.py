@@ -184,7 +184,10 @@ async def test_a_large_state_after_a_reset_is_read_while_it_is_sent(db: str, mon
     async with Core(db) as core:
         publish = core.broker.publisher("c1").publish
         for n in range(30):
-            await publish("user.message", {"text": f"{n} ".ljust(250_000, "x")}, id=f"u{n}")
+            newest = await publish("user.message", {"text": f"{n} ".ljust(250_000, "x")}, id=f"u{n}")
+        # What a fold has to read from the store first is dispatched after it was published.
+        conversation = await core.parts.conversations.open("c1")
+        await until(lambda: conversation.position >= newest)
         await core.parts.housekeeping.tick()
         request = SubscribeRequest("c1", since=1, epoch="another")
         page = await core.broker.doors.reading.messages(CALLER, request, limit=1, wait_s=0)

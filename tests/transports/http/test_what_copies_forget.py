@@ -300,3 +300,35 @@ async def test_a_past_is_exported_once_where_a_transform_changes_ids() -> None:
         assert [(event["type"], event["id"], event["data"]) for event in events] == [
             ("llm.final", "x-m1", {"text": "onetwothree"})
         ]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ("log", "type", "ws.reset"),
+        ("log", "type", "timeline.upsert"),
+        ("log", "channel", "timeline"),
+        ("timeline.upsert", "type", "log"),
+        ("timeline.upsert", "channel", "sem"),
+    ],
+)
+async def test_a_transform_makes_no_frames_of_the_brokers_own(given: str, name: str, value: str) -> None:
+    """Of an event none that voids a client's position, and of an entity no event without a place in the log."""
+
+    def disguise(envelope: Envelope) -> Envelope:
+        if envelope.type != given or "hello" not in envelope.data_json.decode():
+            return envelope
+        changed = envelope.with_data({**envelope.data, "more": 1})
+        setattr(changed, name, value)
+        return changed
+
+    async with house(Looks(mask=disguise)) as there:
+        _peer, client = await there.connect("guest", hydrate=True)
+        await there.publish("log", {"message": "hello", "level": "info"}, id="l1")
+        await there.publish("user.message", {"text": "bye"}, id="u1")
+        frames = [orjson.loads(text)["event"] for text in client.texts]
+        assert [frame["type"] for frame in frames if frame["channel"] == "sem"][-1] == "user.message"
+        of_log = [frame for frame in frames if "'hello'" in str(frame)]
+        plain = {("sem", "log"), ("timeline", "timeline.upsert")}
+        assert {(frame["channel"], frame["type"]) for frame in of_log} < plain
+        assert all("prev" in frame for frame in of_log if frame["channel"] == "sem")
