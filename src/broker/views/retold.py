@@ -6,7 +6,7 @@ of a plugin's own types cannot be made anew: the entity is told as one event of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import orjson
 from broker.envelope import Envelope, encode_json
 from broker.timeline.builtin import BUILTIN_HANDLERS
 from broker.timeline.entity import Entity
-from broker.timeline.rebuild import KINDS, drafts_of
+from broker.timeline.rebuild import KINDS, drafts_of, props_without
 
 _HANDLERS = {handler.event_type: handler for handler in BUILTIN_HANDLERS}
 _CALL_INPUT = ("tool.delta", "tool.approval_requested")
@@ -30,9 +30,9 @@ class Retold:
     """An entity as events.
 
     made: of built-in types, folding them gives the entity. inputs: those of `made` by which nobody tells it anew: they may
-    have brought a call's input. pieces: events of which a whole text had its parts. That they are hidden hides nothing, for
-    its end tells all; what is hidden or masked of what they say, is. elsewhere: `made` once for each further channel that
-    the entity was made of. supposed: of a plugin's types.
+    have brought a call's input. pieces: events that may have said before what a later one tells, as those of a whole text.
+    That they are hidden hides nothing; what is hidden or masked of what they say, is. elsewhere: `made` once for each
+    further channel that the entity was made of. supposed: of a plugin's types.
     """
 
     entity: Entity
@@ -69,11 +69,9 @@ def retold(conv_id: str, entity: Entity) -> Retold:
             about: Mapping[str, Any] = {_CALL_INPUT[0]: {"patch": {"input": call["input"]}}, _CALL_INPUT[1]: call}
             inputs = [event(name, encode_json(about[name])) for name in _CALL_INPUT if name in untold]
             made[1:1] = inputs
-        if made and entity.kind in _PIECES:
-            start, delta = _PIECES[entity.kind]
-            begin = {name: entity.props[name] for name in _OF_START if name in entity.props}
-            parts = {start: begin, delta: {"delta": str(entity.props.get("text", ""))}}
-            pieces = [event(name, encode_json(data)) for name, data in parts.items() if name in untold]
+        if made:
+            parts = _parts_of(entity, untold)
+            pieces = [event(name, encode_json(data)) for name, data in parts.items() if name in channels]
         for channel in sorted({channel for _, channel in sources}):
             if any(envelope.channel != channel for envelope in made):
                 elsewhere.append([event(envelope.type, envelope.data_json, channel) for envelope in made])
@@ -83,9 +81,35 @@ def retold(conv_id: str, entity: Entity) -> Retold:
     return Retold(entity, made, supposed, inputs, pieces, elsewhere)
 
 
+def _parts_of(entity: Entity, untold: Set[str]) -> dict[str, dict[str, Any]]:
+    """Return what earlier events may have said of what is told by a later one, by type."""
+    props = entity.props
+    if entity.kind in _PIECES:
+        start, delta = _PIECES[entity.kind]
+        begin = {name: props[name] for name in _OF_START if name in props}
+        parts = {start: begin, delta: {"delta": str(props.get("text", ""))}}
+        return {name: data for name, data in parts.items() if name in untold}
+    if entity.kind == "run":
+        return {
+            name: {**props_without(props, "status"), "runId": entity.id} for name in untold if name.startswith("run.")
+        }
+    if entity.kind == "tool_call":  # a patch may hold anything of a call
+        text = {"inputTextDelta": str(props.get("inputText", ""))}
+        return {"tool.delta": {"patch": {**props_without(props, "status", "inputText"), **text}}}
+    return {}
+
+
 def emptied(piece: Envelope) -> Envelope:
-    """Return a piece of a text that says nothing: who hides this one, too, hides its type and not what it says."""
-    return piece.with_data({"delta": ""} if "delta" in piece.data else {})
+    """Return a piece that says nothing: who hides this one, too, hides its type and not what it says."""
+    if _is_of_run(piece):
+        return piece.with_data({"runId": piece.data["runId"]})
+    if piece.type == "tool.delta":
+        return piece.with_data({"patch": {"inputTextDelta": ""}})
+    return piece.with_data({"delta": ""} if piece.type.endswith(".delta") else {})
+
+
+def _is_of_run(piece: Envelope) -> bool:
+    return piece.type.startswith("run.")
 
 
 def changed(told: Retold, seen: Retold) -> Entity:
@@ -159,7 +183,14 @@ def _both_changed(was: Entity, now: Entity, was_too: Entity, now_too: Entity) ->
 
 
 def _of_piece(piece: Envelope) -> dict[str, Any]:
-    """Return what a piece of a text tells, by the names of the props; {}: an emptied one, which tells nothing."""
+    """Return what a piece tells, by the names of the props; {}: an emptied one, which tells nothing."""
+    if _is_of_run(piece):
+        return props_without(piece.data, "runId")
+    if piece.type == "tool.delta":
+        patch = piece.data.get("patch")
+        if not isinstance(patch, dict):
+            raise ValueError("tool.delta cannot be folded as a transform left it: patch is no object")
+        return props_without(patch, "inputTextDelta")
     if piece.type.endswith(".start"):
         return {name: piece.data[name] for name in _OF_START if name in piece.data}
     text = piece.data.get("delta")

@@ -272,6 +272,42 @@ async def test_what_is_hidden_or_masked_of_pieces_is_so_of_the_whole(kind: str, 
         assert len(page["entities"]) == (0 if hides else 1)
 
 
+EARLIER = [
+    [("run.started", {"runId": "x", "plan": PIN}), ("run.finished", {"runId": "x"})],
+    [("run.queued", {"runId": "x", "plan": PIN}), ("run.started", {"runId": "x"})],
+    [("tool.delta", {"patch": {"input": {"pin": PIN}, "note": "x"}}), ("tool.done", {})],
+    [("tool.delta", {"patch": {"result": {"pin": PIN}}}), ("tool.done", {})],
+    [
+        ("tool.delta", {"patch": {"result": PIN}}),
+        ("tool.result", {"result": PIN, "customKind": "k"}),
+        ("tool.done", {}),
+    ],
+]
+
+
+@pytest.mark.parametrize("events", EARLIER)
+@pytest.mark.parametrize("hides", [True, False])
+async def test_what_is_hidden_or_masked_of_an_earlier_event_is_so_later(events: Any, hides: bool) -> None:
+    types = [type for type, data in events if PIN in str(data)]
+
+    def keep(envelope: Envelope) -> bool:
+        return envelope.type not in types or PIN not in envelope.data_json.decode()
+
+    def mask(envelope: Envelope) -> Envelope:
+        return masked(envelope) if envelope.type in types else envelope
+
+    async with house(Looks(keep=keep) if hides else Looks(mask=mask), retention_count=2) as there:
+        for type, data in events:
+            await there.publish(type, data, id="x")
+        assert await walked(there) == []
+        page = (await there.get(f"/api/timeline?conv_id={CONV}", "guest")).json()
+        assert len(page["entities"]) == (0 if hides else 1)
+        for n in range(4):
+            await there.publish("user.message", {"text": f"question {n}"}, id=f"u{n}")
+        assert await there.parts.housekeeping.trim(CONV)
+        assert await walked(there) == []
+
+
 async def test_an_answer_whose_pieces_are_emptied_is_shown_when_it_is_whole() -> None:
     def empty(envelope: Envelope) -> Envelope:
         return envelope.with_data({"delta": ""}) if envelope.type == "llm.delta" else envelope
