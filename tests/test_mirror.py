@@ -53,7 +53,9 @@ ELSEWHERE: dict[str, By] = {
         "broker/timeline/test_projector.py broker/delivery/test_held_back.py", "upserts that wait"
     ),
     "broker/views/retold.py": By(
-        "transports/http/test_what_plugins_mask.py", "state under filters for events", "/api/timeline"
+        "transports/http/test_what_plugins_mask.py transports/http/test_what_copies_forget.py",
+        "state under filters for events",
+        "/api/timeline",
     ),
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),

@@ -66,7 +66,10 @@ def retold(conv_id: str, entity: Entity) -> Retold:
         untold = channels.keys() - {envelope.type for envelope in made}
         if made and entity.kind == "tool_call":
             call = {"id": entity.id, "name": entity.props.get("name"), "input": entity.props.get("input")}
-            about: Mapping[str, Any] = {_CALL_INPUT[0]: {"patch": {"input": call["input"]}}, _CALL_INPUT[1]: call}
+            about: Mapping[str, Any] = {
+                _CALL_INPUT[0]: {"patch": {**_patch_of(entity), "input": call["input"]}},
+                _CALL_INPUT[1]: call,
+            }
             inputs = [event(name, encode_json(about[name])) for name in _CALL_INPUT if name in untold]
             made[1:1] = inputs
         if made:
@@ -94,9 +97,13 @@ def _parts_of(entity: Entity, untold: Set[str]) -> dict[str, dict[str, Any]]:
             name: {**props_without(props, "status"), "runId": entity.id} for name in untold if name.startswith("run.")
         }
     if entity.kind == "tool_call":  # a patch may hold anything of a call
-        text = {"inputTextDelta": str(props.get("inputText", ""))}
-        return {"tool.delta": {"patch": {**props_without(props, "status", "inputText"), **text}}}
+        return {"tool.delta": {"patch": _patch_of(entity)}}
     return {}
+
+
+def _patch_of(call: Entity) -> dict[str, Any]:
+    text = {"inputTextDelta": str(call.props.get("inputText", ""))}
+    return {**props_without(call.props, "status", "inputText"), **text}
 
 
 def emptied(piece: Envelope) -> Envelope:

@@ -134,7 +134,7 @@ class View:
         if not self._passes(upsert):
             return False
         told = retold(upsert.conv_id, upsert.entity)
-        if not all(self._passes(event) for event in told.made):
+        if not all(self._passes(event) for event in told.made if event not in told.inputs):
             return False
         return self._passes_besides(told)
 
@@ -143,7 +143,7 @@ class View:
         try:
             # A copy each: what one of them changes in it is nothing that the next one sees.
             for keep in self.own_filters:
-                if not all(keep(event.own()) for event in told.supposed):
+                if not all(keep(event.own()) for event in (*told.inputs, *told.supposed)):
                     return False
                 if not all(keep(event.own()) for events in told.elsewhere for event in events):
                     return False
@@ -165,7 +165,7 @@ class View:
         besides = (*told.inputs, *told.supposed)
         if self.profile.event_types is not None and not all(self._type_allowed(event.type) for event in besides):
             return None
-        if self.filters and not (all(self._passes(event) for event in told.inputs) and self._passes_besides(told)):
+        if self.filters and not self._passes_besides(told):
             return None
         seen: Entity | None = entity
         for number in range(len(self.transforms)):
@@ -244,18 +244,20 @@ class View:
         anew: also by those that are made anew to tell of it.
         """
         told = retold(conv_id, entity)
-        made: list[Envelope] = []
+        shaped: dict[int, Envelope] = {}
         for event in told.made:
-            shaped = self._shaped(event, (self.transforms[number],))
-            if shaped is None:
-                return None
-            made.append(shaped)
+            if event not in told.inputs:
+                seen_event = self._shaped(event, (self.transforms[number],))
+                if seen_event is None:
+                    return None
+                shaped[id(event)] = seen_event
         own = self.own_transforms[number]
 
         def alone(events: Sequence[Envelope]) -> list[Envelope]:
             return [own(event.own()).settled() for event in events]  # what was masked in place is masked
 
         try:
+            made = [shaped[id(event)] if id(event) in shaped else alone([event])[0] for event in told.made]
             elsewhere = [alone(events) for events in told.elsewhere]
             seen = replace(
                 told, made=made, supposed=alone(told.supposed), pieces=alone(told.pieces), elsewhere=elsewhere

@@ -368,3 +368,29 @@ async def test_a_transform_makes_no_frames_of_the_brokers_own(given: str, name: 
         plain = {("sem", "log"), ("timeline", "timeline.upsert")}
         assert {(frame["channel"], frame["type"]) for frame in of_log} < plain
         assert all("prev" in frame for frame in of_log if frame["channel"] == "sem")
+
+
+@pytest.mark.parametrize("hides", [True, False])
+@pytest.mark.parametrize("patch", ["inputTextDelta", "steps", "result"])
+async def test_a_plugin_is_not_blamed_for_events_that_nobody_published(hides: bool, patch: str) -> None:
+    """It takes each event that there is: what is made up to ask it counts as no failure of it, and hides nothing else."""
+
+    def keep(envelope: Envelope) -> bool:
+        return envelope.type != "tool.delta" or PIN not in envelope.data["patch"][patch]
+
+    def mask(envelope: Envelope) -> Envelope:
+        if envelope.type == "tool.delta":
+            return envelope.with_data({"patch": {patch: envelope.data["patch"][patch].replace(PIN, "***")}})
+        return envelope
+
+    async with house(Looks(keep=keep) if hides else Looks(mask=mask)) as there:
+        for n in range(30):
+            await there.publish("tool.start", {"name": "open"}, id=f"c{n}")
+            await there.publish("tool.delta", {"patch": {patch: "{}"}}, id=f"c{n}")
+            await there.publish("tool.done", {}, id=f"c{n}")
+        await there.publish("user.message", {"text": "hello"}, id="u1")
+        page = (await there.get(f"/api/timeline?conv_id={CONV}", "guest")).json()
+        assert len(page["entities"]) == 31
+        plugins = (await there.get("/api/debug/plugins", "op+debug")).json()["plugins"]
+        (looks,) = [plugin for plugin in plugins if plugin["name"] == "looks"]
+        assert (looks["errors"], looks["quarantined"]) == (0, {})
