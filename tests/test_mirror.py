@@ -51,7 +51,9 @@ ELSEWHERE: dict[str, By] = {
     "broker/pauses.py": By("broker/library/test_turns_of_the_loop.py", "turns between the steps"),
     "broker/timeline/budget.py": By("broker/timeline/test_projector.py", "upserts that wait"),
     "broker/views/retold.py": By(
-        "transports/http/test_what_plugins_mask.py", "state under filters for events", "/api/timeline"
+        "transports/http/test_what_plugins_mask.py transports/http/test_what_copies_forget.py",
+        "state under filters for events",
+        "/api/timeline",
     ),
     # -- the floor
     "broker/channels.py": By("broker/views/test_catalog.py", "records without behaviour, declared to the catalog"),

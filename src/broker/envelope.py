@@ -20,6 +20,8 @@ from broker.exact_json import unwritable_number
 SEM = "sem"
 TIMELINE = "timeline"
 CONTROL = "control"
+RESERVED_PREFIXES = ("ws.", "timeline.")
+"""Of types that the broker alone makes: what they say of positions and state is believed by every client."""
 DEBUG_TURN_SNAPSHOT = "debug.turn_snapshot"
 DEBUG_TRACE = "debug.trace"
 

@@ -120,6 +120,8 @@ class _Parts:
             known = Entity(
                 id, kind, 0, 0, 0, 0, sources=frozenset({(self._catalog.channel_of(event_type), event_type)})
             )
+        if known.kind == kind:  # with whatever else its events said: filters may go by that
+            props = {**known.props, **props}
         entity = replace(known, kind=kind, props=props, growing=False)
         seen = entities_as_seen(self._conv_id, self._view, [entity])
         return seen[0].entity.props if seen else None

@@ -67,7 +67,8 @@ class Exporter:
             count += 1
             yield envelope_line(envelope)
         prompts: set[str] = set()
-        async for envelope in retained(self._log, conv_id, view, state):
+        async for envelope, seen in retained(self._log, conv_id, view, state):
+            # By its own ids, as those in `older` are: the view may show others.
             keys = keys_of(self._catalog, envelope)
             if keys and older.issuperset(keys):
                 continue
@@ -84,7 +85,7 @@ class Exporter:
                         count += 1
                         yield envelope_line(shown_one)
             count += 1
-            yield envelope_line(envelope)
+            yield envelope_line(seen)
         await still_the_same(self._log, conv_id, state)
         yield end_line(entry, count)
 
@@ -110,15 +111,20 @@ class Exporter:
 
     def _made_anew(self, conv_id: str, view: View, entity: Entity) -> Iterator[Envelope]:
         limit = self._max_envelope_bytes
-        drafts = drafts_of(entity, close=False, max_text_bytes=text_bytes(limit))
+        told = view.untold(conv_id, entity)
+        if told is None:
+            return
+        drafts = drafts_of(told, close=False, max_text_bytes=text_bytes(limit))
         for draft, time_ms in with_times(drafts, entity):
             shown_one = view.show(sealed(self._catalog, conv_id, draft, time_ms, limit))
             if shown_one is not None:
                 yield shown_one
 
 
-async def retained(log: EventLog, conv_id: str, view: View, state: LogState) -> AsyncIterator[Envelope]:
-    """Yield the envelopes that were retained at `state`, up to its head, as `view` shows them.
+async def retained(
+    log: EventLog, conv_id: str, view: View, state: LogState
+) -> AsyncIterator[tuple[Envelope, Envelope]]:
+    """Yield the envelopes that were retained at `state`, up to its head, and that `view` shows: as they are, and as shown.
 
     Raises StoreError where some of them are gone before they were read, or the conversation is another one.
     """
@@ -130,7 +136,7 @@ async def retained(log: EventLog, conv_id: str, view: View, state: LogState) -> 
         for envelope in page.envelopes:
             shown_one = view.show(envelope)
             if shown_one is not None:
-                yield shown_one
+                yield envelope, shown_one
         position = page.through
         if not page.more:
             break

@@ -141,7 +141,7 @@ class Forker:
         beside them, a rating and the message it is about, unless one of those is left out.
         """
         found: list[_Event] = []
-        async for envelope in retained(self._filling.log, conv_id, view, state):
+        async for _, envelope in retained(self._filling.log, conv_id, view, state):
             keys = keys_of(self._catalog, envelope)
             if not ids.isdisjoint(keys) and left_out.isdisjoint(keys):
                 draft = Draft(envelope.type, envelope.data, envelope.id, envelope.channel)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel
 
-from broker.envelope import Draft, Envelope
+from broker.envelope import RESERVED_PREFIXES, TIMELINE, Draft, Envelope
 from broker.errors import PluginError, quoted
 from broker.eventlog.base import EventLog
 from broker.plugins.rules import EMITTERS, ITEM_TYPES
@@ -249,12 +249,20 @@ def _shaped(result: Any, arguments: tuple[Any, ...]) -> Any:
             _check_written(name, getattr(result, name))
         if result.stream_id is not None:
             _check_written("stream_id", result.stream_id)
+        for name, reserved in (("type", _is_own_type), ("channel", TIMELINE.__eq__)):
+            was, now = getattr(given, name), getattr(result, name)
+            if was != now and reserved(now):
+                raise PluginError(f"changed {name} {quoted(was)} to {quoted(now)}: that is the broker's own")
     if result.data_json is not given.data_json:
         if not isinstance(result.data_json, bytes):
             raise PluginError(f"returned an envelope with data_json={quoted(result.data_json)}: bytes are required")
         _check_object(result)
     settled = result.settled()  # what was masked in place is masked
     return given if as_it_was and settled.data_json is given.data_json else settled
+
+
+def _is_own_type(event_type: str) -> bool:
+    return event_type.startswith(RESERVED_PREFIXES)
 
 
 def _check_object(envelope: Envelope) -> None:

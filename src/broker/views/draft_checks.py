@@ -10,13 +10,12 @@ from pydantic import ValidationError
 
 from broker.channels import EventType
 from broker.copies import own
-from broker.envelope import Draft, check_event_type, encode_json
+from broker.envelope import RESERVED_PREFIXES, Draft, check_event_type, encode_json
 from broker.errors import InvalidDraft, PluginError
 from broker.plugins import PluginHost
 from broker.plugins.isolation import ENDINGS, brief
 
 HOOK = "register_event_types"
-RESERVED_PREFIXES = ("ws.", "timeline.")
 _TYPES_MAX = 4096
 
 Validate = Callable[[Any], object]

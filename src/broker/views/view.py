@@ -12,7 +12,7 @@ from broker.errors import quoted
 from broker.profiles import Profile, SlowPolicy
 from broker.timeline.entity import Entity
 from broker.timeline.sources import Sources
-from broker.views.retold import changed, retold
+from broker.views.retold import Retold, changed, changed_besides, emptied, retold
 from broker.views.upsert import Upsert
 
 logger = logging.getLogger(__name__)
@@ -134,13 +134,43 @@ class View:
         if not self._passes(upsert):
             return False
         told = retold(upsert.conv_id, upsert.entity)
-        if not all(self._passes(event) for event in told.made):
+        if not all(self._passes(event) for event in told.made if event not in told.inputs):
             return False
+        return self._passes_besides(told)
+
+    def _passes_besides(self, told: Retold) -> bool:
+        """Ask the filters about events that were not published like this, though others were that told the same."""
         try:
-            return all(keep(event) for keep in self.own_filters for event in told.supposed)
+            # A copy each: what one of them changes in it is nothing that the next one sees.
+            for keep in self.own_filters:
+                if not all(keep(event.own()) for event in (*told.inputs, *told.supposed)):
+                    return False
+                if not all(keep(event.own()) for events in told.elsewhere for event in events):
+                    return False
+                if any(not keep(event.own()) and keep(emptied(event)) for event in told.pieces):
+                    return False  # not for its type, but for what it says
         except Exception as exc:  # no fault of the plugin's: no such event was published
-            self._cannot_ask(upsert.entity, exc)
+            self._cannot_ask(told.entity, exc)
             return False
+        return True
+
+    def untold(self, conv_id: str, entity: Entity) -> Entity | None:
+        """Return an entity without what is hidden or masked of those of its events that are not made anew.
+
+        The ones that are (timeline/rebuild.py) are to be shown as events. None: what it has of the others is hidden.
+        """
+        if self.plain:
+            return entity
+        told = retold(conv_id, entity)
+        besides = (*told.inputs, *told.supposed)
+        if self.profile.event_types is not None and not all(self._type_allowed(event.type) for event in besides):
+            return None
+        if self.filters and not self._passes_besides(told):
+            return None
+        seen: Entity | None = entity
+        for number in range(len(self.transforms)):
+            seen = self._shape_events(conv_id, seen, number, anew=False) if seen is not None else None
+        return seen
 
     def _cannot_ask(self, entity: Entity, exc: Exception) -> None:
         if entity.kind in self._not_asked or len(self._not_asked) >= 100:
@@ -208,18 +238,31 @@ class View:
                 return None
         return shown
 
-    def _shape_events(self, conv_id: str, entity: Entity, number: int) -> Entity | None:
-        """Return an entity as the transform `number` makes it by what it does to the events that tell the same."""
+    def _shape_events(self, conv_id: str, entity: Entity, number: int, *, anew: bool = True) -> Entity | None:
+        """Return an entity as the transform `number` makes it by what it does to the events that tell the same.
+
+        anew: also by those that are made anew to tell of it.
+        """
         told = retold(conv_id, entity)
-        made: list[Envelope] = []
+        shaped: dict[int, Envelope] = {}
         for event in told.made:
-            shaped = self._shaped(event, (self.transforms[number],))
-            if shaped is None:
-                return None
-            made.append(shaped)
+            if event not in told.inputs:
+                seen_event = self._shaped(event, (self.transforms[number],))
+                if seen_event is None:
+                    return None
+                shaped[id(event)] = seen_event
+        own = self.own_transforms[number]
+
+        def alone(events: Sequence[Envelope]) -> list[Envelope]:
+            return [own(event.own()).settled() for event in events]  # what was masked in place is masked
+
         try:
-            supposed = [self.own_transforms[number](event) for event in told.supposed]
-            return changed(told, made, supposed)
+            made = [shaped[id(event)] if id(event) in shaped else alone([event])[0] for event in told.made]
+            elsewhere = [alone(events) for events in told.elsewhere]
+            seen = replace(
+                told, made=made, supposed=alone(told.supposed), pieces=alone(told.pieces), elsewhere=elsewhere
+            )
+            return changed(told, seen) if anew else changed_besides(told, seen)
         except Exception as exc:
             self._cannot_ask(entity, exc)
             return None
@@ -228,7 +271,8 @@ class View:
         """Say whether what a transform returned for the upsert of `was` is one of that entity's place."""
         entity = shaped.data.get("entity")
         fits = (
-            isinstance(entity, dict)
+            (shaped.type, shaped.channel) == ("timeline.upsert", TIMELINE)
+            and isinstance(entity, dict)
             and isinstance(entity.get("id"), str)
             and isinstance(entity.get("kind"), str)
             and isinstance(entity.get("props"), dict)

@@ -106,10 +106,9 @@ async def test_a_stalled_client_holds_a_chunk_of_the_state(db: str, monkeypatch:
         assert set(peer.client.entities) == {f"u{n}" for n in range(COUNT)}
 
 
+@pytest.mark.parametrize("db", ["sqlite", "redis"], indirect=True)  # of a conversation in memory nothing outlives it
 async def test_pages_of_the_store_are_bounded_as_well(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a conversation that was opened anew, whose entities only the store has."""
-    if db == ":memory:":
-        pytest.skip("nothing of it outlives its process")
     async with Core(db, **QUIET) as core:
         await messages(core)
         await core.parts.housekeeping.tick()

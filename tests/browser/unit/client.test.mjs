@@ -306,18 +306,6 @@ test("ws.dropped raises the position; the entities come over the socket", async 
   assert.equal(requests.length, 1);
 });
 
-test("a profile that shows entities otherwise voids those that are known; its state follows", async () => {
-  const { socket, seen, client } = await live();
-  client.setProfile("masked");
-  socket.control("ws.profile", { profile: "masked", from: "100", stateAnew: true });
-  assert.equal(seen.resets, 2);
-  socket.control("ws.caught_up", { seq: "100" });
-  client.setProfile("debug");
-  socket.control("ws.profile", { profile: "debug", from: "100" });
-  assert.equal(seen.resets, 2, "not said: what is known stays");
-  assert.deepEqual(seen.profiles, ["masked", "debug"]);
-});
-
 test("a refused profile stays what it was, and says why", async () => {
   const { socket, seen, client } = await live();
   client.setProfile("secret");
