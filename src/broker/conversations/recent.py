@@ -180,7 +180,7 @@ class RecentEvents:
         return shown
 
     def _frame(self, view: View, shown: Envelope, prev: int) -> Message:
-        reusable = not view.transforms  # as in dispatch: one may have changed the envelope for this view only
+        reusable = view.frames_reusable
         message = self._frames.get((prev, shown.seq)) if reusable else None
         if message is None:
             message = self._built(shown, prev)

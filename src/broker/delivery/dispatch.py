@@ -132,7 +132,7 @@ class Dispatcher:
         """
         view, prev = audience.view, audience.prev
         plain, channels = view.plain, view.channels
-        reusable = not view.transforms  # what these make of an envelope is this view's only
+        reusable = view.frames_reusable
         messages: list[Message] = []
         for envelope in envelopes:
             shown = (envelope if envelope.channel in channels else None) if plain else view.show(envelope)

@@ -32,6 +32,7 @@ class View:
     callers may see, in this view or another, None: all that anything is folded from. What was made of other channels is not
     shown (I14), while a view that leaves a channel out by choice has the state all the same. plain: whether the channel
     alone decides what it shows, and everything is shown as it is. state_is_plain: whether it shows every entity as it is.
+    frames_reusable: whether what it shows of an event may be shown to other views too; what transforms make is this view's only.
     own_filters, own_transforms: filters and transforms as plugins returned them, without the guard that counts their errors.
     state_look: equal where two views show all entities alike, whatever events they show.
     """
@@ -53,12 +54,14 @@ class View:
     _not_asked: set[str] = field(default_factory=set)
     plain: bool = field(init=False)
     state_is_plain: bool = field(init=False)
+    frames_reusable: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.own_filters = self.own_filters or self.filters
         self.own_transforms = self.own_transforms or self.transforms
         as_it_is = not self.filters and not self.transforms and self.profile.event_types is None
         self.plain = as_it_is
+        self.frames_reusable = not self.transforms
         self.state_is_plain = as_it_is and self.readable is None and self.profile.kinds is None
 
     @property
