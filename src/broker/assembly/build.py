@@ -131,7 +131,6 @@ class _Building:
         recovery = Recovery(log, self.reader, dispatcher, pool, self.recent, self.availability, self.notices, **pages)
         self.subscriptions = Subscriptions(
             self.registry,
-            self.views,
             starts,
             recovery,
             self.notices,
@@ -180,7 +179,6 @@ class _Building:
         )
 
     def _library(self) -> None:
-        erase = self.erasure.erase
         publish = partial(self.ingest.publish, checked=True)
         polls = Polls(self.conversations, self.log, self.reader, self.notices, self.phase, self.clock, self.views.again)
         self.reading = Reading(self.admission, self.conversations, self.log, self.reader, polls)
@@ -195,8 +193,6 @@ class _Building:
             self.reader,
             copies,
             self.seen_by_all,
-            self.gates,
-            erase,
         )
 
     def _copies(self) -> Copies:
@@ -216,6 +212,8 @@ class _Building:
                 filling,
                 limit,
             ),
+            self.gates,
+            self.erasure.erase,
         )
 
     def _operators(self) -> None:

@@ -18,7 +18,6 @@ from broker.delivery.start import Start, Starts
 from broker.delivery.subscription import Subscription
 from broker.errors import InvalidInput, Unavailable
 from broker.phase import Phase
-from broker.views.compiler import ViewCompiler
 from broker.views.frames import Message, control_message, reset_message, through_message
 from broker.views.view import View
 
@@ -32,7 +31,6 @@ class Subscriptions:
     def __init__(
         self,
         registry: OpenSubscriptions,
-        views: ViewCompiler,
         starts: Starts,
         recovery: Recovery,
         notices: Notices,
@@ -43,7 +41,6 @@ class Subscriptions:
         phase: Phase,
     ) -> None:
         self._registry = registry
-        self._views = views
         self._starts = starts
         self._recovery = recovery
         self._notices = notices

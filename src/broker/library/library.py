@@ -72,11 +72,13 @@ class ListPage:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """What writes conversations down and makes new ones."""
+    """What writes conversations down, makes new ones, and undoes those that were not finished."""
 
     exporter: Exporter
     importer: Importer
     forker: Forker
+    gates: Gates
+    erase: EraseFilled
 
 
 class Library:
@@ -92,8 +94,6 @@ class Library:
         reader: TimelineReader,
         copies: Copies,
         seen_by_all: SeenByAll,
-        gates: Gates,
-        erase: EraseFilled,
     ) -> None:
         self._store = store
         self._access = access
@@ -103,8 +103,6 @@ class Library:
         self._reader = reader
         self._copies = copies
         self._seen_by_all = seen_by_all
-        self._gates = gates
-        self._erase = erase
         self._task: asyncio.Task[None] | None = None
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -121,7 +119,7 @@ class Library:
         gates: dict[str, Gate] = {}
         for conv_id in half:  # nobody may publish to what is about to be erased
             with suppress(ConversationShut):
-                gates[conv_id] = await shut.enter_async_context(self._gates.filling(conv_id))
+                gates[conv_id] = await shut.enter_async_context(self._copies.gates.filling(conv_id))
         self._task = asyncio.get_running_loop().create_task(self._settle(gates, shut, newest_seq))
 
     async def stop(self) -> None:
@@ -149,7 +147,7 @@ class Library:
 
     async def _erase_half(self, conv_id: str, gate: Gate | None) -> None:
         logger.warning("conversation %s was being copied when the process ended: erased", conv_id)
-        await self._erase(conv_id, gate=gate)
+        await self._copies.erase(conv_id, gate=gate)
 
     async def _note_newest(self, floor: int) -> None:
         """Note the conversations that were written to after `floor`: shortly before the process died."""
