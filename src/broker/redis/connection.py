@@ -246,7 +246,10 @@ class RedisConnection:
                 if isinstance(reply, RedisReplyError) and reply.code == "NOSCRIPT"
             }
             if missing:
-                await servers.lane(server, lane).call([("SCRIPT", "LOAD", self._scripts[sha].text) for sha in missing])
+                loading = [("SCRIPT", "LOAD", self._scripts[sha].text) for sha in missing]
+                for loaded in await servers.lane(server, lane).call(loading):
+                    if isinstance(loaded, RedisReplyError) and loaded.code == "ERR":  # it would be unknown for ever
+                        raise StoreError(f"Redis cannot load a script: {loaded}", code_redis=loaded.code) from loaded
         except RedisUnreachable as exc:
             self._clocks.pop(server, None)  # another machine may answer next
             await servers.refresh(server)

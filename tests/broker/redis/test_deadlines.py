@@ -12,7 +12,7 @@ import redis
 from tests.support.redis_server import RedisServer
 
 import broker
-from broker.errors import StoreUnavailable
+from broker.errors import StoreError, StoreUnavailable
 from broker.redis.connection import RedisConnection
 from broker.redis.script import _READS, MAX_PARTS, Script, with_deadline
 
@@ -111,3 +111,14 @@ async def test_what_redis_got_to_too_late_is_not_made(redis_server: RedisServer)
         await busy
         assert client.get("k") == b"before"
     await connection.close()
+
+
+async def test_a_script_that_does_not_compile_is_told_as_that(redis_server: RedisServer) -> None:
+    connection = RedisConnection(redis_server.url)
+    broken = Script("return 1 end", reads=True)
+    connection.register(broken)
+    try:
+        with pytest.raises(StoreError, match="cannot load a script: .*compiling"):
+            await connection.one(broken.command(("k",)))
+    finally:
+        await connection.close()
