@@ -181,25 +181,3 @@ async def test_who_has_much_to_read_before_the_ping_reads_on() -> None:
         watch.reads_on(transport)
         assert not watch.reads_on(transport), "there is nothing left to read"
         transport.abort()
-
-
-@LINUX
-async def test_who_reads_what_only_its_own_system_holds_reads_on() -> None:
-    loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
-        listener.setblocking(False)
-        client.setblocking(False)
-        await loop.sock_connect(client, listener.getsockname())
-        accepted, _ = await loop.sock_accept(listener)
-        transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
-        transport.write(bytes(50_000))
-        await come_to_rest(transport)
-        watch = PingWatch()
-        watch.pinged(transport)
-        assert not watch.reads_on(transport)
-        before, unread = progress(transport), 50_000
-        while progress(transport) == before and unread > 0:
-            unread -= len(await loop.sock_recv(client, 4096))
-        if progress(transport) != before:
-            assert watch.reads_on(transport)
-        transport.abort()
