@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transports.keepalive import PingWheel
-from transports.progress import progress
+from transports.progress import PingWatch, progress
 from transports.rate_limited_log import RateLimitedLog
 from transports.takeover import ConnectionHandler
 from transports.ws_frames import (
@@ -94,7 +94,7 @@ class FastConnection(asyncio.Protocol):
         "_handler",
         "_hold",
         "_owed_pong",
-        "_progress_at_ping",
+        "_ping_watch",
         "_reader",
         "_server",
         "_state",
@@ -125,7 +125,7 @@ class FastConnection(asyncio.Protocol):
         self._closing: _Closing | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._owed_pong: bytes | None = None
-        self._progress_at_ping = 0
+        self._ping_watch: PingWatch | None = None  # from the first ping on
         self.quiet_since = -1
         self.wheel_slot = -1
         self.transport = transport
@@ -209,7 +209,9 @@ class FastConnection(asyncio.Protocol):
         """Called by the wheel. A full transport gets no ping: that it drains is sign of life enough."""
         if self.writable:
             self.write(PING_FRAME)
-        self._progress_at_ping = self.progress
+        if self._ping_watch is None:
+            self._ping_watch = PingWatch()
+        self._ping_watch.pinged(self.transport)
 
     def keepalive_expired(self) -> None:
         """Called by the wheel. While reading is on hold an answer cannot be seen, so silence proves nothing.
@@ -218,11 +220,10 @@ class FastConnection(asyncio.Protocol):
         """
         if self._hold:
             return
-        before, self._progress_at_ping = self._progress_at_ping, self.progress
-        if self._progress_at_ping == before:
-            self._fail(1011, "keepalive ping timeout")
-        else:
+        if self._ping_watch is not None and self._ping_watch.reads_on(self.transport):
             self._server.wheel.wait_on(self)
+        else:
+            self._fail(1011, "keepalive ping timeout")
 
     # What the transport calls
 

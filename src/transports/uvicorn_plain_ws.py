@@ -7,7 +7,7 @@ from typing import Any, cast
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
 
-from transports.progress import progress
+from transports.progress import PingWatch, progress
 from transports.takeover import PROGRESS_EXTENSION
 
 LINGER_S = 1.0
@@ -17,7 +17,7 @@ LINGER_S = 1.0
 class PlainWebSocketProtocol(WebSocketsSansIOProtocol):
     """What serves a WebSocket through ASGI."""
 
-    _progress_at_ping = 0
+    _ping_watch: PingWatch | None = None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -27,15 +27,17 @@ class PlainWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def send_keepalive_ping(self) -> None:
         super().send_keepalive_ping()
-        self._progress_at_ping = progress(self.transport)
+        if self._ping_watch is None:
+            self._ping_watch = PingWatch()
+        self._ping_watch.pinged(self.transport)
 
     def keepalive_timeout(self) -> None:
         """Wait on for a peer that reads: the ping lies behind what it has to read first."""
-        now = progress(self.transport)
-        if now == self._progress_at_ping or self.ping_timeout is None or self.pending_ping_payload is None:
-            super().keepalive_timeout()
-            # It closes when all is written, which a peer that takes nothing would put off for ever.
-            self.loop.call_later(LINGER_S, self.transport.abort)
+        timeout_s, watch = self.ping_timeout, self._ping_watch
+        owed = self.pending_ping_payload is not None
+        if timeout_s is not None and owed and watch is not None and watch.reads_on(self.transport):
+            self.pong_timer = self.loop.call_later(timeout_s, self.keepalive_timeout)
             return
-        self._progress_at_ping = now
-        self.pong_timer = self.loop.call_later(self.ping_timeout, self.keepalive_timeout)
+        super().keepalive_timeout()
+        # It closes when all is written, which a peer that takes nothing would put off for ever.
+        self.loop.call_later(LINGER_S, self.transport.abort)

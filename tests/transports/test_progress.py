@@ -12,8 +12,10 @@ import pytest
 import uvloop
 from tests.support.core import until
 
-from transports.progress import progress
+from transports.fast_connection import FastConnection, FastServer
+from transports.progress import PingWatch, progress
 from transports.write_timeout import WriteTimeout
+from transports.ws_frames import FrameReader, Opcode, encode_frame
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 
@@ -116,3 +118,66 @@ async def test_it_rests_while_there_is_nobody_to_look_after() -> None:
     await until(lambda: one.transport.aborted)
     watch.discard(one)
     await until(lambda: watch._timer is None)
+
+
+WRITES_MAX = 400  # 20 ms apart: of a peer that nobody ends there are so many
+
+
+async def writes_until_ended(write_bytes: int) -> int:
+    """Write to a WebSocket peer that reads nothing; return how many writes it took until keep-alive ended it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        loop = asyncio.get_running_loop()
+        server = FastServer(loop, set(), max_message_bytes=1000, ping_interval_s=0.2, ping_timeout_s=0.2)
+        transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+        connection = FastConnection(server, transport, Handler(), FrameReader(1000))
+        transport.set_protocol(connection)
+        connection.start()
+        writes = 0
+        while not connection.closed and writes < WRITES_MAX:
+            connection.write(encode_frame(Opcode.TEXT, b"x" * write_bytes))
+            writes += 1
+            await asyncio.sleep(0.02)
+        transport.abort()
+        return writes
+
+
+class Handler:
+    def on_text(self, message: str) -> None: ...
+    def on_binary(self, message: bytes) -> None: ...
+    def on_pause(self) -> None: ...
+    def on_resume(self) -> None: ...
+    def on_closed(self, code: int, reason: str) -> None: ...
+
+
+@pytest.mark.parametrize("write_bytes", [10, 100])
+async def test_keep_alive_ends_a_peer_whose_system_stores_little_by_little(write_bytes: int) -> None:
+    """It acknowledges what nobody reads, and its window stays as wide as it was: that is no sign of life."""
+    assert await writes_until_ended(write_bytes) < WRITES_MAX / 2
+
+
+@LINUX
+async def test_who_has_much_to_read_before_the_ping_reads_on() -> None:
+    """Whatever holds it: the transport, or the peer's system alone."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        listener.setblocking(False)
+        transport = await connected(listener, client, listener.getsockname())
+        await come_to_rest(transport)
+        watch = PingWatch()
+        watch.pinged(transport)
+        assert not watch.reads_on(transport), "nobody reads"
+        unread = 20_000_000
+        told: list[bool] = []
+        while unread > 0:
+            before = progress(transport)
+            while unread > 0 and progress(transport) == before:
+                unread -= len(await loop.sock_recv(client, 65_536))
+            if unread > 0:
+                told.append(watch.reads_on(transport))
+        assert len(told) > 3
+        assert all(told)
+        await come_to_rest(transport)
+        watch.reads_on(transport)
+        assert not watch.reads_on(transport), "there is nothing left to read"
+        transport.abort()
