@@ -88,6 +88,9 @@ class IndexingTimelineStore:
     async def page(self, conv_id: str, **asked: int) -> StoredEntities:
         return await self._inner.page(conv_id, **asked)
 
+    async def growing(self, conv_id: str, **asked: int) -> list[Entity]:
+        return await self._inner.growing(conv_id, **asked)
+
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)
 
