@@ -17,7 +17,7 @@ from broker.library.terms import MAX_TEXT_CHARS, terms_of
 from broker.pauses import Pauses
 from broker.security import Principal
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore
+from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore, stored_page
 from broker.views.compiler import DEFAULT_PROFILE, ViewCompiler
 from broker.views.frames import entities_as_seen
 
@@ -58,21 +58,52 @@ class IndexingTimelineStore:
     async def _save(self, saves: Sequence[TimelineSave]) -> None:
         pauses = Pauses()
         messages: list[Message] = []
+        dropped: dict[str, list[str]] = {}
         for save in saves:
             messages += await messages_of(save.conv_id, save.entities, self.seen, pauses)
+            gone = await self._edited_out(save, pauses)
+            if gone:
+                dropped[save.conv_id] = gone
         new = {
             save.conv_id: min(entity.created_at_ms for entity in save.entities)
             for save in saves
             if save.conv_id not in self._known and save.entities
         }
-        if messages or new:
+        epochs = {save.conv_id: save.epoch for save in saves}
+        if dropped:
+            # The library alone first: once the new state is stored, nobody knows the old one's terms any more.
+            await self._library.note(new, messages, epochs=epochs, dropped=dropped)
+            await self._inner.save(saves)
+            self._remember(new)
+        elif messages or new:
             # Begun in one turn of the loop, the library first: they share a commit, and where they cannot, the worst
             # that a crash leaves is a message that is noted again.
-            epochs = {save.conv_id: save.epoch for save in saves}
-            await _both(self._library.note(new, messages, epochs=epochs), self._inner.save(saves))
+            await _both(self._library.note(new, messages, epochs=epochs, dropped=dropped), self._inner.save(saves))
             self._remember(new)
         else:
             await self._inner.save(saves)
+
+    async def _edited_out(self, save: TimelineSave, pauses: Pauses) -> list[str]:
+        """Return the terms that no message of the conversation has any more once `save` is done.
+
+        Messages are seldom changed after they were complete: only then the others are read, until each term is found.
+        """
+        changed = {one.id: one for one in save.entities if _may_be_edited(one)}
+        if not changed:
+            return []
+        stored = await self._inner.get(save.conv_id, list(changed))
+        old = [one for one in stored.values() if one.version < changed[one.id].version]
+        gone = await self._terms(save.conv_id, old, pauses)
+        gone -= await self._terms(save.conv_id, save.entities, pauses) if gone else set()
+        after_position: int | None = 0
+        saved = {entity.id for entity in save.entities}
+        while gone and after_position is not None:
+            page, after_position = await stored_page(self._inner, save.conv_id, after_position=after_position)
+            gone -= await self._terms(save.conv_id, [one for one in page if one.id not in saved], pauses)
+        return sorted(gone)
+
+    async def _terms(self, conv_id: str, entities: Sequence[Entity], pauses: Pauses) -> set[str]:
+        return {term for one in await messages_of(conv_id, entities, self.seen, pauses) for term in one.terms}
 
     def _remember(self, conv_ids: dict[str, int]) -> None:
         self._known.update(dict.fromkeys(conv_ids))
@@ -104,6 +135,10 @@ class IndexingTimelineStore:
             await asyncio.wait(set(self._saving))
         await self._library.erase(conv_id)
         await self._inner.erase(conv_id)
+
+
+def _may_be_edited(entity: Entity) -> bool:
+    return entity.kind == "message" and not entity.growing and entity.version > entity.position
 
 
 async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
