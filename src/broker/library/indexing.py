@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from broker.characters import beginning
 from broker.envelope import CONTROL
@@ -59,9 +59,12 @@ class IndexingTimelineStore:
         pauses = Pauses()
         messages: list[Message] = []
         dropped: dict[str, list[str]] = {}
-        for save in saves:
-            messages += await messages_of(save.conv_id, save.entities, self.seen, pauses)
-            gone = await self._edited_out(save, pauses)
+        stored = await asyncio.gather(*(self._stored(save) for save in saves))
+        for save, before in zip(saves, stored, strict=True):
+            # Where several processes save one log, one that is behind must not bring old words back.
+            newest = [one for one in save.entities if one.id not in before or before[one.id].version <= one.version]
+            messages += await messages_of(save.conv_id, newest, self.seen, pauses)
+            gone = await self._edited_out(save.conv_id, newest, before, pauses)
             if gone:
                 dropped[save.conv_id] = gone
         new = {
@@ -83,23 +86,27 @@ class IndexingTimelineStore:
         else:
             await self._inner.save(saves)
 
-    async def _edited_out(self, save: TimelineSave, pauses: Pauses) -> list[str]:
-        """Return the terms that no message of the conversation has any more once `save` is done.
+    async def _stored(self, save: TimelineSave) -> dict[str, Entity]:
+        """Return what the store has of the complete messages of `save`: mostly nothing."""
+        ids = [one.id for one in save.entities if one.kind == "message" and not one.growing]
+        return await self._inner.get(save.conv_id, ids) if ids else {}
+
+    async def _edited_out(
+        self, conv_id: str, entities: Sequence[Entity], before: Mapping[str, Entity], pauses: Pauses
+    ) -> list[str]:
+        """Return the terms that no message of the conversation has any more once `entities` are saved over `before`.
 
         Messages are seldom changed after they were complete: only then the others are read, until each term is found.
         """
-        changed = {one.id: one for one in save.entities if _may_be_edited(one)}
-        if not changed:
-            return []
-        stored = await self._inner.get(save.conv_id, list(changed))
-        old = [one for one in stored.values() if one.version < changed[one.id].version]
-        gone = await self._terms(save.conv_id, old, pauses)
-        gone -= await self._terms(save.conv_id, save.entities, pauses) if gone else set()
+        old = [before[one.id] for one in entities if one.id in before and before[one.id].version < one.version]
+        gone = await self._terms(conv_id, old, pauses)
+        if gone:
+            gone -= await self._terms(conv_id, entities, pauses)
+        saved = {one.id for one in entities}
         after_position: int | None = 0
-        saved = {entity.id for entity in save.entities}
         while gone and after_position is not None:
-            page, after_position = await stored_page(self._inner, save.conv_id, after_position=after_position)
-            gone -= await self._terms(save.conv_id, [one for one in page if one.id not in saved], pauses)
+            page, after_position = await stored_page(self._inner, conv_id, after_position=after_position)
+            gone -= await self._terms(conv_id, [one for one in page if one.id not in saved], pauses)
         return sorted(gone)
 
     async def _terms(self, conv_id: str, entities: Sequence[Entity], pauses: Pauses) -> set[str]:
@@ -135,10 +142,6 @@ class IndexingTimelineStore:
             await asyncio.wait(set(self._saving))
         await self._library.erase(conv_id)
         await self._inner.erase(conv_id)
-
-
-def _may_be_edited(entity: Entity) -> bool:
-    return entity.kind == "message" and not entity.growing and entity.version > entity.position
 
 
 async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:

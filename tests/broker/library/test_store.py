@@ -201,6 +201,11 @@ async def test_the_words_of_a_message_go_when_it_is_edited(store: LibraryStore) 
     await save("u1", 21, 1, "swordfish")
     assert await found(store, "swordfish") == ["c"]
     assert await found(store, "clean") == []
+    await save("u1", 20, 1, "clean")
+    assert await found(store, "clean") == [], "from a process that is behind"
+    await save("u1", 30, 30, "moved")  # a prompt that waited, edited meanwhile
+    assert await found(store, "swordfish") == []
+    assert await found(store, "moved tuna") == ["c"]
 
 
 async def test_a_change_that_is_refused_changes_nothing(store: LibraryStore) -> None:
