@@ -200,6 +200,9 @@ class ConversationManager:
         if not stored.more:
             timeline.adopt([entity.id for entity in stored], {entity.id: entity for entity in stored})
             timeline.complete = True
+        else:  # those that grow all the same: whoever comes back may lack their newest state, however old it is
+            growing = {entity.id: entity for entity in await self._store.growing(conv_id)}
+            timeline.adopt(growing, growing)
         while timeline.position < state.head_seq:
             page = await self._log.read(conv_id, after=timeline.position, upto=state.head_seq, limit=self._page_events)
             missing = timeline.missing(page.envelopes)

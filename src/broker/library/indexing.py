@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from broker.characters import beginning
 from broker.envelope import CONTROL
@@ -17,7 +17,7 @@ from broker.library.terms import MAX_TEXT_CHARS, terms_of
 from broker.pauses import Pauses
 from broker.security import Principal
 from broker.timeline.entity import Entity
-from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore
+from broker.timeline.store import DeadLetter, StoredEntities, TimelineSave, TimelineStore, stored_page
 from broker.views.compiler import DEFAULT_PROFILE, ViewCompiler
 from broker.views.frames import entities_as_seen
 
@@ -58,21 +58,59 @@ class IndexingTimelineStore:
     async def _save(self, saves: Sequence[TimelineSave]) -> None:
         pauses = Pauses()
         messages: list[Message] = []
-        for save in saves:
-            messages += await messages_of(save.conv_id, save.entities, self.seen, pauses)
+        dropped: dict[str, list[str]] = {}
+        stored = await asyncio.gather(*(self._stored(save) for save in saves))
+        for save, before in zip(saves, stored, strict=True):
+            # Where several processes save one log, one that is behind must not bring old words back.
+            newest = [one for one in save.entities if one.id not in before or before[one.id].version <= one.version]
+            messages += await messages_of(save.conv_id, newest, self.seen, pauses)
+            gone = await self._edited_out(save.conv_id, newest, before, pauses)
+            if gone:
+                dropped[save.conv_id] = gone
         new = {
             save.conv_id: min(entity.created_at_ms for entity in save.entities)
             for save in saves
             if save.conv_id not in self._known and save.entities
         }
-        if messages or new:
+        epochs = {save.conv_id: save.epoch for save in saves}
+        if dropped:
+            # The library alone first: once the new state is stored, nobody knows the old one's terms any more.
+            await self._library.note(new, messages, epochs=epochs, dropped=dropped)
+            await self._inner.save(saves)
+            self._remember(new)
+        elif messages or new:
             # Begun in one turn of the loop, the library first: they share a commit, and where they cannot, the worst
             # that a crash leaves is a message that is noted again.
-            epochs = {save.conv_id: save.epoch for save in saves}
-            await _both(self._library.note(new, messages, epochs=epochs), self._inner.save(saves))
+            await _both(self._library.note(new, messages, epochs=epochs, dropped=dropped), self._inner.save(saves))
             self._remember(new)
         else:
             await self._inner.save(saves)
+
+    async def _stored(self, save: TimelineSave) -> dict[str, Entity]:
+        """Return what the store has of the complete messages of `save`: mostly nothing."""
+        ids = [one.id for one in save.entities if one.kind == "message" and not one.growing]
+        return await self._inner.get(save.conv_id, ids) if ids else {}
+
+    async def _edited_out(
+        self, conv_id: str, entities: Sequence[Entity], before: Mapping[str, Entity], pauses: Pauses
+    ) -> list[str]:
+        """Return the terms that no message of the conversation has any more once `entities` are saved over `before`.
+
+        Messages are seldom changed after they were complete: only then the others are read, until each term is found.
+        """
+        old = [before[one.id] for one in entities if one.id in before and before[one.id].version < one.version]
+        gone = await self._terms(conv_id, old, pauses)
+        if gone:
+            gone -= await self._terms(conv_id, entities, pauses)
+        saved = {one.id for one in entities}
+        after_position: int | None = 0
+        while gone and after_position is not None:
+            page, after_position = await stored_page(self._inner, conv_id, after_position=after_position)
+            gone -= await self._terms(conv_id, [one for one in page if one.id not in saved], pauses)
+        return sorted(gone)
+
+    async def _terms(self, conv_id: str, entities: Sequence[Entity], pauses: Pauses) -> set[str]:
+        return {term for one in await messages_of(conv_id, entities, self.seen, pauses) for term in one.terms}
 
     def _remember(self, conv_ids: dict[str, int]) -> None:
         self._known.update(dict.fromkeys(conv_ids))
@@ -87,6 +125,9 @@ class IndexingTimelineStore:
 
     async def page(self, conv_id: str, **asked: int) -> StoredEntities:
         return await self._inner.page(conv_id, **asked)
+
+    async def growing(self, conv_id: str, **asked: int) -> list[Entity]:
+        return await self._inner.growing(conv_id, **asked)
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         return await self._inner.dead_letters(conv_id, limit=limit)

@@ -40,9 +40,13 @@ class MemoryLibraryStore:
         messages: Sequence[Message],
         *,
         epochs: Mapping[str, str] | None = None,
+        dropped: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         for conv_id, created_at_ms in conversations.items():
             self._conversations.setdefault(conv_id, _Conversation(LibraryEntry(conv_id, created_at_ms)))
+        for conv_id, terms in (dropped or {}).items():
+            if conv_id in self._conversations:
+                self._conversations[conv_id].terms.difference_update(terms)
         for message in messages:
             known = self._conversations.setdefault(
                 message.conv_id, _Conversation(LibraryEntry(message.conv_id, message.created_at_ms))

@@ -18,7 +18,7 @@ import orjson
 
 from broker.errors import BrokerError, StoreUnavailable
 from broker.library import redis_index
-from broker.library.redis_index import Search, add_commands, title_command
+from broker.library.redis_index import Search, add_commands, drop_commands, title_command
 from broker.library.redis_scripts import (
     ABANDONED,
     CHANGE,
@@ -95,6 +95,7 @@ class RedisLibraryStore:
         messages: Sequence[Message],
         *,
         epochs: Mapping[str, str] | None = None,
+        dropped: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         noted = {conv_id: _Noted(created_at_ms) for conv_id, created_at_ms in conversations.items()}
         for message in messages:
@@ -104,6 +105,12 @@ class RedisLibraryStore:
         await self._index(noted)
         commands = [_note_command(conv_id, one, (epochs or {}).get(conv_id, "")) for conv_id, one in noted.items()]
         replies = await self._connection.all(commands, lane=_LANE)
+        drops: list[Command] = []
+        for conv_id, reply in zip(noted, replies, strict=True):
+            if reply == 1 and dropped and conv_id in dropped:
+                drops += drop_commands(conv_id, dropped[conv_id])
+        if drops:
+            await self._connection.all(drops, lane=_LANE)
         refused = [conv_id for conv_id, reply in zip(noted, replies, strict=True) if reply == 0]
         if refused:
             known = await self.entries(refused)

@@ -96,6 +96,33 @@ return 1
 """
 )
 
+# KEYS as shard_keys. ARGV: conversation, terms that its messages do not have any more.
+DROP = Script(
+    _HAS
+    + """
+local conv = ARGV[1]
+local _, count = pieces(conv)
+local title = redis.call('HGET', KEYS[4], conv .. '\\0t') or ''
+local gone, open = {}, #ARGV - 1  -- each term stands in one piece at most
+for at = 2, #ARGV do
+  gone[ARGV[at]] = true
+  if not string.find(title, ' ' .. ARGV[at] .. ' ', 1, true) then redis.call('ZREM', KEYS[1], ARGV[at] .. '\\0' .. conv) end
+end
+for n = 1, count do
+  if open == 0 then break end
+  local field = conv .. '\\0' .. n
+  local piece, kept = redis.call('HGET', KEYS[4], field) or ' ', ' '
+  local left = {}
+  for term in string.gmatch(piece, '[^ ]+') do
+    if gone[term] then open = open - 1 else left[#left + 1] = term end
+  end
+  if #left > 0 then kept = ' ' .. table.concat(left, ' ') .. ' ' end
+  if kept ~= piece then redis.call('HSET', KEYS[4], field, kept) end
+end
+return 1
+"""
+)
+
 # KEYS as shard_keys. ARGV: conversation, all terms of its title.
 SET_TITLE = Script(
     _HAS
@@ -210,7 +237,7 @@ return out
     reads=True,
 )
 
-SCRIPTS = (ADD, SET_TITLE, REMOVE, SEARCH)
+SCRIPTS = (ADD, DROP, SET_TITLE, REMOVE, SEARCH)
 
 
 def shard_of(conv_id: str) -> int:
@@ -236,6 +263,15 @@ def add_commands(conv_id: str, seq: int, terms: Iterable[str]) -> list[Command]:
     return [
         ADD.command(keys, (conv_id, digits(seq), *all_terms[at : at + _TERMS_PER_SCRIPT]))
         for at in range(0, max(1, len(all_terms)), _TERMS_PER_SCRIPT)
+    ]
+
+
+def drop_commands(conv_id: str, terms: Sequence[str]) -> list[Command]:
+    """Return what makes a conversation not be found any more by these terms, but for those of its title."""
+    keys = shard_keys(shard_of(conv_id))
+    return [
+        DROP.command(keys, (conv_id, *terms[at : at + _TERMS_PER_SCRIPT]))
+        for at in range(0, len(terms), _TERMS_PER_SCRIPT)
     ]
 
 

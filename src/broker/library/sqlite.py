@@ -58,6 +58,14 @@ DELETE FROM library_term WHERE number IN (SELECT term FROM library_use WHERE con
 AND NOT EXISTS (SELECT 1 FROM library_use AS other WHERE other.term = library_term.number
     AND (other.conversation <> ?1 OR other.source < ?2))
 """
+_DROP_USES = f"""
+DELETE FROM library_use WHERE conversation = (SELECT number FROM library WHERE conv_id = ?) AND source = {_MESSAGES}
+AND term IN (SELECT number FROM library_term WHERE text IN {{texts}})
+"""
+_DROP_UNUSED = """
+DELETE FROM library_term WHERE text IN {texts}
+AND NOT EXISTS (SELECT 1 FROM library_use WHERE library_use.term = library_term.number)
+"""
 _HAVE_TERM = """
 SELECT use.conversation FROM library_term AS term CROSS JOIN library_use AS use ON use.term = term.number
 WHERE term.text >= ? AND term.text < ?
@@ -93,10 +101,13 @@ class SqliteLibraryStore:
         messages: Sequence[Message],
         *,
         epochs: Mapping[str, str] | None = None,
+        dropped: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         def note(connection: sqlite3.Connection) -> None:
             for conv_id, created_at_ms in conversations.items():
                 connection.execute(_ADD, _row(LibraryEntry(conv_id, created_at_ms)))
+            for conv_id, terms in (dropped or {}).items():
+                _drop_terms(connection, conv_id, terms)
             for message in messages:
                 _note_message(connection, message)
 
@@ -195,6 +206,12 @@ def _note_message(connection: sqlite3.Connection, message: Message) -> None:
     }
     number = connection.execute(_NOTE_MESSAGE, parameters).fetchone()[0]
     _add_terms(connection, number, _MESSAGES, message.terms)
+
+
+def _drop_terms(connection: sqlite3.Connection, conv_id: str, terms: Sequence[str]) -> None:
+    for places, part in parts_of(terms):
+        connection.execute(_DROP_USES.format(texts=places), (conv_id, *part))
+        connection.execute(_DROP_UNUSED.format(texts=places), part)
 
 
 def _add_terms(connection: sqlite3.Connection, number: int, source: int, terms: Sequence[str]) -> None:

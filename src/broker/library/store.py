@@ -86,11 +86,13 @@ class LibraryStore(Protocol):
         messages: Sequence[Message],
         *,
         epochs: Mapping[str, str] | None = None,
+        dropped: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Make entries for `conversations` ({conv_id: created_at_ms}) that have none, and add messages to the search.
 
         Adding a message again changes nothing. The title comes from the first message that has one. epochs: {conv_id:
         life of the log that was folded}; a store that several nodes share ignores what is of a life that is over.
+        dropped: {conv_id: terms that its messages do not have any more}; none is one of `messages`.
         """
         ...
 

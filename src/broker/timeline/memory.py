@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 
 from broker.sequence import MAX_SEQ
 from broker.timeline.entity import Entity
-from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
+from broker.timeline.store import (
+    DEAD_LETTERS_KEPT,
+    GROWING_BYTES,
+    GROWING_MAX,
+    PAGE_BYTES,
+    DeadLetter,
+    StoredEntities,
+    TimelineSave,
+)
 
 
 @dataclass(slots=True)
 class _Timeline:
     cursor: int = 0
     entities: dict[str, Entity] = field(default_factory=dict)
+    growing: dict[str, Entity] = field(default_factory=dict)  # those of them
     dead_letters: dict[int, DeadLetter] = field(default_factory=dict)  # by seq, the oldest first
     forgotten: int = 0
     forgotten_seq: int = 0  # the newest dead letter that went
@@ -41,6 +50,10 @@ class MemoryTimelineStore:
                 known = timeline.entities.get(entity.id)
                 if known is None or entity.version > known.version:
                     timeline.entities[entity.id] = entity
+                    if entity.growing:
+                        timeline.growing[entity.id] = entity
+                    else:
+                        timeline.growing.pop(entity.id, None)
             _bury(timeline, save)
 
     async def cursor(self, conv_id: str) -> int:
@@ -77,6 +90,17 @@ class MemoryTimelineStore:
             size += len(found[end].props_json())
             end += 1
         return StoredEntities(found[:end], more=end < len(found))
+
+    async def growing(self, conv_id: str, *, limit: int = GROWING_MAX, max_bytes: int = GROWING_BYTES) -> list[Entity]:
+        timeline = self._timelines.get(conv_id)
+        if timeline is None:
+            return []
+        found = sorted(timeline.growing.values(), key=lambda entity: -entity.version)
+        end = size = 0
+        while end < min(len(found), limit) and size < max_bytes:
+            size += len(found[end].props_json())
+            end += 1
+        return found[:end]
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         timeline = self._timelines.get(conv_id)

@@ -43,7 +43,7 @@ can fill the log."""
 
 @dataclass(slots=True)
 class _Unsaved:
-    first_seq: int  # the oldest envelope that the stored entity lacks
+    first_seq: int  # the oldest envelope that the stored entity lacks; 0: none, but it grows
     budget: Budget
 
 
@@ -132,6 +132,8 @@ class ConversationTimeline:
             if id in loaded:
                 if self._entities.setdefault(id, loaded[id]).version > self.position:
                     self._ahead.add(id)
+                if self._entities[id].growing:  # kept in memory until it is finished: see growing_up_to
+                    self._unsaved.setdefault(id, _Unsaved(0, Budget()))
                 self._weigh(id)
             else:
                 self._absent.add(id)
@@ -354,7 +356,8 @@ class ConversationTimeline:
         return sorted(found, key=lambda entity: entity.position)
 
     def growing_up_to(self, version: int) -> list[Entity]:
-        """Return the entities in memory that still grow and did not change after `version`.
+        """Return the entities that still grow and did not change after `version`; memory keeps all that it met, and opening
+        reads the newest of them (GROWING_MAX).
 
         Whoever was there at `version` may not have been shown them as they are: they may have been held back then.
         """

@@ -5,6 +5,7 @@ Per conversation, in the slot of its stream:
     chat:{c}:entities      hash: entity id -> version (19 digits), blank, position (19 digits), blank, JSON
     chat:{c}:by-position   sorted set by name: position (19 digits), blank, entity id
     chat:{c}:by-version    sorted set by name: version (19 digits), blank, entity id
+    chat:{c}:growing       sorted set by name, of the entities that still grow: version (19 digits), blank, entity id
     chat:{c}:cursor        19 digits
     chat:{c}:dead          hash: seq -> JSON of a dead letter; `forgotten` -> how many are not kept any more,
                            `forgotten-seq` -> the newest of them
@@ -26,22 +27,30 @@ from broker.redis.script import Command, Script
 from broker.sequence import MAX_SEQ, stream_id_from_seq
 from broker.timeline.entity import Entity
 from broker.timeline.sources import sources_from, sources_text
-from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
+from broker.timeline.store import (
+    DEAD_LETTERS_KEPT,
+    GROWING_BYTES,
+    GROWING_MAX,
+    PAGE_BYTES,
+    DeadLetter,
+    StoredEntities,
+    TimelineSave,
+)
 from broker.timeline.text import Text
 
 _ENTITIES_PER_SCRIPT = 500
 _LOOKED_AT = 256
 """Entities that one call for a page looks at, or `limit` up to four times as many: Redis serves nobody else meanwhile."""
 
-# KEYS entities, by-position, by-version, cursor, dead, log, stream. ARGV: cursor, epoch ('' = do not compare), newest (`ms-n`),
-# count of dead letters, forgotten ones, dead letters kept, then (seq, JSON) of each, then per entity: id, version,
-# position, value.
+# KEYS entities, by-position, by-version, cursor, dead, growing, log, stream. ARGV: cursor, epoch ('' = do not compare),
+# newest (`ms-n`), count of dead letters, forgotten ones, dead letters kept, then (seq, JSON) of each, then per entity: id,
+# version, position, '1' if it grows, value.
 # A save is refused whole when the log is not any more the one that was folded: another epoch, one that ends before, or
 # one that lost what was folded (a failover to a replica that lagged) and has gone beyond since.
 SAVE = Script(
     """
 if ARGV[2] ~= '' then
-  local log = redis.call('HMGET', KEYS[6], 'epoch', 'head', 'trimmed')
+  local log = redis.call('HMGET', KEYS[7], 'epoch', 'head', 'trimmed')
   if log[1] ~= ARGV[2] then return 0 end
   local own_ms, own_n = string.match(ARGV[3], '^(%d+)-(%d+)$')
   own_ms, own_n = tonumber(own_ms), tonumber(own_n)
@@ -51,7 +60,7 @@ if ARGV[2] ~= '' then
     return own_ms > ms or (own_ms == ms and own_n > n)
   end
   if beyond(log[2]) then return 0 end
-  if beyond(log[3] or '0-0') and #redis.call('XRANGE', KEYS[7], ARGV[3], ARGV[3]) == 0 then return 0 end
+  if beyond(log[3] or '0-0') and #redis.call('XRANGE', KEYS[8], ARGV[3], ARGV[3]) == 0 then return 0 end
 end
 local cursor = redis.call('GET', KEYS[4])
 if not cursor or cursor < ARGV[1] then redis.call('SET', KEYS[4], ARGV[1]) end
@@ -81,19 +90,21 @@ if ARGV[4] ~= '0' then
   end
   if forgotten > 0 then redis.call('HINCRBY', KEYS[5], 'forgotten', forgotten) end
 end
-for here = at, #ARGV, 4 do
+for here = at, #ARGV, 5 do
   local id, version, position = ARGV[here], ARGV[here + 1], ARGV[here + 2]
   local known = redis.call('HGET', KEYS[1], id)
   local old = known and string.sub(known, 1, 19)
   if not old or old < version then
     if old then
       redis.call('ZREM', KEYS[3], old .. ' ' .. id)
+      redis.call('ZREM', KEYS[6], old .. ' ' .. id)
       local was = string.sub(known, 21, 39)
       if was ~= position then redis.call('ZREM', KEYS[2], was .. ' ' .. id) end
     end
-    redis.call('HSET', KEYS[1], id, version .. ' ' .. position .. ' ' .. ARGV[here + 3])
+    redis.call('HSET', KEYS[1], id, version .. ' ' .. position .. ' ' .. ARGV[here + 4])
     redis.call('ZADD', KEYS[2], 0, position .. ' ' .. id)
     redis.call('ZADD', KEYS[3], 0, version .. ' ' .. id)
+    if ARGV[here + 3] == '1' then redis.call('ZADD', KEYS[6], 0, version .. ' ' .. id) end
   end
 end
 return 1
@@ -152,6 +163,24 @@ return out
     reads=True,
 )
 
+# KEYS entities, growing. ARGV: limit, max_bytes. Reply: id, value, id, value, …
+GROWING = Script(
+    """
+local out, size = {}, 0
+for _, member in ipairs(redis.call('ZREVRANGEBYLEX', KEYS[2], '+', '-', 'LIMIT', 0, ARGV[1])) do
+  if size >= tonumber(ARGV[2]) then break end
+  local id = string.sub(member, 21)
+  local value = redis.call('HGET', KEYS[1], id)
+  if value then
+    out[#out + 1] = id out[#out + 1] = value
+    size = size + #value
+  end
+end
+return out
+""",
+    reads=True,
+)
+
 
 class RedisTimelineStore:
     """Timeline store over a `RedisConnection`, which its owner closes.
@@ -164,7 +193,7 @@ class RedisTimelineStore:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        connection.register(SAVE, PAGE)
+        connection.register(SAVE, PAGE, GROWING)
 
     async def open(self) -> None:
         """Nothing to open: the connection opens itself."""
@@ -213,6 +242,11 @@ class RedisTimelineStore:
         entities = sorted(found.values(), key=lambda entity: (entity.position, entity.id))
         return StoredEntities(entities, more=bool(more))
 
+    async def growing(self, conv_id: str, *, limit: int = GROWING_MAX, max_bytes: int = GROWING_BYTES) -> list[Entity]:
+        entities, *_, growing = _keys(conv_id)[:6]
+        pairs = await self._connection.one(GROWING.command((entities, growing), (limit, max_bytes)))
+        return [_entity(id.decode(), value) for id, value in zip(pairs[::2], pairs[1::2], strict=True)]
+
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         found = await self._connection.one(("HGETALL", _keys(conv_id)[4]))
         letters = [
@@ -227,13 +261,14 @@ class RedisTimelineStore:
         return int(await self._connection.one(("HGET", _keys(conv_id)[4], "forgotten")) or 0)
 
     async def erase(self, conv_id: str) -> None:
-        await self._connection.one(("DEL", *_keys(conv_id)[:5]), lane="append")
+        await self._connection.one(("DEL", *_keys(conv_id)[:6]), lane="append")
 
 
 def _keys(conv_id: str) -> tuple[str, ...]:
-    """Return the keys as SAVE has them; the first five are the timeline's own."""
+    """Return the keys as SAVE has them; the first six are the timeline's own."""
     name = topic(conv_id)
-    return (*(f"{name}:{part}" for part in ("entities", "by-position", "by-version", "cursor", "dead", "log")), name)
+    parts = ("entities", "by-position", "by-version", "cursor", "dead", "growing", "log")
+    return (*(f"{name}:{part}" for part in parts), name)
 
 
 def _digits(seq: int) -> str:
@@ -256,7 +291,8 @@ async def _save_commands(save: TimelineSave, pauses: Pauses) -> list[Command]:
             arguments += (letter.seq, orjson.dumps([letter.type, letter.error]))
         for entity in part:
             value = _value(entity)
-            arguments += (entity.id, _digits(entity.version), _digits(entity.position), value)
+            place = (_digits(entity.version), _digits(entity.position))
+            arguments += (entity.id, *place, int(entity.growing), value)
             await pauses.after(len(value))
         commands.append(SAVE.command(_keys(save.conv_id), arguments))
     return commands

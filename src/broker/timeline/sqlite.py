@@ -15,7 +15,15 @@ from broker.sqlite.group_commit import Job
 from broker.sqlite.lists import parts_of
 from broker.timeline.entity import Entity
 from broker.timeline.sources import sources_from, sources_text
-from broker.timeline.store import DEAD_LETTERS_KEPT, PAGE_BYTES, DeadLetter, StoredEntities, TimelineSave
+from broker.timeline.store import (
+    DEAD_LETTERS_KEPT,
+    GROWING_BYTES,
+    GROWING_MAX,
+    PAGE_BYTES,
+    DeadLetter,
+    StoredEntities,
+    TimelineSave,
+)
 from broker.timeline.text import Text
 
 _TABLES = (
@@ -36,6 +44,7 @@ _TABLES = (
     "ALTER TABLE timeline ADD COLUMN forgotten_seq INTEGER NOT NULL DEFAULT 0",
     # JSON list of [channel, type] of the events that an entity was folded from, NULL where nobody knows.
     "ALTER TABLE entity ADD COLUMN sources TEXT",
+    "CREATE INDEX entity_growing ON entity (timeline, version) WHERE growing = 1",
 )
 _RAISE_CURSOR = """
 INSERT INTO timeline (conv_id, cursor) VALUES (?, ?)
@@ -89,6 +98,15 @@ SELECT count(*) <= :most FROM (
     SELECT 1 FROM entity INDEXED BY entity_by_version WHERE {_THIS} AND version > :since LIMIT :most + 1)
 """
 _PAGE_BY_VERSION = _PAGE.format(index="entity_by_version")
+_GROWING = f"""
+WITH found AS MATERIALIZED (
+    SELECT rowid AS row, version, length(props) AS size FROM entity INDEXED BY entity_growing
+    WHERE {_THIS} AND growing = 1 ORDER BY version DESC LIMIT :limit),
+summed AS (
+    SELECT row, sum(size) OVER (ORDER BY version DESC ROWS UNBOUNDED PRECEDING) - size AS before FROM found)
+SELECT json_group_array(json_array({_COLUMNS})) FROM summed
+JOIN entity ON entity.rowid = summed.row WHERE before < :max_bytes
+"""
 
 
 _Part = tuple[str, int, list[tuple[Any, ...]], list[tuple[int, str, str]], int]
@@ -199,6 +217,11 @@ class SqliteTimelineStore:
         entities = _entities(rows)
         entities.sort(key=lambda entity: (entity.position, entity.id))  # SQLite promises no order inside an aggregate
         return StoredEntities(entities, more=bool(more))
+
+    async def growing(self, conv_id: str, *, limit: int = GROWING_MAX, max_bytes: int = GROWING_BYTES) -> list[Entity]:
+        parameters = {"conv_id": conv_id, "limit": limit, "max_bytes": max_bytes}
+        ((rows,),) = await self._database.fetch(_GROWING, parameters)
+        return sorted(_entities(rows), key=lambda entity: -entity.version)
 
     async def dead_letters(self, conv_id: str, *, limit: int = 100) -> list[DeadLetter]:
         rows = await self._database.fetch(

@@ -12,6 +12,11 @@ from broker.timeline.entity import Entity
 PAGE_BYTES = 1_048_576
 """About how many bytes of props one page of entities has: what a reader holds of a timeline, however large it is."""
 
+GROWING_MAX = 64
+"""Entities that still grow which opening a conversation reads at most: those that changed last."""
+GROWING_BYTES = 4 * 1024 * 1024
+"""About how many bytes of props they have together."""
+
 DEAD_LETTERS_KEPT = 1000
 """Newest dead letters kept per conversation; older ones are counted only. About 2 KB each at most."""
 DEAD_LETTER_ERROR_CHARS = 500
@@ -91,6 +96,13 @@ class TimelineStore(Protocol):
         max_bytes: int = PAGE_BYTES,
     ) -> StoredEntities:
         """Return entities with position > after_position and since_version < version <= upto_version, by position.
+
+        At most `limit` of them; none follows once those before it have `max_bytes` of props or more.
+        """
+        ...
+
+    async def growing(self, conv_id: str, *, limit: int = GROWING_MAX, max_bytes: int = GROWING_BYTES) -> list[Entity]:
+        """Return the entities that still grow, those that changed last first. Costs what it returns, not the timeline.
 
         At most `limit` of them; none follows once those before it have `max_bytes` of props or more.
         """

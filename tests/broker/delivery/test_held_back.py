@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.support.core import until
 from tests.support.still import StillCore
 from tests.support.wire import Client
 
 from broker.conversations.conversation import Conversation
-from broker.timeline.projector import ConversationTimeline
+from broker.envelope import Draft
+from broker.timeline.projector import CACHED_ENTITIES, ConversationTimeline
 
 TICK_S = 0.25
+MANY = CACHED_ENTITIES + 50
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -75,6 +78,49 @@ async def test_who_comes_back_gets_what_was_held_back_when_they_left(db: str, aw
         await ticks(core, 20)
         again.read()
         assert again.client.entities["m1"]["props"]["text"] == text
+
+
+@pytest.mark.parametrize(("before", "after"), [(10, 10), (MANY, 0), (10, MANY), (MANY, MANY)])
+@pytest.mark.parametrize("profile", ["timeline", "default"])
+async def test_who_comes_back_after_a_restart_gets_what_was_held_back(
+    db: str, before: int, after: int, profile: str
+) -> None:
+    """However many entities there are, and however many are told of and forgotten again before they come."""
+
+    async def more(core: StillCore, name: str, count: int) -> None:
+        if count:
+            drafts = [Draft("user.message", {"text": f"beside {n}"}, f"{name}{n}") for n in range(count)]
+            await core.broker.publisher("c1").publish_many(drafts)
+        core.parts.dispatcher.tick(open_one(core))
+
+    async def goes_on(core: StillCore, client: Client) -> None:
+        await more(core, "after", after)
+        await ticks(core, 5)
+        assert await core.parts.conversations.open("c1") is open_one(core)
+        again, _ = await core.connect(
+            "c1", client=Client(since=client.last), since=client.last, epoch=client.epoch, profile=profile
+        )
+        assert again.client.controls("ws.hello")[0]["recovered"] is True
+        await until(lambda: "m1" in again.client.entities)
+        assert again.client.entities["m1"]["props"]["text"] == text
+
+    async with StillCore(db, upsert_interval_s=TICK_S) as core:
+        peer, _ = await core.connect("c1", profile=profile, buffer_bytes=10_000_000)
+        text = await write_until_held_back(core)
+        core.clock.advance(5)
+        await more(core, "before", before)
+        await until(lambda: peer.client.last == open_one(core).position)
+        client = peer.client
+        await core.disconnect(peer)
+        assert len(client.entities["m1"]["props"]["text"]) < len(text)
+        assert await core.parts.conversations.evict(open_one(core), "idle")
+        await core.parts.conversations.open("c1")
+        if db == ":memory:":
+            await goes_on(core, client)
+    if db != ":memory:":
+        async with StillCore(db, upsert_interval_s=TICK_S) as core:
+            await core.parts.conversations.open("c1")
+            await goes_on(core, client)
 
 
 async def test_texts_that_stand_still_cost_nothing(db: str, monkeypatch: pytest.MonkeyPatch) -> None:

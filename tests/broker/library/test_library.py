@@ -371,6 +371,31 @@ async def test_a_bad_file_names_its_line_and_leaves_nothing(db: str, file: bytes
         assert await core.parts.stores.library.entries(["copy"]) == {}
 
 
+@pytest.mark.parametrize("clean", ["clean", "", "sword fish"])
+async def test_a_search_does_not_find_what_was_edited_out(db: str, clean: str) -> None:
+    async with Core(db) as core:
+
+        async def found(query: str) -> list[str]:
+            page = await core.parts.library.find(CALLER, query=query)
+            return [seen.entry.conv_id for seen in page.conversations]
+
+        async def say(id: str, text: str) -> None:
+            (seq,) = await core.broker.publish("c1", [Draft("user.message", {"text": text}, id)])
+            conversation = await core.parts.conversations.open("c1")
+            await until(lambda: conversation.position >= seq)
+            await core.parts.housekeeping.save(core.parts.conversations.all(), everything=True)
+
+        await say("u1", "swordfish and tuna")
+        await say("u2", "tuna alone")
+        assert await found("swordfish") == ["c1"]
+        await say("u1", clean)
+        assert await found("swordfish") == []
+        assert await found("tuna") == ["c1"], "the other message has it"
+        await say("u2", "swordfish")
+        assert await found("swordfish") == ["c1"]
+        assert await found("tuna") == []
+
+
 async def test_an_import_needs_a_free_id_and_bounded_metadata(db: str) -> None:
     async with Core(db) as core:
         library = core.parts.library

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import InvalidInput
-from broker.library.indexing import TITLE_CHARS, title_from
+from broker.library.indexing import TITLE_CHARS, IndexingTimelineStore, title_from
 from broker.library.memory import MemoryLibraryStore
 from broker.library.redis import RedisLibraryStore
 from broker.library.sqlite import SqliteLibraryStore
@@ -19,6 +19,9 @@ from broker.library.store import ForkedFrom, LibraryEntry, LibraryStore, Message
 from broker.library.terms import MAX_TERM_CHARS, query_terms, terms_of
 from broker.redis.connection import RedisConnection
 from broker.sqlite.database import Database
+from broker.timeline.entity import Entity
+from broker.timeline.memory import MemoryTimelineStore
+from broker.timeline.store import TimelineSave
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "valkey_cluster"])
@@ -160,6 +163,49 @@ async def test_a_word_that_a_title_had_before_a_message_is_found_by_the_message(
     await store.change("c", lambda entry: replace(entry, title=None))
     assert await found(store, "gamma") == ["c"]
     assert await found(store, "delta") == []
+
+
+async def test_words_that_were_edited_out_are_not_found(store: LibraryStore) -> None:
+    many = " ".join(f"word{n}" for n in range(1000))
+    await store.note({}, [message("c", 1, f"swordfish tuna {many}"), message("d", 2, "swordfish")])
+    await store.change("c", lambda entry: replace(entry, title="tuna"))
+    edited = message("c", 5, "clean word7", position=1)
+    gone = ["swordfish", "tuna", *(f"word{n}" for n in range(1000) if n != 7)]
+    for _ in range(2):
+        await store.note({}, [edited], dropped={"c": gone, "unknown": ["swordfish"]})
+        assert await found(store, "swordfish") == ["d"]
+        assert await found(store, "clean word7") == ["c"]
+        assert await found(store, "word8") == await found(store, "word999") == []
+        assert await found(store, "tuna") == ["c"], "the title has it"
+    await store.change("c", lambda entry: replace(entry, title=None))
+    assert await found(store, "tuna") == []
+    await store.note({}, [message("c", 6, "swordfish again", position=1)], dropped={"c": ["clean"]})
+    assert await found(store, "swordfish") == ["c", "d"]
+    assert await found(store, "clean") == []
+
+
+async def test_the_words_of_a_message_go_when_it_is_edited(store: LibraryStore) -> None:
+    timeline = MemoryTimelineStore()
+    indexing = IndexingTimelineStore(timeline, store)
+
+    async def save(id: str, version: int, position: int, text: str) -> None:
+        entity = Entity(id, "message", 1, 1, version, position, {"role": "user", "text": text})
+        await indexing.save([TimelineSave("c", [entity], version)])
+
+    await save("u1", 1, 1, "swordfish and tuna")
+    for n in range(2, 12):
+        await save(f"u{n}", n, n, f"tuna {n}")
+    await save("u1", 20, 1, "clean")
+    assert await found(store, "swordfish") == []
+    assert await found(store, "clean") == await found(store, "tuna") == ["c"], "others have it"
+    await save("u1", 21, 1, "swordfish")
+    assert await found(store, "swordfish") == ["c"]
+    assert await found(store, "clean") == []
+    await save("u1", 20, 1, "clean")
+    assert await found(store, "clean") == [], "from a process that is behind"
+    await save("u1", 30, 30, "moved")  # a prompt that waited, edited meanwhile
+    assert await found(store, "swordfish") == []
+    assert await found(store, "moved tuna") == ["c"]
 
 
 async def test_a_change_that_is_refused_changes_nothing(store: LibraryStore) -> None:

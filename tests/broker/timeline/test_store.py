@@ -229,6 +229,29 @@ async def test_an_id_with_a_nul_is_found_and_no_other(store: TimelineStore) -> N
     assert await store.get("c1", [one.id for one in many] + ["none"]) == {one.id: one for one in many}
 
 
+async def test_what_still_grows_is_found_the_newest_first(store: TimelineStore) -> None:
+    await save(store, "c1", *(entity(f"u{n}", n, text="done") for n in range(1, 400)))
+    await save(store, "c1", *(entity(f"g{n}", n, growing=True, text=Text("x" * 9000)) for n in (9, 10, 500, 70)))
+    await save(store, "c2", entity("other", 5, growing=True, text=Text("x")))
+    found = await store.growing("c1")
+    assert ids(found) == ["g500", "g70", "g10", "g9"]
+    assert found[0] == entity("g500", 500, growing=True, text=Text("x" * 9000))
+    assert isinstance(found[0].props["text"], Text)
+    assert ids(await store.growing("c1", limit=2)) == ["g500", "g70"]
+    assert ids(await store.growing("c1", max_bytes=1)) == ["g500"]
+    assert ids(await store.growing("c1", max_bytes=15_000)) == ["g500", "g70"]
+    assert await store.growing("unknown") == []
+
+    await save(store, "c1", entity("g9", 600, 9, growing=True, text=Text("more")), entity("g500", 700, 500, text="end"))
+    await save(store, "c1", entity("g70", 60, growing=False, text="an older state"))
+    assert ids(await store.growing("c1")) == ["g9", "g70", "g10"]
+    await save(store, "c1", entity("g500", 701, 500, growing=True, text=Text("again")))
+    assert ids(await store.growing("c1")) == ["g500", "g9", "g70", "g10"]
+    await store.erase("c1")
+    assert await store.growing("c1") == []
+    assert ids(await store.growing("c2")) == ["other"]
+
+
 async def test_nothing_saved_is_nothing(store: TimelineStore) -> None:
     await store.save([])
     assert await store.page("c1") == []
