@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pluggy
 import pytest
+from tests.support.hooks_page import load_builder
 
 from broker import hookspecs
 from broker.plugins import PluginHost
@@ -20,18 +19,7 @@ from broker.plugins.rules import FAIL_CLOSED
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-def _load_builder() -> Any:
-    spec = importlib.util.spec_from_file_location("build_hooks_page", ROOT / "docs" / "build_hooks_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _load_builder()
+builder = load_builder()
 HOOKS = {hook.name: hook for hook in builder.read_hooks()}
 PAGE = (ROOT / "docs" / "reference" / "hooks.md").read_text(encoding="utf-8")
 

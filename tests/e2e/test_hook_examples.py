@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import httpx
 import orjson
 import pytest
 import typer
+from tests.support.hooks_page import load_builder
 from tests.support.live_server import LiveServer
 from typer.testing import CliRunner
 
@@ -36,18 +35,7 @@ from transports.app import create_app
 ROOT = Path(__file__).resolve().parents[2]
 ANN = Principal("ann")
 
-
-def _builder() -> Any:
-    spec = importlib.util.spec_from_file_location("build_hooks_page_examples", ROOT / "docs" / "build_hooks_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-builder = _builder()
+builder = load_builder()
 HOOKS = {hook.name: hook for hook in builder.read_hooks()}
 
 
